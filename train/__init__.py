@@ -1,0 +1,1 @@
+"""Pretraining on one engine: configuration, plan, launcher, model, engine, checkpoints, loop, stages."""
