@@ -1,0 +1,129 @@
+"""The shape of a model. A family is a choice of these fields, never a branch on its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from conf.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    base: float = 10_000.0
+    """Base of the rotary frequencies (theta)."""
+    scaling: Literal["none", "llama3"] = "none"
+    """Stretching of the frequencies to longer contexts; llama3 is the rule of Llama 3.1."""
+    factor: float = 8.0
+    """llama3: how many times slow frequencies are stretched."""
+    low_frequency_factor: float = 1.0
+    """llama3: wavelengths above original_max_positions / this are stretched fully."""
+    high_frequency_factor: float = 4.0
+    """llama3: wavelengths below original_max_positions / this are left alone."""
+    original_max_positions: int = 8192
+    """llama3: context length in tokens that the unstretched model was trained at."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.base <= 1:
+            problems.append(f"base={self.base}: must be above 1; Llama 2 has 10000, Llama 3 has 500000")
+        if self.scaling == "llama3" and not 0 < self.low_frequency_factor < self.high_frequency_factor:
+            problems.append(
+                f"low_frequency_factor={self.low_frequency_factor}: must be above 0 and below "
+                f"high_frequency_factor={self.high_frequency_factor}; Llama 3.1 has 1 and 4"
+            )
+        if self.scaling == "llama3" and (self.factor < 1 or self.original_max_positions < 1):
+            problems.append(f"factor={self.factor}: must be at least 1, with original_max_positions at least 1")
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    family: Literal["gpt2", "llama"]
+    """Whose checkpoint names an export uses; the computation is set by the fields below."""
+    num_layers: int
+    """Number of decoder blocks."""
+    hidden_size: int
+    """Width of the residual stream."""
+    num_heads: int
+    """Number of query heads."""
+    num_kv_heads: int | None = None
+    """Number of key-value heads (grouped-query attention); null: as many as query heads."""
+    head_size: int | None = None
+    """Width of one head; null: hidden_size / num_heads."""
+    ffn_size: int
+    """Inner width of the MLP; for swiglu the width of each of gate and up."""
+    max_positions: int
+    """Longest context in tokens: rows of the learned position table, and the limit of data.sequence_length."""
+    vocab_size: int | None = None
+    """Number of token ids; null: that of the corpus's tokenizer."""
+    vocab_multiple: int = 64
+    """The embedding has rows up to the next multiple of this; the added ones are masked out of the logits."""
+    positions: Literal["learned", "rotary"]
+    """How a token knows its place: a learned table added to the embedding, or rotation of queries and keys."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Rotary settings; read when positions=rotary."""
+    norm: Literal["layer", "rms"]
+    """LayerNorm (with bias) or RMSNorm (without), before each sublayer and before the head."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance (or mean square) before the root."""
+    mlp: Literal["gelu", "swiglu"]
+    """GELU (tanh form, as GPT-2) with two matrices, or SwiGLU with three."""
+    bias: bool
+    """Whether linear layers have a bias."""
+    tied_head: bool
+    """Whether the output matrix is the embedding matrix."""
+    dropout: float = 0.0
+    """Probability of dropping in the embedding, the attention weights and the sublayer outputs."""
+    init_std: float = 0.02
+    """Standard deviation of initial matrices; those that write to the residual get / sqrt(2 x num_layers)."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's denominator in the loss; 1e-4 is usual, 0 is off."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key-value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocab_size rounded up to vocab_multiple."""
+        assert self.vocab_size is not None, "vocab_size is filled in from the corpus before a model is built"
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def __post_init__(self) -> None:
+        problems = []
+        sizes = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size", "ffn_size")
+        for name in (*sizes, "max_positions", "vocab_size", "vocab_multiple"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"{name}={value}: must be at least 1")
+        if not problems:
+            problems += self._shape_problems()
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout={self.dropout}: must be at least 0 and below 1")
+        for name in ("norm_epsilon", "init_std"):
+            if getattr(self, name) <= 0:
+                problems.append(f"{name}={getattr(self, name)}: must be above 0")
+        if self.z_loss < 0:
+            problems.append(f"z_loss={self.z_loss}: must not be negative; 0 turns it off")
+        if problems:
+            raise ConfigError(problems)
+
+    def _shape_problems(self) -> list[str]:
+        problems = []
+        if self.head_size is None and self.hidden_size % self.num_heads:
+            problems.append(
+                f"num_heads={self.num_heads}: must divide hidden_size={self.hidden_size}; or give head_size"
+            )
+        elif self.positions == "rotary" and self.head_dim % 2:
+            problems.append(f"head_size={self.head_dim}: rotary positions need an even head size")
+        if self.num_heads % self.kv_heads:
+            problems.append(f"num_kv_heads={self.kv_heads}: must divide num_heads={self.num_heads}")
+        return problems

@@ -1,0 +1,73 @@
+"""The whole configuration of a pretraining run, and the rules that reach across its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from conf.errors import ConfigError
+from data_pipeline.config import DataConfig
+from train.config.model import ModelConfig
+from train.config.monitor import MonitorConfig
+from train.config.training import (
+    BatchConfig,
+    BudgetConfig,
+    CheckpointConfig,
+    EvaluateConfig,
+    LaunchConfig,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+    RunConfig,
+    ScheduleConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    run: RunConfig = field(default_factory=RunConfig)
+    """Name, place and seed of the run."""
+    model: ModelConfig
+    """Shape of the model."""
+    data: DataConfig
+    """Prepared corpora and how they are read."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    """Sequences of a step."""
+    budget: BudgetConfig
+    """When the run is finished."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """AdamW."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate over the run."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the state lies on the ranks."""
+    precision: Precision = "bf16"
+    """bf16: weights and activations in bf16, master weights and moments in fp32; fp32: all in fp32."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When checkpoints are written and which are kept."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """When the held-out split is read."""
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """Console, TensorBoard, Weights & Biases."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """Processes and devices."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.data.sequence_length > self.model.max_positions:
+            problems.append(
+                f"data.sequence_length={self.data.sequence_length}: must not exceed "
+                f"model.max_positions={self.model.max_positions}; shorten the one or raise the other"
+            )
+        ramp_limit = self.batch.ramp_samples if self.batch.ramp_start is not None else 0
+        if self.budget.tokens is not None and ramp_limit * self.data.sequence_length > self.budget.tokens:
+            problems.append(
+                f"batch.ramp_samples={ramp_limit}: the ramp is longer than budget.tokens={self.budget.tokens}; shorten it"
+            )
+        if self.budget.steps is not None and self.schedule.warmup_steps > self.budget.steps:
+            problems.append(
+                f"schedule.warmup_steps={self.schedule.warmup_steps}: must not exceed budget.steps={self.budget.steps}"
+            )
+        if self.schedule.kind == "inverse_sqrt" and self.schedule.warmup_steps == 0:
+            problems.append("schedule.warmup_steps=0: inverse_sqrt starts from the end of a warm-up; give at least 1")
+        if problems:
+            raise ConfigError(problems)

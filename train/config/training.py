@@ -1,0 +1,234 @@
+"""How a run trains: optimizer, schedule, batch, budget, layout, checkpoints, evaluation, launching."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from conf.errors import ConfigError
+
+
+def _raise_if(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    lr: float = 3e-4
+    """Peak learning rate of AdamW."""
+    beta1: float = 0.9
+    """Decay of the running mean of gradients."""
+    beta2: float = 0.95
+    """Decay of the running mean of squared gradients."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices and embeddings; norms and biases are not decayed."""
+    grad_clip: float | None = 1.0
+    """Largest global gradient norm; null: no clipping."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.lr <= 0:
+            problems.append(f"lr={self.lr}: must be above 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                problems.append(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
+        if self.epsilon <= 0:
+            problems.append(f"epsilon={self.epsilon}: must be above 0")
+        if self.weight_decay < 0:
+            problems.append(f"weight_decay={self.weight_decay}: must not be negative")
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            problems.append(f"grad_clip={self.grad_clip}: must be above 0; null turns clipping off")
+        _raise_if(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    kind: Literal["cosine", "wsd", "linear", "constant", "inverse_sqrt"] = "cosine"
+    """Shape of the learning rate after the warm-up; wsd is warm-up, stable, decay."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up from 0."""
+    min_ratio: float = 0.1
+    """Last learning rate as a fraction of the peak, for cosine, wsd and linear."""
+    decay_fraction: float = 0.2
+    """wsd: fraction of the budget over which the rate falls, linearly, at the end."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.warmup_steps < 0:
+            problems.append(f"warmup_steps={self.warmup_steps}: must not be negative")
+        if not 0 <= self.min_ratio <= 1:
+            problems.append(f"min_ratio={self.min_ratio}: must lie between 0 and 1")
+        if not 0 < self.decay_fraction <= 1:
+            problems.append(f"decay_fraction={self.decay_fraction}: must be above 0 and at most 1")
+        _raise_if(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    sequences: int = 256
+    """Sequences of one optimizer step, over all ranks."""
+    micro_batch: int = 8
+    """Sequences that one rank runs at a time; the rest is gradient accumulation."""
+    ramp_start: int | None = None
+    """Sequences of the first steps, growing to `sequences`; null: no ramp."""
+    ramp_increment: int | None = None
+    """Sequences by which a ramp grows at a time; null: by ramp_start."""
+    ramp_samples: int = 0
+    """Samples (sequences) after which the ramp has reached `sequences`."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("sequences", "micro_batch", "ramp_start", "ramp_increment"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"{name}={value}: must be at least 1")
+        if not problems and self.sequences % self.micro_batch:
+            problems.append(f"micro_batch={self.micro_batch}: must divide batch.sequences={self.sequences}")
+        if not problems and self.ramp_start is not None:
+            increment = self.ramp_increment or self.ramp_start
+            if self.ramp_start > self.sequences:
+                problems.append(f"ramp_start={self.ramp_start}: must not exceed batch.sequences={self.sequences}")
+            elif (self.sequences - self.ramp_start) % increment:
+                problems.append(
+                    f"ramp_increment={increment}: must divide the way from ramp_start={self.ramp_start} "
+                    f"to batch.sequences={self.sequences}"
+                )
+            if self.ramp_samples < 1:
+                problems.append(f"ramp_samples={self.ramp_samples}: a ramp needs its length in samples")
+        if self.ramp_start is None and (self.ramp_increment is not None or self.ramp_samples):
+            problems.append("ramp_start=null: ramp_increment and ramp_samples need a ramp_start; or leave them out")
+        _raise_if(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    tokens: int | None = None
+    """Train until this many tokens were read; give this or steps."""
+    steps: int | None = None
+    """Train for this many optimizer steps; give this or tokens."""
+    stop_at_step: int | None = None
+    """Save and stop after this step with exit code 85, to go on later; null: run to the budget."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if (self.tokens is None) == (self.steps is None):
+            problems.append(f"tokens={self.tokens}: give exactly one of budget.tokens and budget.steps")
+        for name in ("tokens", "steps", "stop_at_step"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"{name}={value}: must be at least 1")
+        _raise_if(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    zero: int = 1
+    """What ZeRO shards over the data-parallel ranks: 1 optimizer state, 2 and gradients, 3 and weights."""
+    bucket_elements: int = 50_000_000
+    """Elements that ZeRO reduces or gathers in one collective."""
+    recompute: Literal["none", "full"] = "none"
+    """Activations kept for the backward pass: all of them, or one per block and the rest computed again."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.zero not in (1, 2, 3):
+            way_out = "stage 0 is a different trainer without fp32 accumulation and NaN guard; use zero=1"
+            problems.append(f"zero={self.zero}: must be 1, 2 or 3; {way_out if self.zero == 0 else 'use zero=1'}")
+        if self.bucket_elements < 1:
+            problems.append(f"bucket_elements={self.bucket_elements}: must be at least 1")
+        _raise_if(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int | None = 1000
+    """Steps between checkpoints; null: only at the end and at a stop."""
+    keep_last: int = 2
+    """How many of the newest checkpoints are kept."""
+    keep_every_steps: int | None = None
+    """Checkpoints at multiples of this step are kept for ever; null: none."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("every_steps", "keep_every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"{name}={value}: must be at least 1")
+        if self.keep_last < 1:
+            problems.append(f"keep_last={self.keep_last}: must be at least 1, or there is nothing to resume from")
+        _raise_if(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    every_steps: int | None = 500
+    """Steps between evaluations on the held-out split; null: only at the end."""
+    max_samples: int | None = None
+    """Held-out sequences that are read; null: all of them."""
+    micro_batch: int | None = None
+    """Sequences that one rank evaluates at a time; null: batch.micro_batch."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("every_steps", "max_samples", "micro_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"{name}={value}: must be at least 1; null means none")
+        _raise_if(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    processes: int | None = None
+    """Ranks started on this machine; null: one per visible GPU, one on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What a rank computes on; auto: CUDA when this machine has it."""
+    dry_run: bool = False
+    """Print the resolved configuration and the plan, and stop."""
+    max_restarts: int = 0
+    """How often a crashed attempt is started again."""
+    backoff_seconds: float = 5.0
+    """Wait before the first restart; doubled at each further one."""
+    collective_timeout_seconds: float = 600.0
+    """How long a rank waits for the others in one collective before it gives up."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.processes is not None and self.processes < 1:
+            problems.append(f"processes={self.processes}: must be at least 1")
+        if self.max_restarts < 0:
+            problems.append(f"max_restarts={self.max_restarts}: must not be negative")
+        if self.backoff_seconds < 0:
+            problems.append(f"backoff_seconds={self.backoff_seconds}: must not be negative")
+        if self.collective_timeout_seconds <= 0:
+            problems.append(f"collective_timeout_seconds={self.collective_timeout_seconds}: must be above 0")
+        _raise_if(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    name: str = "run"
+    """Name of the run: its folder below run.folder, its name in Weights & Biases."""
+    folder: str = "runs"
+    """Folder that holds the folders of runs."""
+    seed: int = 1234
+    """Seed of initial weights, sample order and dropout."""
+    notes: str = ""
+    """Free text that is kept with the run."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        parts = self.name.split("/")
+        if not self.name or any(part in ("", ".", "..") for part in parts) or "\\" in self.name:
+            problems.append(f"name={self.name}: must be a relative path without '..', such as first or sweep/003")
+        if not 0 <= self.seed < 2**63:
+            problems.append(f"seed={self.seed}: must lie between 0 and 2**63 - 1")
+        _raise_if(problems)
+
+
+Precision = Literal["bf16", "fp32"]
+"""bf16: weights and activations in bf16, master weights and moments in fp32. fp32: everything in fp32."""
+

@@ -1,0 +1,114 @@
+"""Arithmetic of a model: parameters, FLOPs, bytes. Torch-free, so that a login node can print it.
+
+Sources: Kaplan et al. 2020 and the PaLM paper, appendix B, for the two FLOP conventions; Rajbhandari et al. 2020 for ZeRO.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from train.config.model import ModelConfig
+
+GIB = 1024**3
+
+
+def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Logical name -> logical shape of every parameter, in layer order; the tied head is not a parameter.
+
+    Fused matrices keep the axis along which tensor-parallel ranks cut: query-key-value is
+    [kv heads, queries per kv head + 2, head size, hidden], gate and up are [2, ffn, hidden].
+    """
+    hidden, ffn, head = model.hidden_size, model.ffn_size, model.head_dim
+    per_kv = model.num_heads // model.kv_heads + 2
+    shapes: dict[str, tuple[int, ...]] = {"embedding.tokens.weight": (model.padded_vocab_size, hidden)}
+    if model.positions == "learned":
+        shapes["embedding.positions.weight"] = (model.max_positions, hidden)
+
+    def norm(name: str) -> None:
+        shapes[f"{name}.weight"] = (hidden,)
+        if model.norm == "layer":
+            shapes[f"{name}.bias"] = (hidden,)
+
+    def linear(name: str, out: tuple[int, ...], inner: int) -> None:
+        shapes[f"{name}.weight"] = (*out, inner)
+        if model.bias:
+            shapes[f"{name}.bias"] = out
+
+    for number in range(model.num_layers):
+        block = f"blocks.{number}"
+        norm(f"{block}.attention_norm")
+        linear(f"{block}.attention.qkv", (model.kv_heads, per_kv, head), hidden)
+        linear(f"{block}.attention.output", (hidden,), model.num_heads * head)
+        norm(f"{block}.mlp_norm")
+        if model.mlp == "swiglu":
+            linear(f"{block}.mlp.gate_up", (2, ffn), hidden)
+        else:
+            linear(f"{block}.mlp.up", (ffn,), hidden)
+        linear(f"{block}.mlp.down", (hidden,), ffn)
+    norm("final_norm")
+    if not model.tied_head:
+        shapes["head.weight"] = (model.padded_vocab_size, hidden)
+    return shapes
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Number of parameters, embedding and padding rows included."""
+    return sum(prod(shape) for shape in parameter_shapes(model).values())
+
+
+def num_matmul_parameters(model: ModelConfig) -> int:
+    """Number of parameters that every token is multiplied with: all matrices but the lookup tables, the head always."""
+    shapes = parameter_shapes(model)
+    blocks = sum(prod(s) for n, s in shapes.items() if n.startswith("blocks.") and n.endswith("weight") and len(s) > 1)
+    return blocks + model.padded_vocab_size * model.hidden_size
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> tuple[int, int]:
+    """Training FLOPs of one token, forward and backward: (attention counted in full, attention counted causally).
+
+    6 per matmul parameter, and 12 (6 when causal) x layers x attention width x sequence length.
+    """
+    matmul = 6 * num_matmul_parameters(model)
+    attention = 6 * model.num_layers * model.num_heads * model.head_dim * sequence_length
+    return matmul + 2 * attention, matmul + attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on one rank; activations are an estimate for kernels that hold no S x S matrix."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts, in bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def memory_per_rank(
+    model: ModelConfig, *, micro_tokens: int, data_parallel: int, zero: int, bytes_per_value: int, recompute: str
+) -> MemoryEstimate:
+    """Estimate the bytes that one rank holds, for `micro_tokens` tokens at a time.
+
+    bf16 keeps fp32 gradient accumulators, fp32 master weights and both moments; fp32 the same without a bf16 copy.
+    """
+    parameters = num_parameters(model)
+    shard = -(-parameters // data_parallel)
+    attention_width = (model.num_heads + 2 * model.kv_heads) * model.head_dim
+    mlp_width = model.ffn_size * (4 if model.mlp == "swiglu" else 2)
+    per_block = 6 * model.hidden_size + attention_width + model.num_heads * model.head_dim + mlp_width
+    held_blocks = model.num_layers if recompute == "none" else 1
+    kept_inputs = 0 if recompute == "none" else model.num_layers * model.hidden_size
+    activations = micro_tokens * bytes_per_value * (held_blocks * per_block + kept_inputs + 2 * model.hidden_size)
+    return MemoryEstimate(
+        weights=bytes_per_value * (shard if zero == 3 else parameters),
+        gradients=4 * (shard if zero >= 2 else parameters),
+        optimizer=12 * shard,
+        activations=activations,
+        logits=micro_tokens * model.padded_vocab_size * (2 * 4 + bytes_per_value),
+    )

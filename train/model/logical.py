@@ -1,0 +1,53 @@
+"""Logical tensors: the name and shape a parameter has in every layout, and the slice of it that a rank holds.
+
+Checkpoints, initial values and exports speak of logical tensors only; how ranks cut them is known here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogicalTensor:
+    """One parameter as a rank holds it: `shape` is the whole; the rank has part `index` of `parts` along `dim`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int = 0
+    index: int = 0
+    parts: int = 1
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of this rank's slice."""
+        shape = list(self.shape)
+        shape[self.dim] //= self.parts
+        return tuple(shape)
+
+    @property
+    def local_numel(self) -> int:
+        """Number of elements of this rank's slice."""
+        return prod(self.local_shape)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This rank's slice of a tensor of the logical shape."""
+        return whole.view(self.shape).chunk(self.parts, dim=self.dim)[self.index]
+
+
+def tag(parameter: nn.Parameter, logical: LogicalTensor) -> None:
+    """Remember on the parameter which logical tensor it is; the mark survives ZeRO 3's partitioning."""
+    parameter.logical = logical  # type: ignore[attr-defined]
+
+
+def logical_of(parameter: nn.Parameter) -> LogicalTensor:
+    """The logical tensor that `parameter` was tagged with."""
+    return parameter.logical  # type: ignore[attr-defined]
+
+
+def logical_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Logical name -> parameter, each once (a tied weight is one parameter), in the order of the layers."""
+    return {logical_of(parameter).name: parameter for parameter in module.parameters()}

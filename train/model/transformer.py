@@ -1,0 +1,252 @@
+"""The model definition: embedding, blocks, final norm, loss head, as a list of layers.
+
+Every layer takes and returns one tuple of fixed-shape tensors, so that the same list runs in one process, under ZeRO, or
+cut into pipeline stages:
+
+    (tokens [T] int64 | hidden [T, H], labels [T] int64, positions [T] int64, document bounds [max bounds] int32)
+
+Shapes: B sequences, S positions, T = B x S tokens batch-major, H hidden, N query heads, K key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from train.config.model import ModelConfig
+from train.model.attention import Mask, attend, causal_mask
+from train.model.heads import LossHead
+from train.model.init import initial_value
+from train.model.layers import MLPS, Norm, rotary_frequencies, rotary_tables, rotate
+from train.model.logical import LogicalTensor, logical_of, tag
+from train.model.tensor_parallel import expand_linear, reduce_linear, vocab_embedding
+
+State: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a micro-batch is to be read: sequences of one length, documents kept apart or not, recompute or not."""
+
+    sequence_length: int
+    document_mask: bool
+    recompute: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derived:
+    """What the blocks of one micro-batch share: the mask, and the rotary tables when positions are rotary."""
+
+    mask: Mask
+    rotary: tuple[Tensor, Tensor] | None
+
+
+class Deriver:
+    """Computes `Derived` once a micro-batch: the blocks of a process ask with the same tensors one after another."""
+
+    def __init__(self, model: ModelConfig, reading: Reading) -> None:
+        self.reading = reading
+        self.frequency = rotary_frequencies(model.head_dim, model.rope) if model.positions == "rotary" else None
+        self._asked: tuple[Tensor, Tensor, torch.dtype] | None = None
+        self._answer: Derived | None = None
+
+    def derive(self, positions_T: Tensor, document_bounds: Tensor, dtype: torch.dtype) -> Derived:
+        """The mask and tables of a micro-batch; computed anew only for tensors other than the last ones."""
+        # The tensors are held, so that identity cannot be that of a freed one.
+        if self._asked and self._asked[0] is positions_T and self._asked[1] is document_bounds and self._asked[2] == dtype:
+            return self._answer
+        with torch.no_grad():
+            mask = causal_mask(
+                document_bounds,
+                num_tokens=positions_T.shape[0],
+                sequence_length=self.reading.sequence_length,
+                packed=self.reading.document_mask,
+            )
+            rotary = None
+            if self.frequency is not None:
+                rotary = rotary_tables(positions_T, self.frequency.to(positions_T.device), dtype)
+        self._asked, self._answer = (positions_T, document_bounds, dtype), Derived(mask=mask, rotary=rotary)
+        return self._answer
+
+
+class Embedding(nn.Module):
+    """Token embedding, and the learned positions of models that have them."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = model.dropout
+        self.tokens = vocab_embedding("embedding.tokens", model)
+        self.positions = None
+        if model.positions == "learned":
+            self.positions = nn.Embedding(model.max_positions, model.hidden_size)
+            shape = (model.max_positions, model.hidden_size)
+            tag(self.positions.weight, LogicalTensor(name="embedding.positions.weight", shape=shape))
+
+    def embed(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
+        """[T] ids and positions -> [T, H]."""
+        hidden_TH = self.tokens(tokens_T)
+        if self.positions is not None:
+            hidden_TH = hidden_TH + self.positions(positions_T)
+        return F.dropout(hidden_TH, self.dropout, self.training and self.dropout > 0)
+
+    def forward(self, state: State) -> State:
+        """Replace the tokens of the tuple by their hidden states."""
+        tokens_T, labels_T, positions_T, bounds = state
+        return self.embed(tokens_T, positions_T), labels_T, positions_T, bounds
+
+
+class Attention(nn.Module):
+    """Self-attention with fused query-key-value rows, grouped by key-value head: [K, N/K queries, key, value, D]."""
+
+    def __init__(self, name: str, model: ModelConfig) -> None:
+        super().__init__()
+        self.kv_heads, self.head_dim = model.kv_heads, model.head_dim
+        self.queries_per_kv = model.num_heads // model.kv_heads
+        self.dropout = model.dropout
+        self.qkv = expand_linear(f"{name}.qkv", (model.kv_heads, self.queries_per_kv + 2, model.head_dim), model)
+        self.output = reduce_linear(f"{name}.output", model.num_heads * model.head_dim, model)
+
+    def project(self, hidden_TH: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, N, D], keys and values [T, K, D], turned by their positions."""
+        tokens = hidden_TH.shape[0]
+        rows = self.qkv(hidden_TH).view(tokens, self.kv_heads, self.queries_per_kv + 2, self.head_dim)
+        query_TND = rows[:, :, :-2].reshape(tokens, -1, self.head_dim)
+        key_TKD, value_TKD = rows[:, :, -2], rows[:, :, -1]
+        if rotary is not None:
+            query_TND, key_TKD = rotate(query_TND, *rotary), rotate(key_TKD, *rotary)
+        return query_TND, key_TKD, value_TKD
+
+    def forward(self, hidden_TH: Tensor, derived: Derived) -> Tensor:
+        """[T, H] -> [T, H]."""
+        query_TND, key_TKD, value_TKD = self.project(hidden_TH, derived.rotary)
+        dropout = self.dropout if self.training else 0.0
+        mixed_TND = attend(query_TND, key_TKD, value_TKD, derived.mask, dropout=dropout)
+        return self.output(mixed_TND.flatten(1))
+
+
+class Block(nn.Module):
+    """Pre-norm decoder block: attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, number: int, model: ModelConfig, deriver: Deriver) -> None:
+        super().__init__()
+        name = f"blocks.{number}"
+        self.dropout = model.dropout
+        self.deriver = deriver
+        self.attention_norm = Norm(f"{name}.attention_norm", model)
+        self.attention = Attention(f"{name}.attention", model)
+        self.mlp_norm = Norm(f"{name}.mlp_norm", model)
+        self.mlp = MLPS[model.mlp](f"{name}.mlp", model)
+
+    def body(self, hidden_TH: Tensor, derived: Derived) -> Tensor:
+        """The block's arithmetic: [T, H] -> [T, H]."""
+        hidden_TH = hidden_TH + self._drop(self.attention(self.attention_norm(hidden_TH), derived))
+        return hidden_TH + self._drop(self.mlp(self.mlp_norm(hidden_TH)))
+
+    def forward(self, state: State) -> State:
+        """Advance the hidden states of the tuple by one block."""
+        hidden_TH, labels_T, positions_T, bounds = state
+        derived = self.deriver.derive(positions_T, bounds, hidden_TH.dtype)
+        if self.deriver.reading.recompute and torch.is_grad_enabled():
+            hidden_TH = checkpoint(self.body, hidden_TH, derived, use_reentrant=False)
+        else:
+            hidden_TH = self.body(hidden_TH, derived)
+        return hidden_TH, labels_T, positions_T, bounds
+
+    def _drop(self, update_TH: Tensor) -> Tensor:
+        return F.dropout(update_TH, self.dropout, self.training) if self.dropout else update_TH
+
+
+class FinalNorm(Norm):
+    """The norm before the head."""
+
+    def forward(self, state: State) -> State:
+        """Normalise the hidden states of the tuple."""
+        hidden_TH, labels_T, positions_T, bounds = state
+        return super().forward(hidden_TH), labels_T, positions_T, bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One entry of the model: its name, how to build it, and the attribute that holds a weight tied to `tied_key`."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    tied_key: str | None = None
+    tied_weight: str | None = None
+
+
+def build_layers(model: ModelConfig, reading: Reading, *, seed: int) -> list[Layer]:
+    """THE model: its layers in order, each built and initialised when asked, so that a stage builds only its own."""
+    deriver = Deriver(model, reading)
+
+    def made(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+        return lambda: initialise(make(), model, seed)
+
+    tied = "embedding" if model.tied_head else None
+    layers = [
+        Layer(
+            name="embedding", build=made(lambda: Embedding(model)), tied_key=tied, tied_weight=tied and "tokens.weight"
+        )
+    ]
+    for number in range(model.num_layers):
+        layers.append(Layer(name=f"blocks.{number}", build=made(lambda number=number: Block(number, model, deriver))))
+    layers.append(Layer(name="final_norm", build=made(lambda: FinalNorm("final_norm", model))))
+    layers.append(
+        Layer(name="head", build=made(lambda: LossHead(model)), tied_key=tied, tied_weight=tied and "output.weight")
+    )
+    return layers
+
+
+def initialise(module: nn.Module, model: ModelConfig, seed: int) -> nn.Module:
+    """Fill every parameter of `module` with its initial value; returns the module."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(initial_value(model, logical_of(parameter), seed).view_as(parameter))
+    return module
+
+
+class Decoder(nn.Module):
+    """The layers in one process, one after another; every parameter is tagged with its logical tensor."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        super().__init__()
+        self.names = [layer.name for layer in layers]
+        tied: dict[str, nn.Parameter] = {}
+        for layer in layers:
+            module = layer.build()
+            if layer.tied_key is not None:
+                owner_name, _, attribute = layer.tied_weight.rpartition(".")
+                owner = module.get_submodule(owner_name)
+                tied.setdefault(layer.tied_key, getattr(owner, attribute))
+                setattr(owner, attribute, tied[layer.tied_key])
+            self.add_module(layer.name.replace(".", "_"), module)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers in order."""
+        return [getattr(self, name.replace(".", "_")) for name in self.names]
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The decoder blocks in order."""
+        return [layer for layer in self.layers if isinstance(layer, Block)]
+
+    def forward(self, tokens_T: Tensor, labels_T: Tensor, positions_T: Tensor, bounds: Tensor) -> tuple:
+        """(objective, loss, targets) of a micro-batch: see `LossHead.forward`."""
+        state = (tokens_T, labels_T, positions_T, bounds)
+        for layer in self.layers:
+            state = layer(state)
+        return state
+
+    def logits(self, tokens_T: Tensor, positions_T: Tensor, bounds: Tensor) -> Tensor:
+        """[T, V] of a micro-batch, in the model's dtype."""
+        state = (tokens_T, tokens_T, positions_T, bounds)
+        for layer in self.layers[:-1]:
+            state = layer(state)
+        return self.layers[-1].logits(state[0])

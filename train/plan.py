@@ -1,0 +1,166 @@
+"""RunPlan: all that follows from the configuration, the corpus and the world size. Torch-free: a login node prints it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from conf.errors import ConfigError
+from train.config.pretrain import PretrainConfig
+from train.model import cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRamp:
+    """Global batch, in sequences, as a function of the samples consumed so far."""
+
+    full: int
+    start: int
+    increment: int
+    samples: int
+
+    def at(self, consumed_samples: int) -> int:
+        """Sequences of the step that begins after `consumed_samples`."""
+        if self.samples == 0 or consumed_samples >= self.samples:
+            return self.full
+        stages = (self.full - self.start) // self.increment
+        return self.start + self.increment * (consumed_samples * stages // self.samples)
+
+    def sizes(self) -> list[int]:
+        """Every batch size that occurs."""
+        return list(range(self.start, self.full + 1, self.increment)) if self.samples else [self.full]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What a run will do: sizes of its steps, its end, its cost. Frozen; the same on every rank."""
+
+    world_size: int
+    data_parallel: int
+    micro_batch: int
+    sequence_length: int
+    ramp: BatchRamp
+    total_steps: int
+    total_samples: int
+    warmup_samples: int
+    parameters: int
+    flops_per_token_full: int
+    flops_per_token_causal: int
+    memory: cost.MemoryEstimate
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step once the ramp is over."""
+        return self.ramp.full * self.sequence_length
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that the whole run reads."""
+        return self.total_samples * self.sequence_length
+
+    def batch_at(self, consumed_samples: int) -> int:
+        """Sequences of the step that begins after `consumed_samples`."""
+        return self.ramp.at(consumed_samples)
+
+    def micro_batches_at(self, consumed_samples: int) -> int:
+        """Micro-batches that each rank runs in the step that begins after `consumed_samples`."""
+        return self.batch_at(consumed_samples) // (self.micro_batch * self.data_parallel)
+
+
+def make_plan(config: PretrainConfig, world_size: int) -> RunPlan:
+    """Work out the plan of `config` on `world_size` ranks.
+
+    Raises ConfigError when the batch cannot be divided among the ranks, or the model has no vocabulary size yet.
+    """
+    data_parallel = world_size
+    batch = config.batch
+    ramp = BatchRamp(
+        full=batch.sequences,
+        start=batch.ramp_start or batch.sequences,
+        increment=batch.ramp_increment or batch.ramp_start or batch.sequences,
+        samples=batch.ramp_samples,
+    )
+    per_pass = batch.micro_batch * data_parallel
+    if uneven := [size for size in ramp.sizes() if size % per_pass]:
+        raise ConfigError(
+            [
+                f"batch.sequences={', '.join(map(str, uneven))}: must be a multiple of batch.micro_batch={batch.micro_batch} "
+                f"x {data_parallel} data-parallel ranks = {per_pass}; change batch.sequences, batch.micro_batch or the "
+                f"number of processes"
+            ]
+        )
+    sequence_length = config.data.sequence_length
+    total_steps, total_samples, warmup_samples = _walk(config, ramp)
+    full, causal = cost.flops_per_token(config.model, sequence_length)
+    return RunPlan(
+        world_size=world_size,
+        data_parallel=data_parallel,
+        micro_batch=batch.micro_batch,
+        sequence_length=sequence_length,
+        ramp=ramp,
+        total_steps=total_steps,
+        total_samples=total_samples,
+        warmup_samples=warmup_samples,
+        parameters=cost.num_parameters(config.model),
+        flops_per_token_full=full,
+        flops_per_token_causal=causal,
+        memory=cost.memory_per_rank(
+            config.model,
+            micro_tokens=batch.micro_batch * sequence_length,
+            data_parallel=data_parallel,
+            zero=config.parallel.zero,
+            bytes_per_value=2 if config.precision == "bf16" else 4,
+            recompute=config.parallel.recompute,
+        ),
+    )
+
+
+def _walk(config: PretrainConfig, ramp: BatchRamp) -> tuple[int, int, int]:
+    """(total steps, total samples, samples of the warm-up): the ramp step by step, the rest in closed form."""
+    target_steps = config.budget.steps
+    target_samples = None
+    if config.budget.tokens is not None:
+        target_samples = -(-config.budget.tokens // config.data.sequence_length)
+
+    def reached(steps: int, samples: int) -> bool:
+        if target_steps is not None:
+            return steps >= target_steps
+        assert target_samples is not None
+        return samples >= target_samples
+
+    warmup_steps = config.schedule.warmup_steps
+    steps = samples = 0
+    warmup_samples = 0 if warmup_steps == 0 else None
+    while samples < ramp.samples and not reached(steps, samples):
+        samples += ramp.at(samples)
+        steps += 1
+        if steps == warmup_steps:
+            warmup_samples = samples
+    if warmup_samples is None:
+        warmup_samples = samples + (warmup_steps - steps) * ramp.full
+    if not reached(steps, samples):
+        left = target_steps - steps if target_steps is not None else -(-(target_samples - samples) // ramp.full)
+        steps += left
+        samples += left * ramp.full
+    return steps, samples, warmup_samples
+
+
+def describe(plan: RunPlan, config: PretrainConfig, *, train_tokens: int | None = None) -> list[str]:
+    """The plan as lines for a person."""
+    passes = plan.micro_batches_at(plan.total_samples)
+    memory, gib = plan.memory, cost.GIB
+    lines = [
+        f"ranks            {plan.world_size} ({plan.data_parallel} data-parallel), ZeRO {config.parallel.zero}, {config.precision}",
+        f"model            {plan.parameters:,} parameters",
+        f"step             {plan.ramp.full} sequences x {plan.sequence_length} = {plan.tokens_per_step:,} tokens; "
+        f"{passes} micro-batches of {plan.micro_batch} on each rank",
+        f"budget           {plan.total_steps:,} steps, {plan.total_tokens:,} tokens"
+        + (f", {plan.total_tokens / train_tokens:.2f} epochs of the corpus" if train_tokens else "")
+        + f", {plan.total_tokens / plan.parameters:.1f} tokens per parameter",
+        f"compute          {plan.flops_per_token_full / 1e6:,.1f} MFLOP a token (attention in full), "
+        f"{plan.flops_per_token_causal / 1e6:,.1f} (causal); {plan.flops_per_token_full * plan.total_tokens:.3g} FLOP in all",
+        f"memory per rank  {memory.total / gib:.2f} GiB: weights {memory.weights / gib:.2f}, gradients {memory.gradients / gib:.2f}, "
+        f"optimizer {memory.optimizer / gib:.2f}, activations about {memory.activations / gib:.2f}, logits {memory.logits / gib:.2f}",
+    ]
+    if plan.ramp.samples:
+        lines.insert(3, f"ramp             {plan.ramp.start} -> {plan.ramp.full} sequences over {plan.ramp.samples:,} samples")
+    return lines
