@@ -53,8 +53,8 @@ def attend(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, mask: Mask, *,
     return output_BNSD.transpose(1, 2).reshape(query_TND.shape)
 
 
-def attend_cached(query_BNSD: Tensor, key_BKPD: Tensor, value_BKPD: Tensor, allowed_B1SP: Tensor) -> Tensor:
-    """Attention of S new positions over P cached ones; returns [B, N, S, D]."""
+def attend_cached(query_BNSD: Tensor, key_BKPD: Tensor, value_BKPD: Tensor, allowed_B1SP: Tensor | None) -> Tensor:
+    """Attention of S new positions over P cached ones; returns [B, N, S, D]. `allowed` None: each sees all of them."""
     return F.scaled_dot_product_attention(
         query_BNSD,
         key_BKPD,

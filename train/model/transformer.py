@@ -144,8 +144,12 @@ class Block(nn.Module):
         self.mlp = MLPS[model.mlp](f"{name}.mlp", model)
 
     def body(self, hidden_TH: Tensor, derived: Derived) -> Tensor:
-        """The block's arithmetic: [T, H] -> [T, H]."""
-        hidden_TH = hidden_TH + self._drop(self.attention(self.attention_norm(hidden_TH), derived))
+        """The block's arithmetic in training: [T, H] -> [T, H]."""
+        return self.around(hidden_TH, lambda normed_TH: self.attention(normed_TH, derived))
+
+    def around(self, hidden_TH: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+        """The block's arithmetic around any `attention` [T, H] -> [T, H]; a cached one attends over other keys."""
+        hidden_TH = hidden_TH + self._drop(attention(self.attention_norm(hidden_TH)))
         return hidden_TH + self._drop(self.mlp(self.mlp_norm(hidden_TH)))
 
     def forward(self, state: State) -> State:
@@ -181,12 +185,15 @@ class Layer:
     tied_weight: str | None = None
 
 
-def build_layers(model: ModelConfig, reading: Reading, *, seed: int) -> list[Layer]:
-    """THE model: its layers in order, each built and initialised when asked, so that a stage builds only its own."""
+def build_layers(model: ModelConfig, reading: Reading, *, seed: int | None) -> list[Layer]:
+    """THE model: its layers in order, each built and initialised when asked, so that a stage builds only its own.
+
+    `seed` None leaves the values unset, for a caller that puts others in their place.
+    """
     deriver = Deriver(model, reading)
 
     def made(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-        return lambda: initialise(make(), model, seed)
+        return make if seed is None else lambda: initialise(make(), model, seed)
 
     tied = "embedding" if model.tied_head else None
     layers = [

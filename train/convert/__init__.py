@@ -1,0 +1,1 @@
+"""Exchange with other formats: key maps with proof, the Hugging Face export."""

@@ -1,0 +1,115 @@
+"""Incremental decoding: the key-value cache, and the decoder's own modules run over it.
+
+Shapes: L layers, B sequences, S new positions, P cached positions, T = B x S, N query heads, K key-value heads, D head size,
+H hidden, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from conf.errors import UserError
+from train.config.model import ModelConfig
+from train.model.attention import attend_cached
+from train.model.layers import rotary_frequencies, rotary_tables
+from train.model.transformer import Block, Decoder
+
+
+class KeyValueCache:
+    """Keys and values of every layer, allocated once for `capacity` positions."""
+
+    def __init__(
+        self, model: ModelConfig, *, num_sequences: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape_BKPD = (num_sequences, model.kv_heads, capacity, model.head_dim)
+        self.keys = [torch.empty(shape_BKPD, dtype=dtype, device=device) for _ in range(model.num_layers)]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
+        self.capacity = capacity
+        self.length = 0
+        """Positions that are filled, in every sequence alike."""
+
+    def put(self, layer: int, key_BKSD: Tensor, value_BKSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store S positions after the filled ones; returns views [B, K, length + S, D] of all keys and values."""
+        end = self.length + key_BKSD.shape[2]
+        self.keys[layer][:, :, self.length : end] = key_BKSD
+        self.values[layer][:, :, self.length : end] = value_BKSD
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def repeat(self, num_sequences: int) -> KeyValueCache:
+        """A cache of `num_sequences` sequences that all begin as the only sequence of this one."""
+        copy = object.__new__(KeyValueCache)
+        copy.keys = [keys.repeat(num_sequences, 1, 1, 1) for keys in self.keys]
+        copy.values = [values.repeat(num_sequences, 1, 1, 1) for values in self.values]
+        copy.capacity, copy.length = self.capacity, self.length
+        return copy
+
+
+class CachedDecoder:
+    """The modules of a `Decoder`, run over new positions only."""
+
+    def __init__(self, decoder: Decoder, model: ModelConfig) -> None:
+        self.model = model
+        self.embedding, *_, self.final_norm, self.head = decoder.layers
+        self.blocks = decoder.blocks
+        self.weight = self.embedding.tokens.weight
+        self.frequency = None
+        if model.positions == "rotary":
+            self.frequency = rotary_frequencies(model.head_dim, model.rope).to(self.weight.device)
+
+    def new_cache(self, *, num_sequences: int, capacity: int) -> KeyValueCache:
+        """An empty cache in the decoder's dtype and on its device.
+
+        Raises UserError when `capacity` exceeds the model's longest context.
+        """
+        if capacity > self.model.max_positions:
+            raise UserError(
+                f"a context of {capacity} tokens exceeds model.max_positions={self.model.max_positions}; "
+                "shorten the prompt or lower max_new_tokens"
+            )
+        return KeyValueCache(
+            self.model,
+            num_sequences=num_sequences,
+            capacity=capacity,
+            dtype=self.weight.dtype,
+            device=self.weight.device,
+        )
+
+    @torch.inference_mode()
+    def advance(self, tokens_BS: Tensor, cache: KeyValueCache) -> Tensor:
+        """Run S new positions of every sequence after the cached ones, and cache them; returns hidden [B, S, H]."""
+        num_sequences, num_new = tokens_BS.shape
+        start, end = cache.length, cache.length + num_new
+        assert end <= cache.capacity, f"{end} positions do not fit a cache of {cache.capacity}"
+        positions_S = torch.arange(start, end, device=tokens_BS.device)
+        positions_T = positions_S.repeat(num_sequences)
+        hidden_TH = self.embedding.embed(tokens_BS.flatten(), positions_T)
+        rotary = None
+        if self.frequency is not None:
+            rotary = rotary_tables(positions_T, self.frequency, hidden_TH.dtype)
+        # A single new position sees everything: without a mask the fast kernels stay open to it.
+        allowed_11SP = None
+        if num_new > 1:
+            allowed_11SP = (positions_S[:, None] >= torch.arange(end, device=tokens_BS.device))[None, None]
+
+        for layer, block in enumerate(self.blocks):
+
+            def attention(normed_TH: Tensor, layer: int = layer, block: Block = block) -> Tensor:
+                parts = block.attention.project(normed_TH, rotary)
+                query_BNSD, key_BKSD, value_BKSD = (
+                    part.view(num_sequences, num_new, *part.shape[1:]).transpose(1, 2) for part in parts
+                )
+                key_BKPD, value_BKPD = cache.put(layer, key_BKSD, value_BKSD)
+                mixed_BNSD = attend_cached(query_BNSD, key_BKPD, value_BKPD, allowed_11SP)
+                return block.attention.output(mixed_BNSD.transpose(1, 2).reshape(normed_TH.shape[0], -1))
+
+            hidden_TH = block.around(hidden_TH, attention)
+        cache.length = end
+        return hidden_TH.view(num_sequences, num_new, -1)
+
+    @torch.inference_mode()
+    def logits(self, hidden_BSH: Tensor) -> Tensor:
+        """[B, S, V] in fp32; the columns beyond the real vocabulary hold -inf."""
+        # FinalNorm takes the layers' tuple and reads its first entry only.
+        normed_TH = self.final_norm((hidden_BSH.flatten(0, 1), None, None, None))[0]
+        return self.head.logits(normed_TH).float().view(*hidden_BSH.shape[:2], -1)

@@ -1,0 +1,76 @@
+"""Weights into a decoder in one process, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from conf.errors import UserError
+from train.config.model import ModelConfig
+from train.config.pretrain import PretrainConfig
+from train.model.logical import logical_of, tag
+from train.model.transformer import Decoder, Reading, build_layers
+
+
+class WeightReader(Protocol):
+    """What a checkpoint gives to a reader of weights."""
+
+    config: PretrainConfig
+
+    def read(self, name: str, kind: str = "weight") -> Tensor:
+        """The fp32 tensor of a logical name, of its logical shape."""
+
+
+def resolve_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device that `name` asks for; auto is CUDA when this machine has it.
+
+    Raises UserError when CUDA is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: this machine has no usable CUDA device; use device=auto or device=cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def resolve_dtype(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations; auto is bf16 on CUDA, fp32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def load_decoder(
+    reader: WeightReader, dtype: torch.dtype, *, device: torch.device, reading: Reading | None = None
+) -> Decoder:
+    """The checkpoint's model on `device`, in evaluation mode and without gradients.
+
+    `reading` matters to `Decoder.forward` alone; None: one sequence of the run's length, as its data was read.
+    """
+    config = reader.config
+    if reading is None:
+        reading = Reading(sequence_length=config.data.sequence_length, document_mask=config.data.document_mask)
+    return assemble_decoder(config.model, reader.read, dtype=dtype, device=device, reading=reading)
+
+
+def assemble_decoder(
+    model: ModelConfig, read: Callable[[str], Tensor], *, dtype: torch.dtype, device: torch.device, reading: Reading
+) -> Decoder:
+    """A decoder whose weights come from `read(logical name)`; holds one fp32 tensor beside the model at a time."""
+    with torch.device("meta"):  # neither memory nor time for values that are replaced at once
+        decoder = Decoder(build_layers(model, reading, seed=None))
+    loaded: dict[str, nn.Parameter] = {}
+    for module in decoder.modules():
+        for attribute, empty in list(module.named_parameters(recurse=False)):
+            logical = logical_of(empty)
+            if logical.name not in loaded:  # a tied weight is met twice, and stays one
+                whole = read(logical.name).reshape(empty.shape)
+                # A copy, so that a reader may hand out its own memory.
+                weight = torch.empty_like(whole, device=device, dtype=dtype).copy_(whole)
+                loaded[logical.name] = nn.Parameter(weight, requires_grad=False)
+                tag(loaded[logical.name], logical)
+            setattr(module, attribute, loaded[logical.name])
+    return decoder.eval()
