@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.rendezvous import open_store
-
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelContext:
@@ -84,6 +82,8 @@ def start_rank(device: str, timeout_seconds: float) -> ParallelContext:
     A rank started by srun has SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID in their place.
     `device` is "cpu" or "cuda". A collective that takes longer than `timeout_seconds` fails.
     """
+    from train.rendezvous import open_store
+
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))

@@ -1,0 +1,102 @@
+"""Batches with uneven targets and the engine that runs them, for the tests of layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train.config.model import ModelConfig
+from train.config.training import OptimConfig, ParallelConfig
+from train.engine import Engine
+from train.model.transformer import Reading, build_layers
+from train.parallel import ParallelContext
+
+SEQUENCE, SEQUENCES, MICRO = 16, 8, 2
+# The gradient of a key bias is zero in theory: without a floor Adam would blow its rounding noise up to full steps.
+LR, EPSILON = 3e-3, 1e-5
+
+TINY = ModelConfig(
+    family="llama", num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=48, max_positions=SEQUENCE,
+    vocab_size=61, vocab_multiple=16, positions="rotary", norm="rms", mlp="swiglu", bias=False, tied_head=True,
+)  # fmt: skip
+TINY_GPT2 = ModelConfig(
+    family="gpt2", num_layers=2, hidden_size=32, num_heads=4, ffn_size=64, max_positions=SEQUENCE,
+    vocab_size=61, vocab_multiple=16, positions="learned", norm="layer", mlp="gelu", bias=True, tied_head=True,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch as the engine reads it."""
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    document_bounds: Tensor
+    target_tokens: int
+
+
+def sample(sample_id: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Tokens, labels, positions and document starts of one sequence; how many labels count differs widely."""
+    generator = torch.Generator().manual_seed(1000 + sample_id)
+    tokens = torch.randint(0, TINY.vocab_size, (SEQUENCE + 1,), generator=generator)
+    labels = tokens[1:].clone()
+    labels[: sample_id % (SEQUENCE - 1)] = -100
+    cut = 1 + sample_id % (SEQUENCE - 1)
+    positions = torch.cat([torch.arange(cut), torch.arange(SEQUENCE - cut)])
+    return tokens[:-1], labels, positions, [0, cut]
+
+
+def micro_batch(sample_ids: list[int]) -> Batch:
+    """Several samples as one packed micro-batch."""
+    rows = [sample(sample_id) for sample_id in sample_ids]
+    starts = [SEQUENCE * row + start for row, (_, _, _, cuts) in enumerate(rows) for start in cuts]
+    total = SEQUENCE * len(rows)
+    bounds = torch.tensor(starts + [total] * (3 * len(rows) + 1 - len(starts)), dtype=torch.int32)
+    labels = torch.cat([row[1] for row in rows])
+    return Batch(
+        tokens=torch.cat([row[0] for row in rows]),
+        labels=labels,
+        positions=torch.cat([row[2] for row in rows]),
+        document_bounds=bounds,
+        target_tokens=int((labels != -100).sum()),
+    )
+
+
+def batches_of_step(step: int, context: ParallelContext) -> list[Batch]:
+    """This rank's micro-batches of `step`: the same samples whatever the number of ranks."""
+    ids = range(step * SEQUENCES, (step + 1) * SEQUENCES)
+    passes = SEQUENCES // (MICRO * context.data_parallel)
+    chunks = [list(ids[k * MICRO : (k + 1) * MICRO]) for k in range(SEQUENCES // MICRO)]
+    return [micro_batch(chunks[index * context.data_parallel + context.data_rank]) for index in range(passes)]
+
+
+def make_engine(context: ParallelContext, *, zero: int, precision: str, model: ModelConfig = TINY) -> Engine:
+    """A fresh engine for `model`; clipping is tight enough to be active."""
+    reading = Reading(sequence_length=SEQUENCE, document_mask=True)
+    return Engine(
+        build_layers(model, reading, seed=7),
+        optim=OptimConfig(lr=LR, epsilon=EPSILON, grad_clip=0.5, weight_decay=0.1),
+        parallel=ParallelConfig(zero=zero, bucket_elements=5000),
+        precision=precision,
+        micro_batch=MICRO,
+        dropout_seed=3,
+        context=context,
+    )
+
+
+def logical_state(engine: Engine, context: ParallelContext) -> dict[str, Tensor]:
+    """Every weight and moment, whole, by 'kind/logical name', on every rank."""
+    pieces = [
+        (kind, piece.logical.name, piece.logical.shape, piece.start, tensor.clone())
+        for piece in engine.fragments()
+        for kind, tensor in piece.tensors.items()
+    ]
+    whole: dict[str, Tensor] = {}
+    for rank_pieces in context.gather_to_all(pieces):
+        for kind, name, shape, start, tensor in rank_pieces:
+            target = whole.setdefault(f"{kind}/{name}", torch.full(shape, float("nan")))
+            target.view(-1)[start : start + tensor.numel()] = tensor
+    return whole

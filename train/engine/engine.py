@@ -1,0 +1,187 @@
+"""The training step. ZeRO stage, precision and accumulation are settled here; the loop sees plain numbers.
+
+The loss is normalised by the global number of target tokens, summed over all ranks and micro-batches before the first
+backward pass, so uneven packing does not weigh some tokens more than others.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from train.config.training import OptimConfig, ParallelConfig, Precision
+from train.engine import fragments
+from train.model.init import keyed_seed
+from train.model.transformer import Decoder, Layer
+from train.optim import parameter_groups
+from train.parallel import ParallelContext
+
+
+class Batch(Protocol):
+    """What the engine reads of a micro-batch; shapes as in `data_pipeline.loader.MicroBatch`."""
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    document_bounds: Tensor
+    target_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One optimizer step over all ranks. `grad_norm` is taken before clipping; `skipped` means no weight was touched."""
+
+    loss_sum: float
+    target_tokens: int
+    grad_norm: float
+    skipped: bool
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of a target token, in nats."""
+        return self.loss_sum / self.target_tokens if self.target_tokens else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """Sums over one micro-batch of this rank."""
+
+    loss_sum: float
+    target_tokens: int
+
+
+class Engine:
+    """A model under DeepSpeed ZeRO 1, 2 or 3."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        *,
+        optim: OptimConfig,
+        parallel: ParallelConfig,
+        precision: Precision,
+        micro_batch: int,
+        dropout_seed: int,
+        context: ParallelContext,
+    ) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", context.device.type)
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # The shared-memory collective serves inference only, and building it takes 30 s and a compiler at the first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.context = context
+        self.zero = parallel.zero
+        self.dropout_seed = dropout_seed
+        module = Decoder(list(layers)).to(context.device)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(module, optim),
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.epsilon,
+            fused=True,
+        )
+        self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config(optim, parallel, precision, micro_batch),
+            dist_init_required=False,
+        )
+        fragments.create_moments(self._optimizer, self.zero)
+
+    @property
+    def module(self) -> Decoder:
+        """The model; under ZeRO 3 its weights are gathered while a layer runs."""
+        return self._deepspeed.module
+
+    def train_step(self, batches: Sequence[Batch], *, lr: float, step: int) -> StepResult:
+        """One optimizer step over `batches`, this rank's micro-batches.
+
+        All ranks must call it with equally many. A non-finite gradient skips the update: `skipped` tells.
+        """
+        device = self.context.device
+        local_targets = sum(batch.target_tokens for batch in batches)
+        targets = torch.tensor(local_targets, dtype=torch.int64, device=device)
+        self.context.sum_over_data(targets)
+        # DeepSpeed averages gradients over the data-parallel ranks: undo that, divide by the global count instead.
+        scale = self.context.data_parallel / targets.clamp(min=1)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._deepspeed.train()
+        for index, batch in enumerate(batches):
+            self._deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            self._seed_dropout(step, index)
+            objective, loss, _ = self._deepspeed(*self._on_device(batch))
+            self._deepspeed.backward(objective * scale, scale_wrt_gas=False)
+            loss_sum += loss
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        skipped_before = self._deepspeed.skipped_steps
+        self._deepspeed.step()
+        self.context.sum_over_data(loss_sum)
+        return StepResult(
+            loss_sum=loss_sum.item(),
+            target_tokens=int(targets.item()),
+            grad_norm=float(self._deepspeed.get_global_grad_norm()),
+            skipped=self._deepspeed.skipped_steps > skipped_before,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> EvaluationResult:
+        """Loss of one micro-batch without gradients; under ZeRO 3 all ranks must call it together."""
+        self._deepspeed.eval()
+        _, loss, targets = self._deepspeed(*self._on_device(batch))
+        return EvaluationResult(loss_sum=float(loss), target_tokens=int(targets))
+
+    def fragments(self) -> list[fragments.Fragment]:
+        """This rank's part of the fp32 weights and moments, as live views."""
+        return fragments.fragments_of(self.module, self._optimizer, self.zero)
+
+    def loaded(self, updates: int) -> None:
+        """Take over what was written into the fragments: `updates` optimizer updates had been applied."""
+        fragments.set_update_count(self._optimizer, self.zero, updates)
+        fragments.publish_weights(self._optimizer, self.zero)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates applied so far; a skipped step is none."""
+        return fragments.update_count(self._optimizer, self.zero)
+
+    def _seed_dropout(self, step: int, micro_batch: int) -> None:
+        """Dropout depends on the position in the run alone, so a resumed run draws what the undisturbed one drew."""
+        torch.manual_seed(keyed_seed(self.dropout_seed, "dropout", step, micro_batch, self.context.data_rank))
+
+    def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tensors = (batch.tokens, batch.labels, batch.positions, batch.document_bounds)
+        return tuple(tensor.to(self.context.device, non_blocking=True) for tensor in tensors)
+
+
+def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, precision: Precision, micro_batch: int) -> dict:
+    """DeepSpeed's dictionary for our settings.
+
+    Accumulation is driven by the caller (a batch ramp changes it), so DeepSpeed's own is 1. Overlapped reduction stays
+    off: under stage 2 it has been seen to change gradients (DeepSpeed issues 5294 and 4298).
+    """
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.grad_clip or 0.0,
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "zero_optimization": {
+            "stage": parallel.zero,
+            "reduce_bucket_size": parallel.bucket_elements,
+            "allgather_bucket_size": parallel.bucket_elements,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+        },
+    }

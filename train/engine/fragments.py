@@ -1,0 +1,104 @@
+"""Where ZeRO keeps the fp32 weight and the moments of a logical tensor on this rank, as flat views.
+
+DeepSpeed's own maps are used: `_hp_mapping` under stages 1 and 2, `grad_position` under stage 3. Writing into the views
+and then calling `publish_weights` is how a checkpoint comes back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from train.model.logical import LogicalTensor, logical_of, logical_parameters
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """The part [start, start + length) of this rank's flattened slice of one logical tensor, with live fp32 views."""
+
+    logical: LogicalTensor
+    start: int
+    length: int
+    tensors: dict[str, Tensor]
+
+
+def flat_partitions(optimizer: Any, zero: int) -> list[Tensor]:
+    """The fp32 buffers that the wrapped optimizer steps on."""
+    if zero == 3:
+        return list(optimizer.fp32_partitioned_groups_flat)
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # bf16 under stage 1 has a wrapper of its own
+        return list(optimizer.fp32_groups_flat_partition)
+    return list(optimizer.single_partition_of_fp32_groups)
+
+
+def create_moments(optimizer: Any, zero: int) -> None:
+    """Give every buffer its moments and step counter now, so that memory is claimed and fragments exist at step 0."""
+    inner = optimizer.optimizer
+    fused = bool(inner.defaults.get("fused"))
+    for flat in flat_partitions(optimizer, zero):
+        step = torch.zeros((), dtype=torch.float32, device=flat.device if fused else None)
+        inner.state[flat] = {"step": step, **{kind: torch.zeros_like(flat.data) for kind in MOMENTS}}
+
+
+def set_update_count(optimizer: Any, zero: int, updates: int) -> None:
+    """Set Adam's count of applied updates on every buffer; each has a counter of its own."""
+    for flat in flat_partitions(optimizer, zero):
+        optimizer.optimizer.state[flat]["step"].fill_(float(updates))
+
+
+def update_count(optimizer: Any, zero: int) -> int:
+    """Adam's count of applied updates."""
+    return int(optimizer.optimizer.state[flat_partitions(optimizer, zero)[0]]["step"].item())
+
+
+def fragments_of(module: nn.Module, optimizer: Any, zero: int) -> list[Fragment]:
+    """Every fragment that this rank owns, in the order of the layers."""
+    find = _place_under_stage_3 if zero == 3 else _place_under_stages_1_and_2
+    buffers = flat_partitions(optimizer, zero)
+    found = []
+    for parameter in logical_parameters(module).values():
+        place = find(parameter, optimizer)
+        if place is None:
+            continue
+        buffer_index, offset, start, length = place
+        flat = buffers[buffer_index]
+        state = optimizer.optimizer.state[flat]
+        tensors = {"weight": flat.data.narrow(0, offset, length)}
+        tensors |= {kind: state[kind].narrow(0, offset, length) for kind in MOMENTS}
+        found.append(Fragment(logical=logical_of(parameter), start=start, length=length, tensors=tensors))
+    return found
+
+
+def publish_weights(optimizer: Any, zero: int) -> None:
+    """Copy the fp32 weights into the weights that the model computes with, on all ranks together."""
+    if zero != 3:
+        optimizer.update_lp_params()
+        return
+    for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if optimizer.persistent_parameters:  # small ones that stage 3 keeps whole on every rank
+        optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters, has_been_updated=False)
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _place_under_stages_1_and_2(parameter: nn.Parameter, optimizer: Any) -> tuple[int, int, int, int] | None:
+    """(buffer, offset in it, start in the parameter, length), or None when another rank owns all of it."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    low, high = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+    return mapping.param_group_index, high.start, low.start, low.numel
+
+
+def _place_under_stage_3(parameter: nn.Parameter, optimizer: Any) -> tuple[int, int, int, int] | None:
+    """As above. Stage 3 cuts each parameter into equal parts, the last of them padded."""
+    buffer_index, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    start = part * dist.get_rank(group=parameter.ds_process_group)
+    length = min(part, parameter.ds_numel - start)
+    return None if length <= 0 else (buffer_index, offset, start, length)
