@@ -10,7 +10,6 @@ import re
 import types
 import typing
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from conf.errors import ConfigError, UserError
 
 CONF_FOLDER = Path(__file__).resolve().parent
 ConfigT = TypeVar("ConfigT")
+PROBLEMS = "__problems__"  # key of a composed tree under which the faulty words travel to `validate`
 
 
 def compose(root: str, overrides: Sequence[str], config_dir: str | None = None) -> dict[str, Any]:
@@ -36,27 +36,58 @@ def compose(root: str, overrides: Sequence[str], config_dir: str | None = None) 
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError([f"--config-dir={config_dir}: no such folder"])
     search = [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
-    with ExitStack() as stack:
+    group_names = known_groups(config_dir)
+    problems: list[str] = []
+    words = [word for word in overrides if not problems_of(word, group_names, config_dir, problems)]
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_FOLDER)):
+            composed = hydra.compose(config_name=root, overrides=search + [_forced(word, group_names) for word in words])
+            tree = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([*problems, _one_line(error)]) from None
+    finally:
         GlobalHydra.instance().clear()
-        stack.callback(GlobalHydra.instance().clear)
-        stack.enter_context(hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_FOLDER)))
-        problems: list[str] = []
-        good = list(overrides)
-        while True:  # Hydra stops at the first error: set the faulty word aside and ask again, to tell all of them
-            try:
-                composed = hydra.compose(config_name=root, overrides=search + good)
-                tree = OmegaConf.to_container(composed, resolve=True)
-                break
-            except (HydraException, OmegaConfBaseException) as error:
-                culprit = _culprit(error, good, root)
-                if culprit is None:
-                    raise ConfigError([*problems, _one_line(error)]) from None
-                problems.append(_explain(error, culprit, root, config_dir))
-                good.remove(culprit)
     if problems:
-        # What remains is still checked by the caller's schema: its findings are added to these.
-        tree["__problems__"] = problems
+        tree[PROBLEMS] = problems  # what the schema finds is added to these, so that all is told at once
     return tree
+
+
+def known_groups(config_dir: str | None) -> set[str]:
+    """Names of all groups, ours and those of the user's folder."""
+    folders = [CONF_FOLDER] + ([Path(config_dir)] if config_dir else [])
+    return {entry.name for folder in folders for entry in folder.iterdir() if entry.is_dir() and any(entry.glob("*.yaml"))}
+
+
+def problems_of(word: str, group_names: set[str], config_dir: str | None, problems: list[str]) -> bool:
+    """Whether Hydra could not take `word`; why is added to `problems`."""
+    key, equals, value = word.lstrip("+~").partition("=")
+    if not equals and not word.startswith("~"):
+        problems.append(f"{word}: not understood; settings are given as name=value")
+        return True
+    if key in group_names and value not in ("null", *options(key, config_dir)):
+        known = options(key, config_dir)
+        problems.append(f"{key}={value}: no such option.{nearest(value, known)} There are: {', '.join(known)}")
+        return True
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        problems.append(f"{word}: {_one_line(error)}")
+        return True
+    if override.is_sweep_override():
+        problems.append(f"{word}: several values need -m, which runs one job for each; a list is written [a,b]")
+        return True
+    return False
+
+
+def _forced(word: str, group_names: set[str]) -> str:
+    """Let a field be set whether or not the YAML mentions it: the schema, not the YAML, knows the fields."""
+    key = word.partition("=")[0]
+    plain = key[:1] not in "+~" and not key.startswith("hydra.") and key.partition("@")[0] not in group_names
+    return f"++{word}" if plain else word
 
 
 def validate(schema: type[ConfigT], tree: dict[str, Any]) -> ConfigT:
@@ -67,7 +98,7 @@ def validate(schema: type[ConfigT], tree: dict[str, Any]) -> ConfigT:
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     tree = dict(tree)
-    problems: list[str] = list(tree.pop("__problems__", []))
+    problems: list[str] = list(tree.pop(PROBLEMS, []))
     _forbid_unknown_keys(schema, ConfigDict)
     value = None
     try:
@@ -134,7 +165,7 @@ def leaf_names(schema: type, prefix: str = "") -> list[str]:
     names: list[str] = []
     hints = typing.get_type_hints(schema)
     for field in fields(schema):
-        inner = _dataclass_in(hints[field.name])
+        inner = dataclass_in(hints[field.name])
         names += leaf_names(inner, f"{prefix}{field.name}.") if inner else [f"{prefix}{field.name}"]
     return names
 
@@ -149,10 +180,10 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f" Did you mean {match[0]}?" if match else ""
 
 
-def _dataclass_in(hint: Any) -> type | None:
+def dataclass_in(hint: Any) -> type | None:
     """The dataclass in `hint`, also behind `X | None`; None for anything else."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        inner = [_dataclass_in(part) for part in typing.get_args(hint)]
+        inner = [dataclass_in(part) for part in typing.get_args(hint)]
         return next((item for item in inner if item), None)
     return hint if isinstance(hint, type) and is_dataclass(hint) else None
 
@@ -160,7 +191,7 @@ def _dataclass_in(hint: Any) -> type | None:
 def _element_dataclass(hint: Any) -> type | None:
     """The dataclass that a tuple or a mapping in `hint` holds."""
     for part in typing.get_args(hint):
-        found = _dataclass_in(part) or _element_dataclass(part)
+        found = dataclass_in(part) or _element_dataclass(part)
         if found:
             return found
     return None
@@ -172,7 +203,7 @@ def _forbid_unknown_keys(schema: type, config_dict: Any) -> None:
         return
     schema.__pydantic_config__ = config_dict(extra="forbid")  # type: ignore[attr-defined]
     for hint in typing.get_type_hints(schema).values():
-        inner = _dataclass_in(hint) or _element_dataclass(hint)
+        inner = dataclass_in(hint) or _element_dataclass(hint)
         if inner:
             _forbid_unknown_keys(inner, config_dict)
 
@@ -204,44 +235,3 @@ def _lower_first(text: str) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _words(error: BaseException) -> str:
-    """The messages of an exception and of those it came from."""
-    parts, seen = [], error
-    while seen is not None:
-        parts.append(str(seen))
-        seen = seen.__cause__ or seen.__context__
-    return "\n".join(parts)
-
-
-def _culprit(error: Exception, overrides: Sequence[str], root: str) -> str | None:
-    """The override that `error` speaks of, found by asking again without each in turn."""
-    text = _words(error)
-    for word in overrides:
-        key, _, value = word.lstrip("+~").partition("=")
-        if f"'{key}'" in text or f"'{word}'" in text or f"{key}/{value}" in text or f"'{key}={value}'" in text:
-            return word
-        if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", text):
-            return word
-    tails = {word.lstrip("+~").partition("=")[0].rsplit(".", 1)[-1]: word for word in overrides}
-    named = re.findall(r"Key '(\w+)'|full_key: ([\w.]+)", text)
-    for pair in named:
-        tail = (pair[0] or pair[1]).rsplit(".", 1)[-1]
-        if tail in tails:
-            return tails[tail]
-    return None
-
-
-def _explain(error: Exception, word: str, root: str, config_dir: str | None) -> str:
-    """One line for an override that Hydra refused."""
-    key, equals, value = word.lstrip("+~").partition("=")
-    if not equals and not word.startswith("~"):
-        return f"{word}: not understood; give settings as name=value."
-    if key in groups(root) or "." not in key and options(key, config_dir):
-        known = options(key, config_dir)
-        return f"{key}={value}: no such option; {key} is one of {', '.join(known)}.{nearest(value, known)}"
-    text = _words(error)
-    if "Could not override" in text or "is not in struct" in text or "not found" in text:
-        return f"{key}: unknown key."
-    return f"{word}: {_one_line(error)}"

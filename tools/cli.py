@@ -1,0 +1,161 @@
+"""`longhaul VERB [GROUP=OPTION] [FIELD=VALUE] ...`: finds the verb, hands it its words, turns errors into one clear text."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from conf.errors import UserError
+from tools.multirun import run_all
+
+EXIT_USER_ERROR = 93  # the exit code of a run that must not be started again as it is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """One word of the command: what it does, and where its function, root file and schema are."""
+
+    summary: str
+    function: str
+    root: str
+    schema: str
+    examples: tuple[str, ...] = ()
+
+
+VERBS: dict[str, Verb] = {
+    "prepare": Verb(
+        summary="read a corpus, remove duplicates, train or take a tokenizer, write token shards",
+        function="tools.verbs:prepare",
+        root="prepare",
+        schema="data_pipeline.config:PrepareConfig",
+        examples=("longhaul prepare corpus=stdlib", "longhaul prepare corpus=jsonl corpus.paths=[dump/*.jsonl.zst]"),
+    ),
+    "pretrain": Verb(
+        summary="train a model on prepared corpora; started again, it goes on from its newest checkpoint",
+        function="train.launch:pretrain",
+        root="pretrain",
+        schema="train.config.pretrain:PretrainConfig",
+        examples=(
+            "longhaul pretrain experiment=quickstart",
+            "longhaul pretrain model=llama_160m data.sources=[{path: data/mine}] budget.tokens=3000000000 run.name=first",
+            "longhaul pretrain experiment=quickstart optim.lr=1e-3,3e-3 -m",
+        ),
+    ),
+    "plan": Verb(
+        summary="show what `pretrain` would do with the same words: configuration, steps, memory, FLOPs",
+        function="train.launch:plan_only",
+        root="pretrain",
+        schema="train.config.pretrain:PretrainConfig",
+        examples=("longhaul plan model=llama_8b launch.processes=64 parallel=zero3",),
+    ),
+    "generate": Verb(
+        summary="continue a prompt with a trained model",
+        function="tools.verbs:generate",
+        root="generate",
+        schema="train.config.generate:GenerateConfig",
+        examples=('longhaul generate checkpoint=runs/first prompt="def main("',),
+    ),
+    "export": Verb(
+        summary="write a checkpoint as a Hugging Face model folder, with the proof that both compute the same",
+        function="tools.verbs:export",
+        root="export",
+        schema="train.config.export:ExportConfig",
+        examples=("longhaul export checkpoint=runs/first out=exported/first",),
+    ),
+    "baseline": Verb(
+        summary="compare a run's held-out loss with a bigram model fitted on the tokens that the run read",
+        function="tools.verbs:baseline",
+        root="baseline",
+        schema="tools.baseline:BaselineConfig",
+        examples=("longhaul baseline run=runs/first",),
+    ),
+    "bench": Verb(
+        summary="measure: `bench startup` times the way from the command to the first step",
+        function="tools.verbs:bench",
+        root="bench",
+        schema="tools.bench_startup:BenchConfig",
+        examples=("longhaul bench startup",),
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        from tools.help import overview
+
+        print(overview(VERBS))
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"longhaul {version('longhaul')}")
+        return 0
+    name = words.pop(0)
+    try:
+        return _run(name, words)
+    except UserError as error:
+        print(f"longhaul {name}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except BrokenPipeError:  # `longhaul ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print(f"longhaul {name}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _run(name: str, words: list[str]) -> int:
+    if name not in VERBS:
+        from conf.compose import nearest
+
+        raise UserError(f"no such verb.{nearest(name, list(VERBS))} `longhaul --help` lists the verbs")
+    verb = VERBS[name]
+    overrides, config_dir, options = _split(words)
+    if "help" in options:
+        from tools.help import verb_help
+
+        print(verb_help(name, verb, config_dir))
+        return 0
+    if "multirun" in options:
+        return run_all(name, overrides, config_dir)
+    return int(load(verb.function)(overrides, config_dir))
+
+
+def load(path: str) -> object:
+    """The object that 'module:name' means."""
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _split(words: list[str]) -> tuple[list[str], str | None, set[str]]:
+    """(overrides, --config-dir, other options) of the words after the verb."""
+    overrides: list[str] = []
+    options: set[str] = set()
+    config_dir = None
+    rest = iter(words)
+    for word in rest:
+        if word in ("-h", "--help"):
+            options.add("help")
+        elif word in ("-m", "--multirun"):
+            options.add("multirun")
+        elif word == "--config-dir":
+            config_dir = next(rest, None)
+            if config_dir is None:
+                raise UserError("--config-dir: needs a folder")
+        elif word.startswith("--config-dir="):
+            config_dir = word.partition("=")[2]
+        elif word.startswith("-"):
+            raise UserError(f"{word}: no such option; settings are given as name=value, see --help")
+        else:
+            overrides.append(word)
+    return overrides, config_dir, options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""One function per verb that needs no launcher: compose, validate, run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from conf.compose import compose, validate
+from conf.errors import UserError
+
+
+def prepare(overrides: Sequence[str], config_dir: str | None = None) -> int:
+    """`longhaul prepare`."""
+    from data_pipeline.config import PrepareConfig
+
+    config = validate(PrepareConfig, compose("prepare", overrides, config_dir))
+    from data_pipeline.prepare import prepare as run
+
+    run(config)
+    return 0
+
+
+def generate(overrides: Sequence[str], config_dir: str | None = None) -> int:
+    """`longhaul generate`."""
+    from train.config.generate import GenerateConfig
+
+    config = validate(GenerateConfig, compose("generate", overrides, config_dir))
+    from train.stages.generate import run
+
+    return run(config)
+
+
+def export(overrides: Sequence[str], config_dir: str | None = None) -> int:
+    """`longhaul export`."""
+    from train.config.export import ExportConfig
+
+    config = validate(ExportConfig, compose("export", overrides, config_dir))
+    from train.stages.export import run
+
+    return run(config)
+
+
+def baseline(overrides: Sequence[str], config_dir: str | None = None) -> int:
+    """`longhaul baseline`."""
+    from tools.baseline import BaselineConfig, run
+
+    return run(validate(BaselineConfig, compose("baseline", overrides, config_dir)))
+
+
+def bench(overrides: Sequence[str], config_dir: str | None = None) -> int:
+    """`longhaul bench WHAT`."""
+    from tools.bench_startup import BenchConfig, run
+
+    what, *rest = overrides or [""]
+    if what != "startup":
+        raise UserError(f"{what or '(nothing)'}: no such bench; there is: longhaul bench startup")
+    return run(validate(BenchConfig, compose("bench", rest, config_dir)))
