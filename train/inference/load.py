@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from conf.errors import UserError
 from train.config.model import ModelConfig
-from train.config.pretrain import PretrainConfig
 from train.model.logical import logical_of, tag
 from train.model.transformer import Decoder, Reading, build_layers
+
+if TYPE_CHECKING:  # the model's settings are enough for a decoder; the whole configuration is only named
+    from train.config.pretrain import PretrainConfig
 
 
 class WeightReader(Protocol):
@@ -60,8 +62,9 @@ def assemble_decoder(
     model: ModelConfig, read: Callable[[str], Tensor], *, dtype: torch.dtype, device: torch.device, reading: Reading
 ) -> Decoder:
     """A decoder whose weights come from `read(logical name)`; holds one fp32 tensor beside the model at a time."""
+    layers = build_layers(model, reading, seed=None)  # outside: the rotary frequencies are real
     with torch.device("meta"):  # neither memory nor time for values that are replaced at once
-        decoder = Decoder(build_layers(model, reading, seed=None))
+        decoder = Decoder(layers)
     loaded: dict[str, nn.Parameter] = {}
     for module in decoder.modules():
         for attribute, empty in list(module.named_parameters(recurse=False)):

@@ -1,0 +1,60 @@
+"""Decoding over the key-value cache against the whole sequence at once, logits at every position; and against HF's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conf.errors import UserError
+from tests.parity.pairs import CASES, make_pair, whole_sequence_inputs
+from train.inference.cached import CachedDecoder
+
+TOLERANCE = 1e-5
+SEQUENCES, LENGTH = 2, 120
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("prefill", [(1,), (97,), (40, 33)], ids=str)
+def test_cached_logits_at_every_position(case, prefill):
+    pair = make_pair(CASES[case])
+    model = pair.model
+    tokens_T, _, positions_T, bounds = whole_sequence_inputs(SEQUENCES, LENGTH, vocab_size=model.vocab_size)
+    decoder = pair.ours(LENGTH)
+    with torch.no_grad():
+        whole_BSV = decoder.logits(tokens_T, positions_T, bounds).view(SEQUENCES, LENGTH, -1)
+    cached = CachedDecoder(decoder, model)
+    cache = cached.new_cache(num_sequences=SEQUENCES, capacity=LENGTH)
+    sizes = [*prefill, *[1] * (LENGTH - sum(prefill))]
+    pieces = tokens_T.view(SEQUENCES, LENGTH).split(sizes, dim=1)
+    logits_BSV = torch.cat([cached.logits(cached.advance(piece, cache)) for piece in pieces], dim=1)
+    assert cache.length == LENGTH
+    vocab = model.vocab_size
+    torch.testing.assert_close(logits_BSV[..., :vocab], whole_BSV[..., :vocab], atol=TOLERANCE, rtol=0)
+    with torch.no_grad():
+        theirs_BSV = pair.theirs(input_ids=tokens_T.view(SEQUENCES, LENGTH)).logits
+    torch.testing.assert_close(logits_BSV[..., :vocab], theirs_BSV, atol=TOLERANCE, rtol=0)
+
+
+def test_a_repeated_cache_continues_apart():
+    pair = make_pair(CASES["llama-gqa"])
+    cached = CachedDecoder(pair.ours(LENGTH), pair.model)
+    single = cached.new_cache(num_sequences=1, capacity=30)
+    prompt_BS = torch.arange(20).unsqueeze(0)
+    cached.advance(prompt_BS, single)
+    both = single.repeat(2)
+    next_BS = torch.tensor([[3], [9]])
+    together = cached.logits(cached.advance(next_BS, both))
+    for row in range(2):
+        fresh = cached.new_cache(num_sequences=1, capacity=30)
+        cached.advance(prompt_BS, fresh)
+        alone = cached.logits(cached.advance(next_BS[row : row + 1], fresh))
+        vocab = pair.model.vocab_size
+        torch.testing.assert_close(together[row, :, :vocab], alone[0, :, :vocab], atol=TOLERANCE, rtol=0)
+    assert single.length == 20 and both.length == 21
+
+
+def test_no_context_beyond_the_models():
+    pair = make_pair(CASES["gpt2"])
+    cached = CachedDecoder(pair.ours(LENGTH), pair.model)
+    with pytest.raises(UserError, match="model.max_positions=160"):
+        cached.new_cache(num_sequences=1, capacity=161)

@@ -1,0 +1,83 @@
+"""Logits, loss and every gradient of our decoder against Hugging Face's GPT-2 and Llama, fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.parity.pairs import CASES, gradients_of, make_pair, whole_sequence_inputs
+
+TOLERANCE = 1e-5
+SEQUENCES, LENGTH = 2, 150  # beyond position 100, and beyond the 64 that the stretched rope was made for
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_loss_and_gradients(case):
+    pair = make_pair(CASES[case])
+    vocab = pair.model.vocab_size
+    tokens_T, labels_T, positions_T, bounds = whole_sequence_inputs(SEQUENCES, LENGTH, vocab_size=vocab)
+    ours = pair.ours(LENGTH)
+
+    theirs_TV = pair.theirs(input_ids=tokens_T.view(SEQUENCES, LENGTH)).logits.flatten(0, 1)
+    ours_TV = ours.logits(tokens_T, positions_T, bounds)
+    torch.testing.assert_close(ours_TV[:, :vocab], theirs_TV, atol=TOLERANCE, rtol=0)
+
+    their_loss = F.cross_entropy(theirs_TV, labels_T)
+    objective, loss, targets = ours(tokens_T, labels_T, positions_T, bounds)
+    assert targets.item() == SEQUENCES * (LENGTH - 1)
+    torch.testing.assert_close(loss / targets, their_loss.detach(), atol=TOLERANCE, rtol=0)
+
+    their_loss.backward()
+    (objective / targets).backward()
+    their_gradients, our_gradients = pair.their_gradients(), gradients_of(ours)
+    assert their_gradients.keys() == our_gradients.keys()
+    for name, gradient in our_gradients.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(gradient, their_gradients[name], atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama-gqa"])
+def test_hugging_faces_own_loss_agrees(case):
+    """The shift of the labels is ours: their model, given the tokens as labels, must find the same loss."""
+    pair = make_pair(CASES[case])
+    tokens_T, labels_T, positions_T, bounds = whole_sequence_inputs(SEQUENCES, LENGTH)
+    tokens_BS = tokens_T.view(SEQUENCES, LENGTH)
+    their_loss = pair.theirs(input_ids=tokens_BS, labels=tokens_BS).loss
+    _, loss, targets = pair.ours(LENGTH)(tokens_T, labels_T, positions_T, bounds)
+    torch.testing.assert_close(loss / targets, their_loss, atol=TOLERANCE, rtol=0)
+
+
+def _swap_query_heads(weights, model):
+    name = "blocks.0.attention.qkv.weight"
+    weights[name] = weights[name].clone()
+    weights[name][0, [0, 1]] = weights[name][0, [1, 0]]
+
+
+def _swap_gate_and_up(weights, model):
+    weights["blocks.1.mlp.gate_up.weight"] = weights["blocks.1.mlp.gate_up.weight"].flip(0)
+
+
+def _transpose_output(weights, model):
+    weights["blocks.0.attention.output.weight"] = weights["blocks.0.attention.output.weight"].T.contiguous()
+
+
+def _shift_vocabulary(weights, model):
+    weights["embedding.tokens.weight"] = weights["embedding.tokens.weight"].roll(1, dims=0)
+
+
+@pytest.mark.parametrize("fault", [_swap_query_heads, _swap_gate_and_up, _transpose_output, _shift_vocabulary])
+def test_a_fault_is_far_outside_the_tolerance(fault):
+    """The comparison above can fail: each fault moves the logits by far more than it allows."""
+    pair = make_pair(CASES["llama-gqa"])
+    tokens_T, _, positions_T, bounds = whole_sequence_inputs(SEQUENCES, LENGTH)
+    ours = pair.ours(LENGTH)
+    parameters = {parameter.logical.name: parameter for parameter in ours.parameters()}
+    weights = {name: p.detach().view(p.logical.shape) for name, p in parameters.items()}
+    fault(weights, pair.model)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name].clone().view_as(parameter))
+        theirs_TV = pair.theirs(input_ids=tokens_T.view(SEQUENCES, LENGTH)).logits.flatten(0, 1)
+        ours_TV = ours.logits(tokens_T, positions_T, bounds)
+    assert (ours_TV[:, : pair.model.vocab_size] - theirs_TV).abs().max() > 100 * TOLERANCE

@@ -1,0 +1,74 @@
+"""Initial values against the published table: spread of each kind of tensor, and the same bits in every layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import sqrt
+
+import pytest
+import torch
+
+from tests.parity.pairs import CASES
+from train.model.cost import parameter_shapes
+from train.model.init import initial_value
+from train.model.logical import LogicalTensor, logical_parameters
+from train.model.transformer import Decoder, Reading, build_layers
+
+LAYERS, STD = 8, 0.03
+READING = Reading(sequence_length=8, document_mask=False)
+
+
+def _model(case: str):
+    return replace(CASES[case], num_layers=LAYERS, init_std=STD)
+
+
+def _expected_std(name: str) -> float:
+    """Written out from the papers, not from the table under test: the two writers of the residual stream are scaled."""
+    return STD / sqrt(2 * LAYERS) if name.endswith(("attention.output.weight", "mlp.down.weight")) else STD
+
+
+@pytest.mark.parametrize("case", ["gpt2", "gpt2-untied", "llama-gqa", "llama-mha-biases"])
+def test_spread_of_every_tensor(case):
+    decoder = Decoder(build_layers(_model(case), READING, seed=1))
+    for name, parameter in logical_parameters(decoder).items():
+        values = parameter.detach().double()
+        if name.endswith("bias"):
+            assert (values == 0).all(), name
+        elif "norm" in name:
+            assert (values == 1).all(), name
+        else:
+            std, count = _expected_std(name), values.numel()
+            # Sampling errors of mean and standard deviation of a normal; 5 of them is once in 2 million tensors.
+            assert abs(values.mean().item()) < 5 * std / sqrt(count), name
+            assert abs(values.std().item() - std) < 5 * std / sqrt(2 * count), name
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama-gqa"])
+def test_seed_and_name_decide_alone(case):
+    model = _model(case)
+    build = lambda seed: logical_parameters(Decoder(build_layers(model, READING, seed=seed)))  # noqa: E731
+    torch.manual_seed(0)
+    first = build(5)
+    torch.manual_seed(1)  # the global generator has no say
+    second, other = build(5), build(6)
+    matrices = [name for name, parameter in first.items() if parameter.dim() > 1 and not name.endswith("bias")]
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    for name in matrices:
+        assert not torch.equal(first[name], other[name]), name
+    seen = {tuple(first[name].detach().flatten()[:4].tolist()) for name in matrices}
+    assert len(seen) == len(matrices), "two tensors start from the same values"
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama-gqa"])
+def test_two_slices_are_the_whole(case):
+    model = replace(_model(case), num_kv_heads=None, num_heads=4)
+    for name, shape in parameter_shapes(model).items():
+        whole = initial_value(model, LogicalTensor(name=name, shape=shape), 5)
+        for dim, size in enumerate(shape):
+            if size % 2:
+                continue
+            cuts = [LogicalTensor(name=name, shape=shape, dim=dim, index=index, parts=2) for index in (0, 1)]
+            parts = [initial_value(model, cut, 5) for cut in cuts]
+            assert [tuple(part.shape) for part in parts] == [cut.local_shape for cut in cuts]
+            assert torch.equal(torch.cat(parts, dim=dim), whole), (name, dim)
