@@ -213,7 +213,9 @@ def _describe(schema: type, item: Any) -> list[str]:
     field = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "lax-or")))
     kind = item["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        return [f"{field}: unknown key.{nearest(field, leaf_names(schema))}"]
+        leaves = leaf_names(schema)
+        parts = {leaf.rsplit(".", depth)[0] for leaf in leaves for depth in range(1, leaf.count(".") + 1)}
+        return [f"{field}: unknown key.{nearest(field, [*sorted(parts, key=len), *leaves])}"]
     cause = item.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):  # a dataclass's own rules, already collected
         return [f"{field}.{text}" if field else text for text in cause.problems]

@@ -8,9 +8,7 @@ from torch import nn
 
 from train.config.training import OptimConfig, ScheduleConfig
 from train.model.logical import logical_parameters
-from typing import TYPE_CHECKING
-if TYPE_CHECKING:
-    from train.plan import RunPlan
+from train.plan import RunPlan
 
 
 def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict]:

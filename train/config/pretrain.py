@@ -28,7 +28,7 @@ class PretrainConfig:
     """Name, place and seed of the run."""
     model: ModelConfig
     """Shape of the model."""
-    data: DataConfig
+    data: DataConfig = field(default_factory=DataConfig)
     """Prepared corpora and how they are read."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     """Sequences of a step."""

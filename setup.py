@@ -1,0 +1,33 @@
+"""Longhaul's packaging: one distribution, one command, the configuration groups as package data."""
+
+from setuptools import find_packages, setup
+
+# Ranges that were tested at one point of each; tools/constraints.txt holds that point.
+REQUIREMENTS = [
+    "torch>=2.11",
+    "deepspeed>=0.19,<0.20",
+    "megatron-core>=0.16,<0.17",
+    "transformers>=5.0,<6",
+    "tokenizers>=0.22",
+    "gigatoken>=0.10",
+    "datasets>=4.0",
+    "pyarrow>=18",
+    "zstandard>=0.23",
+    "safetensors>=0.6",
+    "hydra-core>=1.3.2,<1.4",
+    "pydantic>=2.11,<3",
+    "PyYAML>=6.0",
+    "numpy>=1.26",
+    "wandb>=0.22",
+    "tensorboard>=2.18",
+    "tqdm>=4.66",
+    "psutil>=6.0",
+]
+
+setup(
+    packages=find_packages(include=["conf*", "train*", "data_pipeline*", "slurm*", "tools*"]),
+    package_data={"conf": ["*.yaml", "*/*.yaml"]},
+    install_requires=REQUIREMENTS,
+    extras_require={"dev": ["pytest>=8.3", "pytest-timeout>=2.3", "ruff>=0.9"]},
+    entry_points={"console_scripts": ["longhaul=tools.cli:main"]},
+)

@@ -1,0 +1,164 @@
+"""What a checkpoint folder says of itself. A folder without a valid manifest is not a checkpoint.
+
+Torch-free: a login node can list and check checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from conf.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+FOLDER_NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, read or trusted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFragment:
+    """Where a piece lies: elements [start, start + length) of part `index` of `parts` along `dim`, flattened."""
+
+    file: str
+    start: int
+    length: int
+    dim: int = 0
+    index: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A logical tensor: its whole shape and its pieces; every piece holds the weight and both moments."""
+
+    shape: tuple[int, ...]
+    fragments: tuple[StoredFragment, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """Size in bytes and SHA-256 of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The index of a checkpoint."""
+
+    step: int
+    tokens: int
+    layout: dict[str, int]
+    data_fingerprint: str
+    files: dict[str, StoredFile]
+    tensors: dict[str, StoredTensor]
+
+    def to_json(self) -> str:
+        """Text of manifest.json."""
+        return json.dumps({"format": "longhaul-checkpoint", "version": FORMAT_VERSION, **asdict(self)}, indent=1)
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Folder of the checkpoint of `step`."""
+    return root / f"step-{step:08d}"
+
+
+def published(root: Path) -> list[Path]:
+    """Folders below `root` that have a manifest, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in root.iterdir() if (match := FOLDER_NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if (path / MANIFEST).is_file()]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of `folder`.
+
+    Raises CheckpointError when it is missing, not JSON, of another version, or names a file outside the folder.
+    """
+    path = folder / MANIFEST
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.pop("format", None) != "longhaul-checkpoint":
+            raise CheckpointError(f"{path}: not the manifest of a Longhaul checkpoint")
+        if raw.pop("version", None) != FORMAT_VERSION:
+            raise CheckpointError(f"{path}: written by another version of the format; this program reads {FORMAT_VERSION}")
+        manifest = Manifest(
+            step=raw["step"],
+            tokens=raw["tokens"],
+            layout=raw["layout"],
+            data_fingerprint=raw["data_fingerprint"],
+            files={name: StoredFile(**entry) for name, entry in raw["files"].items()},
+            tensors={
+                name: StoredTensor(
+                    shape=tuple(entry["shape"]), fragments=tuple(StoredFragment(**item) for item in entry["fragments"])
+                )
+                for name, entry in raw["tensors"].items()
+            },
+        )
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {folder} is not a checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); remove {folder} to use an older one") from None
+    named = [*manifest.files, *(piece.file for entry in manifest.tensors.values() for piece in entry.fragments)]
+    for name in named:
+        if name.startswith("/") or ".." in Path(name).parts:
+            raise CheckpointError(f"{path}: names a file outside the checkpoint: {name}")
+    return manifest
+
+
+def file_facts(path: Path) -> StoredFile:
+    """Size and hash of a file on disk."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return StoredFile(bytes=path.stat().st_size, sha256=digest.hexdigest())
+
+
+def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Compare size and hash of the named files with the manifest.
+
+    Raises CheckpointError that names the first file that differs.
+    """
+    for name in names:
+        path, expected = folder / name, manifest.files[name]
+        way_out = f"remove {folder} to go on from the checkpoint before it"
+        try:
+            size = path.stat().st_size
+            if size != expected.bytes:
+                raise CheckpointError(f"{path}: has {size} bytes, the manifest says {expected.bytes}; {way_out}")
+            if file_facts(path).sha256 != expected.sha256:
+                raise CheckpointError(f"{path}: its content is not what was written (SHA-256 differs); {way_out}")
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {way_out}") from None
+
+
+def sync_folder(path: Path) -> None:
+    """Make the entries of a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a whole file and make it durable; a reader sees the old content or the new, never half."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,139 @@
+"""Reads a checkpoint without a process group: whole logical tensors, or the ranges that a rank of any layout needs."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from conf.compose import read_config
+from conf.errors import UserError
+from train.checkpoint.manifest import KINDS, CheckpointError, StoredTensor, check_files, published, read_manifest
+from train.config.pretrain import PretrainConfig
+from train.model.logical import LogicalTensor
+
+
+def resolve_checkpoint(text: str) -> Path:
+    """The checkpoint folder that `text` means: itself, or the newest one of a run's folder.
+
+    Raises UserError when there is none.
+    """
+    path = Path(text)
+    if (path / "manifest.json").is_file():
+        return path
+    for root in (path / "checkpoints", path):
+        if found := published(root):
+            return found[-1]
+    if not path.exists():
+        raise UserError(f"checkpoint={text}: no such folder; give the folder of a run or of one of its checkpoints")
+    raise UserError(f"checkpoint={text}: holds no checkpoint; give the folder of a run or of one of its checkpoints")
+
+
+class CheckpointReader:
+    """One checkpoint folder. Only safetensors, JSON and YAML are read; nothing is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_manifest(path)
+        self._open = cache(self._open_file)
+
+    @property
+    def config(self) -> PretrainConfig:
+        """The resolved configuration of the run that wrote it."""
+        return read_config(PretrainConfig, self.path / "config.yaml")
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the loop kept: see `train.loop.TrainState`."""
+        return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.manifest.step
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read."""
+        return self.manifest.tokens
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Logical names, in layer order."""
+        return tuple(self.manifest.tensors)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Hugging Face tokenizer folder that the model was trained with."""
+        return self.path / "tokenizer"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Logical shape of a tensor."""
+        return self._stored(name).shape
+
+    def verify(self) -> None:
+        """Compare every file with the manifest; raises CheckpointError at the first that differs."""
+        check_files(self.path, self.manifest, self.manifest.files)
+
+    def read(self, name: str, kind: str = "weight") -> Tensor:
+        """A whole logical tensor, fp32: its weight, exp_avg or exp_avg_sq. Raises CheckpointError when a part is missing."""
+        stored = self._stored(name)
+        whole = torch.empty(stored.shape, dtype=torch.float32)
+        covered = 0
+        layouts = {(piece.dim, piece.index, piece.parts) for piece in stored.fragments}
+        for dim, index, parts in layouts:
+            logical = LogicalTensor(name=name, shape=stored.shape, dim=dim, index=index, parts=parts)
+            logical.cut(whole).copy_(self.read_range(logical, kind, 0, logical.local_numel).view(logical.local_shape))
+            covered += logical.local_numel
+        if covered != prod(stored.shape):
+            raise CheckpointError(f"{self.path}: {name} is not complete: {covered} of {prod(stored.shape)} elements")
+        return whole
+
+    def read_range(self, logical: LogicalTensor, kind: str, start: int, length: int) -> Tensor:
+        """Elements [start, start + length) of the flattened slice that `logical` describes, fp32.
+
+        A slice that was stored as it is asked for is read piece by piece; another cut goes through the whole tensor.
+        """
+        assert kind in KINDS, f"unknown kind {kind}"
+        stored = self._stored(logical.name)
+        if stored.shape != logical.shape:
+            raise CheckpointError(
+                f"{self.path}: {logical.name} has shape {list(stored.shape)}, the model needs {list(logical.shape)}; "
+                f"it is a checkpoint of another model"
+            )
+        cut = (logical.dim if logical.parts > 1 else 0, logical.index, logical.parts)
+        pieces = [piece for piece in stored.fragments if (piece.dim, piece.index, piece.parts) == cut]
+        if not pieces or (logical.parts == 1 and any(piece.parts != 1 for piece in stored.fragments)):
+            return logical.cut(self.read(logical.name, kind)).reshape(-1)[start : start + length]
+        values = torch.empty(length, dtype=torch.float32)
+        filled = 0
+        for piece in pieces:
+            low, high = max(start, piece.start), min(start + length, piece.start + piece.length)
+            if low >= high:
+                continue
+            values[low - start : high - start] = self._slice(piece.file, f"{kind}/{logical.name}", low - piece.start, high - piece.start)
+            filled += high - low
+        if filled != length:
+            raise CheckpointError(f"{self.path}: {logical.name} is not complete: {filled} of {length} elements of a range")
+        return values
+
+    def _stored(self, name: str) -> StoredTensor:
+        try:
+            return self.manifest.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path}: holds no {name}; it is a checkpoint of another model") from None
+
+    def _slice(self, file: str, key: str, low: int, high: int) -> Tensor:
+        try:
+            return self._open(file).get_slice(key)[low:high]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path / file}: {key} cannot be read ({error})") from None
+
+    def _open_file(self, file: str) -> Any:
+        return safe_open(self.path / file, framework="pt")

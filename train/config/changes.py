@@ -1,0 +1,95 @@
+"""What a run may change when it is resumed: every field of a run is free, adjustable, layout or fixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from conf.compose import to_plain
+from conf.errors import ConfigError
+from train.config.pretrain import PretrainConfig
+
+Kind = Literal["free", "adjustable", "layout", "fixed"]
+
+# The longest prefix that fits a field decides.
+KINDS: dict[str, Kind] = {
+    "run.name": "free",
+    "run.folder": "free",
+    "run.notes": "free",
+    "run.seed": "fixed",
+    "model": "fixed",
+    "model.dropout": "adjustable",
+    "model.z_loss": "adjustable",
+    "data": "fixed",  # the sample order follows from it
+    "data.max_epochs": "free",
+    "data.verify": "free",
+    "batch": "adjustable",
+    "batch.micro_batch": "layout",
+    "budget": "adjustable",
+    "budget.stop_at_step": "free",
+    "optim": "adjustable",
+    "schedule": "adjustable",
+    "parallel": "layout",
+    "precision": "adjustable",
+    "checkpoint": "free",
+    "evaluate": "free",
+    "monitor": "free",
+    "launch": "free",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One field that differs from the configuration of the checkpoint."""
+
+    field: str
+    before: Any
+    after: Any
+    kind: Kind
+
+
+def kind_of(field: str) -> Kind:
+    """Class of a dotted field name."""
+    parts = field.split(".")
+    for length in range(len(parts), 0, -1):
+        if kind := KINDS.get(".".join(parts[:length])):
+            return kind
+    raise AssertionError(f"{field} has no class; add it to the table")
+
+
+def changes(before: PretrainConfig, after: PretrainConfig) -> list[Change]:
+    """Every field that differs, by its dotted name."""
+    old, new = _flat(to_plain(before)), _flat(to_plain(after))
+    return [
+        Change(field=name, before=old.get(name), after=new.get(name), kind=kind_of(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def check_resume(before: PretrainConfig, after: PretrainConfig, checkpoint: str) -> list[Change]:
+    """The changes that a resumed run has to record: the adjustable ones.
+
+    Raises ConfigError when a fixed field differs, with both values.
+    """
+    found = changes(before, after)
+    fixed = [change for change in found if change.kind == "fixed"]
+    if fixed:
+        raise ConfigError(
+            [
+                f"{change.field}={change.after}: {checkpoint} was trained with {change.before}, and this cannot change within "
+                f"a run; put it back, or start another run with run.name=..."
+                for change in fixed
+            ]
+        )
+    return [change for change in found if change.kind == "adjustable"]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> leaf; lists count as leaves."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat

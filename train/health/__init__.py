@@ -1,0 +1,1 @@
+"""Keeps a run well: the request to stop."""

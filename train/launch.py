@@ -1,0 +1,169 @@
+"""`longhaul pretrain`: compose and check once, write the run's folder, start the ranks. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from conf.compose import compose, read_config, to_plain, validate, write_config
+from conf.errors import UserError
+from data_pipeline.sources import CorpusFacts, check_epochs, inspect_sources, verify_sources
+from train.checkpoint.manifest import published, write_durably
+from train.config.changes import check_resume
+from train.config.pretrain import PretrainConfig
+from train.outcome import ExitCode, last_attempt
+from train.plan import RunPlan, describe, make_plan
+from train.supervisor import supervise
+
+VERSIONS_OF = ("torch", "deepspeed", "megatron-core", "transformers", "tokenizers", "numpy")
+
+
+def pretrain(overrides: Sequence[str], config_dir: str | None = None) -> int:
+    """Check everything, then start or resume the run; returns the exit code of the run.
+
+    Raises UserError before anything is written when the configuration, the corpus or the newest checkpoint do not fit.
+    """
+    config = validate(PretrainConfig, compose("pretrain", overrides, config_dir))
+    facts = inspect_sources(config.data)
+    config = settle(config, facts)
+    plan = make_plan(config, config.launch.processes)
+    check_epochs(config.data, facts, plan.total_samples)
+    run_dir = Path(config.run.folder) / config.run.name
+    if config.launch.dry_run:
+        print(yaml.safe_dump(to_plain(config), sort_keys=False, width=120), end="")
+        show_plan(plan, config, facts, run_dir)
+        return ExitCode.FINISHED
+    show_plan(plan, config, facts, run_dir)
+    if is_finished(run_dir, plan):
+        print(f"{run_dir} is finished: its budget of {plan.total_steps:,} steps is used up; nothing to do")
+        return ExitCode.FINISHED
+    check_against_newest(config, run_dir)
+    verify_sources(config.data)
+    prepare_folder(run_dir, config)
+    return supervise(
+        [sys.executable, "-P", "-m", "train.rank", str(run_dir)],
+        processes=config.launch.processes,
+        run_dir=run_dir,
+        max_restarts=config.launch.max_restarts,
+        backoff_seconds=config.launch.backoff_seconds,
+    )
+
+
+def plan_only(overrides: Sequence[str], config_dir: str | None = None) -> int:
+    """`longhaul plan`: the resolved configuration and the plan, nothing started."""
+    return pretrain([*overrides, "launch.dry_run=true"], config_dir)
+
+
+def settle(config: PretrainConfig, facts: CorpusFacts) -> PretrainConfig:
+    """Fill in what follows from the corpus and the machine: vocabulary, device, processes.
+
+    Raises UserError when a vocabulary that was given is too small for the corpus, or CUDA is asked for and absent.
+    """
+    vocab_size = config.model.vocab_size or facts.vocab_size
+    if vocab_size < facts.vocab_size:
+        raise UserError(
+            f"model.vocab_size={vocab_size}: the corpus has token ids up to {facts.vocab_size - 1}; "
+            f"give at least {facts.vocab_size}, or null to take the tokenizer's size"
+        )
+    gpus = visible_gpus()
+    device = config.launch.device
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    if device == "cuda" and not gpus:
+        raise UserError("launch.device=cuda: no NVIDIA GPU is visible on this machine; use launch.device=cpu")
+    processes = config.launch.processes or (gpus if device == "cuda" else 1)
+    if device == "cuda" and processes > gpus:
+        raise UserError(f"launch.processes={processes}: this machine shows {gpus} GPUs; a rank needs one of its own")
+    return replace(
+        config,
+        model=replace(config.model, vocab_size=vocab_size),
+        launch=replace(config.launch, device=device, processes=processes),
+    )
+
+
+def visible_gpus() -> int:
+    """NVIDIA GPUs that a process started here would see, without importing torch."""
+    cards = Path("/proc/driver/nvidia/gpus")
+    count = len(list(cards.iterdir())) if cards.is_dir() else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return count if chosen is None else min(count, len([part for part in chosen.split(",") if part.strip()]))
+
+
+def show_plan(plan: RunPlan, config: PretrainConfig, facts: CorpusFacts, run_dir: Path) -> None:
+    """Print what is about to happen."""
+    print(f"run              {run_dir}")
+    for line in describe(plan, config, train_tokens=facts.train_tokens):
+        print(line)
+    print(f"corpus           {facts.train_tokens:,} training tokens, {facts.validation_tokens:,} held out", flush=True)
+
+
+def is_finished(run_dir: Path, plan: RunPlan) -> bool:
+    """Whether the run has used up this budget already."""
+    try:
+        return json.loads((run_dir / "FINISHED").read_text(encoding="utf-8"))["step"] >= plan.total_steps
+    except FileNotFoundError:
+        return False
+
+
+def check_against_newest(config: PretrainConfig, run_dir: Path) -> None:
+    """Compare the configuration with the newest checkpoint's, so that a wrong one is told before anything starts."""
+    newest = published(run_dir / "checkpoints")[-1:]
+    for folder in newest:
+        recorded = check_resume(read_config(PretrainConfig, folder / "config.yaml"), config, str(folder))
+        print(f"resuming from    {folder}")
+        for change in recorded:
+            print(f"changed          {change.field}: {change.before} -> {change.after}")
+
+
+def prepare_folder(run_dir: Path, config: PretrainConfig) -> None:
+    """Make the run's folder: config.yaml, and run.json with the ids that last as long as the run."""
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        path = run_dir / "run.json"
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        record.setdefault("run_id", f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
+        record.setdefault("wandb_id", secrets.token_hex(8))
+        record.setdefault("created", time.time())
+        record |= {
+            "verb": "pretrain",
+            "git_commit": git_commit(),
+            "versions": {"python": sys.version.split()[0], **versions()},
+            "processes": config.launch.processes,
+            "zero": config.parallel.zero,
+            "attempts": last_attempt(run_dir) + 1,
+        }
+        write_durably(path, json.dumps(record, indent=2).encode())
+        write_config(config, run_dir / "config.yaml")
+    except OSError as error:
+        raise UserError(f"{error.filename or run_dir}: cannot be written ({error.strerror})") from None
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree that runs, with a mark when it has changes; None outside a repository."""
+    source = Path(__file__).resolve().parent
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the numbers, without importing them."""
+    found = {}
+    for name in VERSIONS_OF:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,77 @@
+"""One rank: read config.yaml, join the group, run the stage, leave with the others. The only reader of rank variables.
+
+Started by the supervisor (or by srun) as `python -P -m train.rank RUN_FOLDER`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+from conf.compose import read_config
+from conf.errors import UserError
+from train.config.pretrain import PretrainConfig
+from train.outcome import ExitCode, Outcome, State, write_outcome
+
+NEXT = {
+    "finished": "export it (longhaul export checkpoint={run}) or sample from it (longhaul generate checkpoint={run})",
+    "stopped": "run the same command again: it goes on from here",
+    "refused": "mend what the reason names, then run the same command again",
+    "crashed": "read the logs beside this file; the run goes on from its newest checkpoint",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run this rank to its end; returns its exit code."""
+    run_dir = Path(arguments[0])
+    faulthandler.enable()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    attempt = int(os.environ.get("LONGHAUL_ATTEMPT", "1"))
+    is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    step: int | None = None
+    state: State
+    try:
+        config = read_config(PretrainConfig, run_dir / "config.yaml")
+        state, reason, step = run(config, run_dir, attempt)
+    except UserError as error:
+        state, reason = "refused", str(error)
+        print(f"longhaul: {reason}", file=sys.stderr, flush=True)
+    except Exception as error:  # whatever it is, the outcome has to be written before the process ends
+        state, reason = "crashed", f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+    outcome = Outcome(
+        attempt=attempt, state=state, reason=reason, next=NEXT[state].format(run=run_dir), step=step
+    )
+    if is_first:
+        write_outcome(run_dir, outcome)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return int(outcome.exit_code)
+
+
+def run(config: PretrainConfig, run_dir: Path, attempt: int) -> tuple[State, str, int | None]:
+    """(state, reason, last step) of the stage on this rank."""
+    import torch.distributed as dist
+
+    from train.parallel import start_rank
+    from train.stages.pretrain import pretrain
+
+    context = start_rank(config.launch.device, config.launch.collective_timeout_seconds)
+    record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    ending, step = pretrain(config, context, run_dir, attempt=attempt, run=record)
+    if context.is_first and ending.state == "finished":
+        (run_dir / "FINISHED").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+    context.barrier()  # ranks leave together, so that no launcher sees one of them missing
+    dist.destroy_process_group()
+    return {"finished": "finished", "stopped": "stopped", "diverged": "refused"}[ending.state], ending.reason, step
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    # Libraries' exit handlers (process groups, uploads) may hang or fail; all that must be durable is.
+    os._exit(code if code in set(ExitCode) else ExitCode.CRASHED)

@@ -1,0 +1,104 @@
+"""Pretraining: the parts, put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conf.compose import to_plain
+from data_pipeline.loader import Loader
+from data_pipeline.sources import inspect_sources
+from train.checkpoint.store import CheckpointStore
+from train.config.changes import check_resume
+from train.config.pretrain import PretrainConfig
+from train.engine import Engine
+from train.health.stop import StopSignal
+from train.loop import Ending, Trainer, TrainState
+from train.metrics import Metrics, NullMetrics, RunIdentity
+from train.model.transformer import Reading, build_layers
+from train.parallel import ParallelContext
+from train.plan import RunPlan, make_plan
+
+
+def build(config: PretrainConfig, context: ParallelContext, run_dir: Path, metrics: Metrics | NullMetrics) -> Trainer:
+    """Assemble a run at its newest checkpoint, or at its beginning."""
+    plan = make_plan(config, context.world_size)
+    corpus = inspect_sources(config.data)
+    reading = Reading(
+        sequence_length=config.data.sequence_length,
+        document_mask=config.data.document_mask,
+        recompute=config.parallel.recompute == "full",
+    )
+    engine = Engine(
+        build_layers(config.model, reading, seed=config.run.seed),
+        optim=config.optim,
+        parallel=config.parallel,
+        precision=config.precision,
+        micro_batch=config.batch.micro_batch,
+        dropout_seed=config.run.seed,
+        context=context,
+    )
+    store = CheckpointStore(
+        run_dir / "checkpoints",
+        config=config.checkpoint,
+        context=context,
+        run_config=config,
+        tokenizer_folder=Path(corpus.tokenizer_path),
+        data_fingerprint=corpus.fingerprint,
+    )
+    split = {"seed": config.run.seed, "vocab_size": config.model.vocab_size}
+    return Trainer(
+        config=config,
+        plan=plan,
+        context=context,
+        engine=engine,
+        loader=Loader(config.data, split="train", **split),
+        held_out=Loader(config.data, split="validation", **split),
+        store=store,
+        metrics=metrics,
+        stop=StopSignal(context),
+        state=resume(engine, store, config),
+    )
+
+
+def resume(engine: Engine, store: CheckpointStore, config: PretrainConfig) -> TrainState:
+    """State of the newest checkpoint, its weights and moments in `engine`; a fresh state when there is none."""
+    reader = store.load_newest(engine)
+    if reader is None:
+        return TrainState()
+    state = TrainState(**reader.state)
+    for change in check_resume(reader.config, config, str(reader.path)):
+        state.adjustments.append(
+            {"step": state.step, "field": change.field, "before": change.before, "after": change.after}
+        )
+    return state
+
+
+def layout_of(config: PretrainConfig, plan: RunPlan) -> dict[str, int]:
+    """The layout as it is shown with the run."""
+    return {"world_size": plan.world_size, "data_parallel": plan.data_parallel, "zero": config.parallel.zero}
+
+
+def pretrain(config: PretrainConfig, context: ParallelContext, run_dir: Path, *, attempt: int, run: dict) -> tuple[Ending, int]:
+    """Run pretraining on this rank: how it ended, and at which step. `run` is the content of run.json."""
+    plan = make_plan(config, context.world_size)
+    metrics: Metrics | NullMetrics = NullMetrics()
+    if context.is_first:
+        identity = RunIdentity(
+            name=config.run.name,
+            run_id=run["run_id"],
+            wandb_id=run["wandb_id"],
+            attempt=attempt,
+            job_type="pretrain",
+            group=config.monitor.wandb.group or config.run.name,
+            resolved_config=to_plain(config),
+            layout=layout_of(config, plan),
+        )
+        metrics = Metrics(config.monitor, run_dir, identity, plan.total_steps)
+    outcome = "crashed"
+    try:
+        trainer = build(config, context, run_dir, metrics)
+        ending = trainer.run()
+        outcome = ending.state
+        return ending, trainer.state.step
+    finally:
+        metrics.close(outcome)
