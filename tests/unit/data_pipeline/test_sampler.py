@@ -137,7 +137,6 @@ def test_quotas_follow_the_largest_remainder() -> None:
     assert sum(blend_quotas([1, 1, 1])) == BLEND_SLOTS
     assert blend_quotas([1, 1, 1]) == (3334, 3333, 3333)
     assert blend_quotas([1, 99_999]) == (0, 10_000)
-    assert blend_quotas([1.5, 9_998.5]) == (2, 9_998)
 
 
 def test_errors_are_collected() -> None:
