@@ -1,0 +1,42 @@
+"""Settings of `longhaul export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from conf.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    checkpoint: str
+    """Folder of a checkpoint, or of a run, whose newest checkpoint is taken."""
+    out: str
+    """Folder to make; it appears only when everything is written and proved."""
+    format: Literal["hf"] = "hf"
+    """Layout of the folder; hf: what `AutoModelForCausalLM.from_pretrained` of transformers reads."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the written weights; auto: fp32 after a run in fp32, else bf16."""
+    shard_bytes: int = 5_000_000_000
+    """Most bytes of one weight file; only a single larger tensor exceeds it."""
+    proof: bool = True
+    """Load the folder with transformers in a process of its own, and compare it with the checkpoint."""
+    proof_sequences: int | None = 64
+    """Held-out sequences on which the proof compares the loss; null: all of them."""
+    overwrite: bool = False
+    """Replace `out` when it is an earlier export."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.checkpoint:
+            problems.append("checkpoint='': needs the folder of a checkpoint or of a run")
+        if not self.out or not Path(self.out).name or Path(self.out).name == "..":
+            problems.append(f"out={self.out!r}: needs the name of a folder to make, such as out=exported/first")
+        if self.shard_bytes < 1024:
+            problems.append(f"shard_bytes={self.shard_bytes}: must be at least 1024; 5000000000 is usual")
+        if self.proof_sequences is not None and self.proof_sequences < 1:
+            problems.append(f"proof_sequences={self.proof_sequences}: must be at least 1; null means all of them")
+        if problems:
+            raise ConfigError(problems)

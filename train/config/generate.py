@@ -1,0 +1,65 @@
+"""Settings of `longhaul generate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from conf.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    checkpoint: str
+    """Folder of a checkpoint, or of a run, whose newest checkpoint is taken."""
+    prompt: str | None = None
+    """Text to continue; give this or prompt_file."""
+    prompt_file: str | None = None
+    """UTF-8 file with the text to continue; give this or prompt."""
+    max_new_tokens: int = 256
+    """Most tokens of one continuation."""
+    temperature: float = 0.8
+    """Divides the logits before the softmax; 0 takes the likeliest token at every step."""
+    top_k: int | None = None
+    """Choose among this many likeliest tokens; null: among all."""
+    top_p: float | None = None
+    """Choose among the fewest likeliest tokens whose probability reaches this; null: among all."""
+    stop: tuple[str, ...] = ()
+    """Texts at which a continuation ends; they are not shown."""
+    num_samples: int = 1
+    """Continuations of the prompt, drawn side by side."""
+    seed: int = 0
+    """Seed of the draws; sample n is the same whatever num_samples is."""
+    stream: bool = True
+    """Show the text while it grows; false: when all of it is there."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What to compute on; auto: CUDA when this machine has it."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Weights and activations; auto: bf16 on CUDA, fp32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.checkpoint:
+            problems.append("checkpoint='': needs the folder of a checkpoint or of a run")
+        if (self.prompt is None) == (self.prompt_file is None):
+            problems.append("prompt: give exactly one of prompt and prompt_file")
+        if self.prompt == "":
+            problems.append("prompt='': needs at least one character to continue")
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        if self.temperature < 0:
+            problems.append(f"temperature={self.temperature}: must not be negative; 0 takes the likeliest token")
+        if self.top_k is not None and self.top_k < 1:
+            problems.append(f"top_k={self.top_k}: must be at least 1; null means all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            problems.append(f"top_p={self.top_p}: must be above 0 and at most 1; null means all tokens")
+        if self.temperature == 0 and self.num_samples > 1:
+            problems.append(
+                f"num_samples={self.num_samples}: with temperature=0 all samples are the same; raise temperature or take 1"
+            )
+        if "" in self.stop:
+            problems.append("stop: holds an empty text, which ends every continuation at once; remove it")
+        if self.num_samples < 1:
+            problems.append(f"num_samples={self.num_samples}: must be at least 1")
+        if problems:
+            raise ConfigError(problems)

@@ -1,0 +1,108 @@
+"""The loop of generation: a prompt once, then one token a step for all samples; and the text that each sample becomes.
+
+Shapes: B samples, S positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from conf.errors import UserError
+from train.inference.cached import CachedDecoder, KeyValueCache
+from train.inference.sampling import Sampling, choose
+from train.inference.text import StopFilter
+from train.model.init import keyed_seed
+
+PREFILL_TOKENS = 512
+"""Prompt positions run at a time: bounds the score matrix of kernels that write one, 512 x context a head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to continue, how long and how."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling
+    num_samples: int = 1
+    seed: int = 0
+
+
+def generate_ids(decoder: CachedDecoder, request: Request) -> Iterator[list[int]]:
+    """Yield one new id for each sample, `max_new_tokens` times; close the iterator to stop before.
+
+    Raises UserError when prompt and continuation exceed the model's context, or when the model gives no finite logits.
+    """
+    model, count = decoder.model, len(request.prompt)
+    if count == 0:
+        raise UserError("prompt: is no token to this tokenizer; give it at least one character")
+    # The last new token is not run through the model.
+    capacity = count + request.max_new_tokens - 1
+    if capacity > model.max_positions:
+        raise UserError(
+            f"max_new_tokens={request.max_new_tokens}: the prompt has {count} tokens, and together they exceed "
+            f"model.max_positions={model.max_positions}; shorten the prompt or the continuation"
+        )
+    cache = decoder.new_cache(num_sequences=1, capacity=capacity)
+    logits_BV = _prefill(decoder, request.prompt, cache).expand(request.num_samples, -1)
+    if not torch.isfinite(logits_BV.max()):
+        raise UserError("the model's logits are not finite: its weights are damaged or it diverged in training")
+    if request.num_samples > 1:
+        cache = cache.repeat(request.num_samples)
+    # A generator for each sample, on the CPU: the draws depend on neither the device nor the number of samples.
+    generators = [
+        torch.Generator().manual_seed(keyed_seed(request.seed, "sample", number)) for number in range(request.num_samples)
+    ]
+    for step in range(request.max_new_tokens):
+        if step:
+            logits_BV = decoder.logits(decoder.advance(tokens_B.unsqueeze(1), cache))[:, -1]
+        uniform_B = torch.stack([torch.rand((), generator=each, dtype=torch.float64) for each in generators])
+        tokens_B = choose(logits_BV, uniform_B.to(logits_BV.device), request.sampling)
+        yield tokens_B.tolist()
+
+
+def _prefill(decoder: CachedDecoder, prompt: Sequence[int], cache: KeyValueCache) -> Tensor:
+    """Run the prompt into the cache; returns the logits [1, V] after its last token."""
+    tokens_1S = torch.tensor([prompt], device=decoder.weight.device)
+    for chunk_1S in tokens_1S.split(PREFILL_TOKENS, dim=1):
+        hidden_1SH = decoder.advance(chunk_1S, cache)
+    return decoder.logits(hidden_1SH[:, -1:])[:, -1]
+
+
+class TextStream(Protocol):
+    """Turns ids into text as they come, whole characters only."""
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain after one more id; may be empty."""
+
+
+class Continuation:
+    """One sample: ids in, text that may be shown out, until its end."""
+
+    def __init__(self, stream: TextStream, *, stop: Sequence[str] = (), end_of_document: int | None = None) -> None:
+        self.num_tokens = 0
+        self.finished = False
+        self._stream = stream
+        self._filter = StopFilter(stop)
+        self._end_of_document = end_of_document
+
+    def push(self, token_id: int) -> str:
+        """The text that may be shown after one more id; empty once the sample is finished."""
+        if self.finished:
+            return ""
+        self.num_tokens += 1
+        if token_id == self._end_of_document:
+            return self.finish()
+        shown = self._filter.push(self._stream.push(token_id))
+        self.finished = self._filter.stopped
+        return shown
+
+    def finish(self) -> str:
+        """End the sample; returns the text that was held back in case it were a stop text."""
+        self.finished = True
+        return self._filter.flush()
