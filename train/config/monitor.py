@@ -22,8 +22,6 @@ class WandbConfig:
     """Kind of run within the group; null: the verb, such as pretrain."""
     tags: tuple[str, ...] = ()
     """Tags of the run."""
-    notes: str | None = None
-    """A sentence or more about the run, in Markdown; null: none."""
     alerts: bool = True
     """Send an alert at a loss spike, a stop and the finish."""
     init_timeout_seconds: float = 90.0

@@ -1,0 +1,275 @@
+"""Weights & Biases: the only importer of wandb. During training all that talks to it runs in one background thread.
+
+Training must not notice whether the service is there: starting has a timeout, values pass through a bounded queue,
+repeated failures turn the writer off with one line, finishing has a timeout, and metrics.jsonl has it all anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from conf.errors import UserError
+from train.config.monitor import MonitorConfig, WandbConfig
+from train.metrics.jsonl import FILE_NAME, read_metrics
+from train.metrics.record import Level, Record, RunIdentity, Value
+from train.metrics.wandb_account import Mode, has_key, resolve_mode
+
+if TYPE_CHECKING:
+    from wandb import Run
+
+QUEUE_RECORDS = 20_000
+"""Records that wait for the service, some 20 MB; what comes beyond them is not sent."""
+_FAILURES_IN_A_ROW = 5
+_ALERT_INTERVAL_SECONDS = 600.0
+_REFUSALS = ("previously created and deleted", "already exists", "resume='never'")
+_AXES = ("step", "tokens", "samples", "attempt")
+
+Say = Callable[[str], None]
+
+
+class WandbWriter:
+    """Sends records in the background; never raises, never waits but for a bounded time in `close`."""
+
+    def __init__(
+        self,
+        config: WandbConfig,
+        run_dir: Path,
+        *,
+        identity: RunIdentity,
+        say: Say,
+        save_wandb_id: Callable[[str], None] | None = None,
+    ) -> None:
+        """`save_wandb_id` is called, from the background, with the new id when the run had to get one."""
+        self._config = config
+        self._run_dir = run_dir
+        self._identity = identity
+        self._say = say
+        self._save_wandb_id = save_wandb_id
+        self._queue: queue.Queue[Callable[[Run], None] | None] = queue.Queue(maxsize=QUEUE_RECORDS)
+        self._off = threading.Event()
+        self._num_dropped = 0
+        self._last_alert: dict[str, float] = {}
+        self._outcome = "crashed"
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def write(self, record: Record) -> None:
+        values = payload(record)
+        self._put(lambda run: run.log(values))
+
+    def alert(self, title: str, text: str, level: Level) -> None:
+        if not self._config.alerts:
+            return
+        now = time.monotonic()
+        if now - self._last_alert.get(title, -_ALERT_INTERVAL_SECONDS) < _ALERT_INTERVAL_SECONDS:
+            return
+        self._last_alert[title] = now
+        self._put(lambda run: run.alert(title=title, text=text, level=level.upper()))
+
+    def _put(self, action: Callable[[Run], None]) -> None:
+        if self._off.is_set():
+            return
+        try:
+            self._queue.put_nowait(action)
+        except queue.Full:
+            self._num_dropped += 1
+            if self._num_dropped == 1:
+                self._say("W&B: does not keep up, values are dropped there; metrics.jsonl has every value")
+
+    def close(self, outcome: str) -> None:
+        """Send what waits and end the run, within `finish_timeout_seconds`."""
+        self._outcome = outcome
+        deadline = time.monotonic() + self._config.finish_timeout_seconds
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            try:
+                self._queue.put(None, timeout=0.1)
+                break
+            except queue.Full:
+                continue
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            self._turn_off(f"did not end within {self._config.finish_timeout_seconds:g} s")
+            _kill_service()
+
+    def _work(self) -> None:
+        # The broad excepts in this thread are its purpose: whatever a service and its client come up with, from a
+        # broken pipe to a change of API, the answer is the same.
+        try:
+            run = self._start()
+        except Exception as error:
+            self._turn_off(_first_line(error))
+            return
+        if run is None:
+            return
+        failures = 0
+        while (action := self._queue.get()) is not None:
+            try:
+                action(run)
+                failures = 0
+            except Exception as error:
+                failures += 1
+                if failures >= _FAILURES_IN_A_ROW or self._off.is_set():
+                    self._turn_off(_first_line(error))
+                    return
+        try:
+            finish_run(run, self._outcome)
+        except Exception as error:
+            self._turn_off(_first_line(error))
+
+    def _start(self) -> Run | None:
+        mode = resolve_mode(self._config, os.environ)
+        if mode == "disabled":
+            self._off.set()
+            return None
+        if mode == "online" and not has_key(os.environ):
+            # Asked here, because wandb.init would ask on the terminal and wait.
+            self._turn_off("online needs a key: set WANDB_API_KEY, or run `wandb login` once")
+            return None
+        run, new_id = start_run(self._config, self._run_dir, identity=self._identity, mode=mode, resume="allow")
+        if new_id is not None:
+            self._say(f"W&B: run {self._identity.wandb_id} was deleted there; going on as {new_id}")
+            if self._save_wandb_id is not None:
+                self._save_wandb_id(new_id)
+        place = run.url if mode == "online" else f"offline in {self._run_dir / 'wandb'}; `wandb sync` sends it"
+        self._say(f"W&B: {place}")
+        return run
+
+    def _turn_off(self, reason: str) -> None:
+        if not self._off.is_set():
+            self._off.set()
+            self._say(f"W&B: off ({reason}); training goes on, metrics.jsonl has every value")
+
+
+def start_run(
+    config: WandbConfig,
+    run_dir: Path,
+    *,
+    identity: RunIdentity,
+    mode: Mode,
+    resume: Literal["allow", "never"],
+) -> tuple[Run, str | None]:
+    """Open the run in Weights & Biases; the second value is its new id where its own could not be used.
+
+    An id that was deleted there is refused for ever, and with `resume="never"` so is one that is in use: the run
+    then gets a new one, with the old one in its config as previous_id. Raises what wandb raises.
+    """
+    import wandb
+
+    def start(run_id: str, extra: dict[str, Any]) -> Run:
+        return wandb.init(
+            project=config.project,
+            entity=config.entity,
+            group=config.group or identity.group,
+            job_type=config.job_type or identity.job_type,
+            name=identity.name,
+            notes=identity.notes or None,
+            tags=list(config.tags),
+            id=run_id,
+            resume=resume,
+            mode=mode,
+            dir=str(run_dir),
+            config={
+                **identity.resolved_config,
+                "layout": identity.layout,
+                "run_id": identity.run_id,
+                "attempt": identity.attempt,
+                **extra,
+            },
+            allow_val_change=True,  # a resumed run may have another layout, and has another attempt
+            save_code=False,
+            settings=wandb.Settings(
+                console="off",  # our logs are in files; wrapping stdout from a thread would slow every print
+                silent=True,
+                init_timeout=config.init_timeout_seconds,
+            ),
+        )
+
+    new_id: str | None = None
+    (run_dir / "wandb").mkdir(parents=True, exist_ok=True)  # else wandb falls back to a temporary folder
+    try:
+        run = start(identity.wandb_id, {})
+    except wandb.Error as error:
+        if not _id_is_refused(error):
+            raise
+        new_id = wandb.util.generate_id()
+        run = start(new_id, {"previous_id": identity.wandb_id})
+    run.define_metric("train/tokens")
+    # Not W&B's own step: it must grow, so that after a rollback all values up to the old step would be dropped.
+    run.define_metric("*", step_metric="train/tokens")
+    run.define_metric("val/loss", step_metric="train/tokens", summary="min")
+    return run, new_id
+
+
+def finish_run(run: Run, outcome: str) -> None:
+    """End the run there: finished, preempted (to be gone on with) or failed."""
+    if outcome == "stopped":
+        run.mark_preempting()
+    run.finish(exit_code=0 if outcome == "finished" else 1)
+
+
+def replay(run_dir: Path, config: MonitorConfig, *, identity: RunIdentity) -> str:
+    """Send the records that count as one run; returns its address, or its folder when offline.
+
+    Keeps the run's own id where the service has no such run yet, and takes a new one otherwise: nothing that was
+    sent before is doubled. Raises UserError when it cannot be done; unlike during training, here nothing else is.
+    """
+    records = read_metrics(run_dir / FILE_NAME)
+    mode = resolve_mode(config.wandb, os.environ)
+    if mode == "disabled":
+        raise UserError("monitor.wandb.mode=disabled: nothing can be sent; give online or offline")
+    if mode == "online" and not has_key(os.environ):
+        raise UserError(
+            "monitor.wandb.mode=online: needs a key; set WANDB_API_KEY, run `wandb login` once, or give offline"
+        )
+    import wandb
+
+    try:
+        run, _ = start_run(config.wandb, run_dir, identity=identity, mode=mode, resume="never")
+        for record in records:
+            run.log(payload(record))
+        place = run.url or str(run_dir / "wandb")
+        run.finish(exit_code=0)
+    except wandb.Error as error:
+        raise UserError(f"Weights & Biases: {error}") from error
+    return place
+
+
+def payload(record: Record) -> dict[str, Value]:
+    """The record as W&B takes it: train/..., val/... or val/NAME/..., the axes under train/ in both."""
+    section = "train"
+    if record["kind"] == "evaluation":
+        section = f"val/{record['name']}" if record.get("name") else "val"
+    values: dict[str, Value] = {"_timestamp": float(record["time"])}  # a replay keeps the true times
+    for key, value in record.items():
+        if key not in ("kind", "name", "time"):
+            values[f"train/{key}" if key in _AXES else f"{section}/{key}"] = value
+    return values
+
+
+def _id_is_refused(error: Exception) -> bool:
+    """Whether the service refuses the id itself. It has no code for this, only words."""
+    text = str(error).lower()
+    return any(words in text for words in _REFUSALS)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _kill_service() -> None:
+    """Kill the helper process of wandb: its exit hook would wait for it without end when this process leaves."""
+    import psutil
+
+    for child in psutil.Process().children():
+        try:
+            if child.name().startswith("wandb-core"):
+                child.kill()
+        except psutil.NoSuchProcess:
+            pass
