@@ -1,4 +1,7 @@
-"""One split of a prepared corpus as one long run of tokens, whatever its shards. The only reader of megatron-core's IndexedDataset."""
+"""One split of a prepared corpus as one long run of tokens, whatever its shards.
+
+The only reader of megatron-core's IndexedDataset.
+"""
 
 from __future__ import annotations
 
