@@ -56,6 +56,10 @@ class Deriver:
         self._asked: tuple[Tensor, Tensor, torch.dtype] | None = None
         self._answer: Derived | None = None
 
+    def read_as(self, reading: Reading) -> None:
+        """Read the micro-batches to come in another way."""
+        self.reading, self._asked, self._answer = reading, None, None
+
     def derive(self, positions_T: Tensor, document_bounds: Tensor, dtype: torch.dtype) -> Derived:
         """The mask and tables of a micro-batch; computed anew only for tensors other than the last ones."""
         # The tensors are held, so that identity cannot be that of a freed one.
@@ -243,6 +247,11 @@ class Decoder(nn.Module):
     def blocks(self) -> list[Block]:
         """The decoder blocks in order."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
+
+    def read_as(self, reading: Reading) -> None:
+        """Read the micro-batches to come in another way; the weights stay."""
+        for block in self.blocks:
+            block.deriver.read_as(reading)
 
     def forward(self, tokens_T: Tensor, labels_T: Tensor, positions_T: Tensor, bounds: Tensor) -> tuple:
         """(objective, loss, targets) of a micro-batch: see `LossHead.forward`."""

@@ -1,0 +1,81 @@
+"""Generation: a checkpoint, a prompt, text on the console."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from conf.errors import UserError
+from train.checkpoint.reader import CheckpointReader, resolve_checkpoint
+from train.config.generate import GenerateConfig
+from train.inference.cached import CachedDecoder
+from train.inference.generation import Continuation, Request, generate_ids
+from train.inference.load import load_decoder, resolve_device, resolve_dtype
+from train.inference.sampling import Sampling
+from train.inference.text import Console
+from train.inference.vocabulary import Vocabulary
+
+
+def run(config: GenerateConfig) -> int:
+    """Continue the prompt on stdout; a summary goes to stderr. Returns the exit code."""
+    prompt = read_prompt(config)
+    device = resolve_device(config.device)
+    reader = CheckpointReader(resolve_checkpoint(config.checkpoint))
+    vocabulary = Vocabulary(reader.tokenizer_folder)
+    request = Request(
+        prompt=vocabulary.encode(prompt),
+        max_new_tokens=config.max_new_tokens,
+        sampling=Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p),
+        num_samples=config.num_samples,
+        seed=config.seed,
+    )
+    decoder = load_decoder(reader, resolve_dtype(config.dtype, device), device=device)
+    continuations = [
+        Continuation(vocabulary.stream(request.prompt), stop=config.stop, end_of_document=vocabulary.eos_id)
+        for _ in range(request.num_samples)
+    ]
+    console = Console(sys.stdout, request.num_samples, live=config.stream)
+    started = time.perf_counter()
+    show(CachedDecoder(decoder, reader.config.model), request, continuations, console)
+    seconds = time.perf_counter() - started
+    num_tokens = sum(continuation.num_tokens for continuation in continuations)
+    print(
+        f"{reader.path.name}, {len(request.prompt)} prompt tokens: {num_tokens} tokens in {seconds:.1f} s "
+        f"({num_tokens / seconds:.1f} tokens/s) on {device.type}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def show(decoder: CachedDecoder, request: Request, continuations: list[Continuation], console: Console) -> None:
+    """Generate until every sample has reached its end, showing the text as it becomes certain."""
+    for ids in generate_ids(decoder, request):
+        for sample, (continuation, token_id) in enumerate(zip(continuations, ids, strict=True)):
+            if continuation.finished:
+                continue
+            console.show(sample, continuation.push(token_id))
+            if continuation.finished:
+                console.finish(sample)
+        if all(continuation.finished for continuation in continuations):
+            return
+    for sample, continuation in enumerate(continuations):
+        if not continuation.finished:
+            console.show(sample, continuation.finish())
+            console.finish(sample)
+
+
+def read_prompt(config: GenerateConfig) -> str:
+    """The text to continue. Raises UserError for a file that cannot be read or holds nothing."""
+    if config.prompt is not None:
+        return config.prompt
+    path = Path(config.prompt_file)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"prompt_file={path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt_file={path}: is not UTF-8 (byte {error.start})") from None
+    if not text:
+        raise UserError(f"prompt_file={path}: is empty; it needs at least one character to continue")
+    return text
