@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import os
 import queue
+import secrets
+import string
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from conf.errors import UserError
@@ -26,8 +30,9 @@ if TYPE_CHECKING:
 QUEUE_RECORDS = 20_000
 """Records that wait for the service, some 20 MB; what comes beyond them is not sent."""
 _FAILURES_IN_A_ROW = 5
+_TEARDOWN_SECONDS = 5.0
 _ALERT_INTERVAL_SECONDS = 600.0
-_REFUSALS = ("previously created and deleted", "already exists", "resume='never'")
+_REFUSALS = ("previously created and deleted", "already exists")
 _AXES = ("step", "tokens", "samples", "attempt")
 
 Say = Callable[[str], None]
@@ -96,31 +101,35 @@ class WandbWriter:
         if self._thread.is_alive():
             self._turn_off(f"did not end within {self._config.finish_timeout_seconds:g} s")
             _kill_service()
+            self._thread.join(_TEARDOWN_SECONDS)
 
     def _work(self) -> None:
         # The broad excepts in this thread are its purpose: whatever a service and its client come up with, from a
         # broken pipe to a change of API, the answer is the same.
         try:
             run = self._start()
+            if run is not None:
+                self._send(run)
         except Exception as error:
             self._turn_off(_first_line(error))
-            return
-        if run is None:
-            return
+        # Here, where `close` bounds it. Left to wandb's exit hook it holds the process, seen: 12 s for a service
+        # that accepts and never answers.
+        try:
+            _end_service()
+        except Exception as error:
+            self._turn_off(_first_line(error))
+
+    def _send(self, run: Run) -> None:
         failures = 0
         while (action := self._queue.get()) is not None:
             try:
                 action(run)
                 failures = 0
-            except Exception as error:
+            except Exception:
                 failures += 1
                 if failures >= _FAILURES_IN_A_ROW or self._off.is_set():
-                    self._turn_off(_first_line(error))
-                    return
-        try:
-            finish_run(run, self._outcome)
-        except Exception as error:
-            self._turn_off(_first_line(error))
+                    raise
+        finish_run(run, self._outcome)
 
     def _start(self) -> Run | None:
         mode = resolve_mode(self._config, os.environ)
@@ -146,6 +155,14 @@ class WandbWriter:
             self._say(f"W&B: off ({reason}); training goes on, metrics.jsonl has every value")
 
 
+def _load_wandb() -> ModuleType:
+    # The client reports on itself and, when the process leaves, waits 10 s and more for a service that is not there.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    return wandb
+
+
 def start_run(
     config: WandbConfig,
     run_dir: Path,
@@ -159,7 +176,7 @@ def start_run(
     An id that was deleted there is refused for ever, and with `resume="never"` so is one that is in use: the run
     then gets a new one, with the old one in its config as previous_id. Raises what wandb raises.
     """
-    import wandb
+    wandb = _load_wandb()
 
     def start(run_id: str, extra: dict[str, Any]) -> Run:
         return wandb.init(
@@ -183,27 +200,34 @@ def start_run(
             },
             allow_val_change=True,  # a resumed run may have another layout, and has another attempt
             save_code=False,
-            settings=wandb.Settings(
-                console="off",  # our logs are in files; wrapping stdout from a thread would slow every print
-                silent=True,
-                init_timeout=config.init_timeout_seconds,
-            ),
+            settings=settings,
         )
 
     new_id: str | None = None
+    settings = wandb.Settings(
+        console="off",  # our logs are in files; wrapping stdout from a thread would slow every print
+        silent=True,
+        init_timeout=config.init_timeout_seconds,
+    )
+    wandb.setup(settings=settings)  # silent before the first run too
     (run_dir / "wandb").mkdir(parents=True, exist_ok=True)  # else wandb falls back to a temporary folder
     try:
         run = start(identity.wandb_id, {})
     except wandb.Error as error:
         if not _id_is_refused(error):
             raise
-        new_id = wandb.util.generate_id()
+        new_id = new_wandb_id()
         run = start(new_id, {"previous_id": identity.wandb_id})
     run.define_metric("train/tokens")
     # Not W&B's own step: it must grow, so that after a rollback all values up to the old step would be dropped.
     run.define_metric("*", step_metric="train/tokens")
     run.define_metric("val/loss", step_metric="train/tokens", summary="min")
     return run, new_id
+
+
+def new_wandb_id() -> str:
+    """An id for a run, as long as those W&B makes: made once and kept in run.json."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 
 def finish_run(run: Run, outcome: str) -> None:
@@ -227,13 +251,12 @@ def replay(run_dir: Path, config: MonitorConfig, *, identity: RunIdentity) -> st
         raise UserError(
             "monitor.wandb.mode=online: needs a key; set WANDB_API_KEY, run `wandb login` once, or give offline"
         )
-    import wandb
-
+    wandb = _load_wandb()
     try:
         run, _ = start_run(config.wandb, run_dir, identity=identity, mode=mode, resume="never")
         for record in records:
             run.log(payload(record))
-        place = run.url or str(run_dir / "wandb")
+        place = run.url if mode == "online" else str(run_dir / "wandb")
         run.finish(exit_code=0)
     except wandb.Error as error:
         raise UserError(f"Weights & Biases: {error}") from error
@@ -263,8 +286,15 @@ def _first_line(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
+def _end_service() -> None:
+    """End the helper process of wandb and take its exit hook away."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None:
+        wandb.teardown()
+
+
 def _kill_service() -> None:
-    """Kill the helper process of wandb: its exit hook would wait for it without end when this process leaves."""
+    """Kill the helper process of wandb, whatever it waits for."""
     import psutil
 
     for child in psutil.Process().children():

@@ -1,0 +1,172 @@
+"""The real Weights & Biases client: offline, and against a small service on this machine that can be made to fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+RUN = """
+import sys
+from pathlib import Path
+from train.config.monitor import MonitorConfig, WandbConfig
+from train.metrics import Metrics, RunIdentity
+identity = RunIdentity(name="first", run_id="r1", wandb_id=sys.argv[2], attempt=1, job_type="pretrain", group="g",
+                       resolved_config={"model": {"hidden": 8}}, layout={"zero": 1}, notes="hello")
+wandb = WandbConfig(init_timeout_seconds=3, finish_timeout_seconds=float(sys.argv[3]), tags=("t",))
+metrics = Metrics(MonitorConfig(tensorboard=False, wandb=wandb), Path(sys.argv[1]), identity, 3,
+                  save_wandb_id=lambda new: print("saved", new))
+for step in (1, 2, 3):
+    metrics.train({"step": step, "tokens": 100 * step, "loss": 1.0 / step})
+metrics.evaluation({"step": 3, "loss": 0.25})
+metrics.close(sys.argv[4])
+print("closed")
+"""
+
+
+class Service(ThreadingHTTPServer):
+    """As much of the service as a run needs; an id in `deleted` is refused, `silent` answers nothing."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.deleted: set[str] = set()
+        self.silent = False
+        self.buckets: list[dict[str, Any]] = []
+        self.alerts: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []
+        self.exit_code: int | None = None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is part of the tests."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Service
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        while self.server.silent:
+            time.sleep(0.05)
+        if self.path == "/graphql":
+            query = json.loads(body)
+            self._reply(*self._graphql(query.get("operationName"), query.get("variables") or {}))
+            return
+        if self.path.endswith("/file_stream"):
+            stream = json.loads(body)
+            lines = stream.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+            self.server.history += [json.loads(line) for line in lines]
+            self.server.exit_code = stream.get("exitcode", self.server.exit_code)
+        self._reply(200, {})
+
+    do_PUT = do_POST
+
+    def _graphql(self, operation: str, variables: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        address = f"http://127.0.0.1:{self.server.server_address[1]}"
+        if operation == "UpsertBucket":
+            name = variables["name"]
+            if name in self.server.deleted:
+                text = f"run {name} was previously created and deleted; try a new run name"
+                return 409, {"errors": [{"message": text}]}
+            self.server.buckets.append(variables)
+            project = {"id": "p", "name": "longhaul", "entity": {"id": "e", "name": "me"}}
+            bucket = {"id": "b", "name": name, "displayName": name, "config": "{}", "project": project}
+            return 200, {"data": {"upsertBucket": {"bucket": {**bucket, "historyLineCount": 0}, "inserted": True}}}
+        if operation == "CreateRunFiles":
+            files = [{"name": name, "uploadUrl": f"{address}/upload/{name}"} for name in variables["files"]]
+            return 200, {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
+        if operation == "NotifyScriptableRunAlert":
+            self.server.alerts.append(variables)
+        return 200, {"data": {}}
+
+    def _reply(self, code: int, tree: dict[str, Any]) -> None:
+        body = json.dumps(tree).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with Service() as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        yield made
+        made.silent = False
+        made.shutdown()
+
+
+def run(folder: Path, *, service: Service | None, wandb_id: str = "abc", finish_seconds: float = 20.0) -> str:
+    """Output of a reporting process that leaves by itself."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "NETRC": str(folder / "none"), "HOME": str(folder)}
+    if service is not None:
+        environment["WANDB_BASE_URL"] = f"http://127.0.0.1:{service.server_address[1]}"
+        environment["WANDB_API_KEY"] = "k" * 40
+    outcome = "stopped" if wandb_id == "stopped" else "finished"
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(folder), wandb_id, str(finish_seconds), outcome],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=40,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "", "the client is silent"
+    assert done.stdout.endswith("closed\n")
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+    return done.stdout
+
+
+def test_offline_without_a_key(tmp_path: Path) -> None:
+    assert f"W&B: offline in {tmp_path / 'wandb'}" in run(tmp_path, service=None)
+    kept = list((tmp_path / "wandb").glob("offline-run-*-abc/run-abc.wandb"))
+    assert len(kept) == 1 and kept[0].stat().st_size > 0
+    assert not (tmp_path / "none").exists(), "no login is written"
+
+
+def test_online(tmp_path: Path, service: Service) -> None:
+    out = run(tmp_path, service=service, wandb_id="stopped")
+    assert "/me/longhaul/runs/stopped" in out
+    bucket = service.buckets[0]
+    assert (bucket["name"], bucket["displayName"], bucket["notes"]) == ("stopped", "first", "hello")
+    assert (bucket["groupName"], bucket["jobType"], bucket["tags"]) == ("g", "pretrain", ["t"])
+    config = json.loads(bucket["config"])
+    assert config["model"]["value"] == {"hidden": 8} and config["layout"]["value"] == {"zero": 1}
+    rows = [(row["train/tokens"], row.get("train/loss"), row.get("val/loss")) for row in service.history]
+    assert rows == [(100, 1.0, None), (200, 0.5, None), (300, 1 / 3, None), (300, None, 0.25)]
+    assert [(alert["title"], alert["severity"]) for alert in service.alerts] == [("run stopped", "WARN")]
+    assert service.exit_code == 1, "preempted, not finished"
+
+
+def test_a_deleted_run(tmp_path: Path, service: Service) -> None:
+    service.deleted.add("gone")
+    out = run(tmp_path, service=service, wandb_id="gone")
+    new_id = out.split("saved ")[1].split()[0]
+    assert f"run gone was deleted there; going on as {new_id}" in out
+    assert service.buckets[0]["name"] == new_id
+    assert json.loads(service.buckets[0]["config"])["previous_id"]["value"] == "gone"
+    assert len(service.history) == 4
+
+
+def test_a_service_that_accepts_and_never_answers(tmp_path: Path, service: Service) -> None:
+    service.silent = True
+    began = time.monotonic()
+    out = run(tmp_path, service=service, finish_seconds=1.0)
+    assert "W&B: off (did not end within 1 s)" in out
+    assert time.monotonic() - began < 8.0, "leaving does not wait either"
