@@ -13,12 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from conf.errors import UserError
 from data_pipeline.config import CorpusConfig
 from data_pipeline.document import Rejection, Rule
-from data_pipeline.io import sha256_of_texts
+from data_pipeline.io import COMPRESSED_SUFFIXES, sha256_of_texts
 
 STDLIB = "stdlib:"
 USUAL_SUFFIXES = {
@@ -31,7 +30,6 @@ USUAL_SUFFIXES = {
         ".rb .rs .rst .scala .sh .sql .swift .toml .ts .tsx .txt .vue .yaml .yml .zig"
     ).split(),
 }
-COMPRESSED = (".gz", ".zst")
 UNITS_WANTED = 256  # enough for the last worker to finish soon after the others
 UNIT_BYTES_RANGE = (4 * 2**20, 256 * 2**20)  # smaller units cost more than they balance; larger ones are too much to redo
 
@@ -142,7 +140,7 @@ def _files_below(root: Path, exclude: Sequence[str], suffixes: Sequence[str], re
         rejected.append(Rejection(id=str(error.filename), rule=Rule.UNREADABLE, reason=f"folder: {error.strerror}"))
 
     seen: set[tuple[int, int]] = set()
-    endings = tuple(suffix + packed for suffix in suffixes for packed in ("", *COMPRESSED))
+    endings = tuple(suffix + packed for suffix in suffixes for packed in ("", *COMPRESSED_SUFFIXES))
     for folder, folders, names in os.walk(root, onerror=set_aside, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:  # a link that leads back up
@@ -161,6 +159,7 @@ def _excluded(name: str, patterns: Sequence[str]) -> bool:
 
 def _take(path: Path, name: str, files: dict[str, InputFile], rejected: list[Rejection]) -> None:
     """Add a file, once however many paths lead to it; one that is no regular file (a pipe would block for ever) is set aside."""
+    name = os.fsencode(name).decode(errors="backslashreplace")  # a name that is not UTF-8 still gets an id that is text
     try:
         status = path.stat()
     except OSError as error:
@@ -186,8 +185,3 @@ def _cut(files: list[InputFile]) -> tuple[Unit, ...]:
         groups[-1].append(file)
         filled += file.size
     return tuple(Unit(number=number, files=tuple(group)) for number, group in enumerate(groups))
-
-
-def unit_from_json(content: dict[str, Any]) -> Unit:
-    """The unit that `dataclasses.asdict` made plain."""
-    return Unit(**{**content, "files": tuple(InputFile(**file) for file in content["files"])})

@@ -15,9 +15,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from conf.errors import UserError
 
 CHUNK_BYTES = 2**20
+COMPRESSED_SUFFIXES = (".gz", ".zst")
 FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a damaged .gz or .zst raises while it is read.
 BROKEN_ARCHIVE_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -29,11 +32,11 @@ class ZstdReader(io.RawIOBase):
     zstandard's own reader takes the end of a truncated file for the end of its text; this one raises EOFError there.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         import zstandard
 
         self._zstandard = zstandard
-        self._file = open(path, "rb")
+        self._file = file
         self._frame = None
         self._pending = b""
 
@@ -70,16 +73,47 @@ class ZstdReader(io.RawIOBase):
         return True
 
 
-def open_input(path: Path) -> BinaryIO:
-    """Open `path` for reading bytes; .gz and .zst are decompressed on the way.
+class CountedFile(io.FileIO):
+    """A file that tells how many bytes are read from it, for progress."""
+
+    def __init__(self, path: Path, on_read: Callable[[int], None]) -> None:
+        super().__init__(path, "rb")
+        self._on_read = on_read
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer) or 0
+        self._on_read(count)
+        return count
+
+    def readall(self) -> bytes:
+        data = super().readall()
+        self._on_read(len(data))
+        return data
+
+
+def open_input(path: Path, on_read: Callable[[int], None] | None = None) -> BinaryIO:
+    """Open `path` for reading bytes; .gz and .zst are decompressed on the way. `on_read` is told the bytes taken from disk.
 
     Reading a damaged archive raises one of BROKEN_ARCHIVE_ERRORS.
     """
+    raw = io.BufferedReader(CountedFile(path, on_read or (lambda count: None)), buffer_size=CHUNK_BYTES)
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return _OwningGzip(raw)  # type: ignore[return-value]
     if path.suffix == ".zst":
-        return io.BufferedReader(ZstdReader(path), buffer_size=CHUNK_BYTES)
-    return open(path, "rb")
+        return io.BufferedReader(ZstdReader(raw), buffer_size=CHUNK_BYTES)
+    return raw
+
+
+class _OwningGzip(gzip.GzipFile):
+    """gzip over an open file, which it closes with itself."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self._owned = file
+
+    def close(self) -> None:
+        super().close()
+        self._owned.close()
 
 
 def sync_folder(folder: Path) -> None:
@@ -112,6 +146,14 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file atomically."""
+    # By way of memory: numpy writes straight to the descriptor and reports a full disk without its error number.
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_bytes(path, buffer.getvalue())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
@@ -138,7 +180,7 @@ def json_lines(path: Path) -> Iterator[Callable[[Any], None]]:
             stream = stack.enter_context(compressor.stream_writer(stream, closefd=False))
 
         def append(value: Any) -> None:
-            stream.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+            stream.write(json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
         yield append
 
@@ -165,7 +207,7 @@ def sha256_of_texts(texts: Iterable[str]) -> str:
     """SHA-256 over a sequence of texts; where one ends and the next begins is part of it."""
     digest = hashlib.sha256()
     for text in texts:
-        data = text.encode()
+        data = text.encode(errors="surrogateescape")  # names of files may hold bytes that are no text
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
 

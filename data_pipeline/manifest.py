@@ -175,7 +175,9 @@ class Manifest:
         if full and not problems:
             # hashlib lets go of the interpreter's lock, so threads hash in parallel.
             with ThreadPoolExecutor(max_workers=4) as pool:
-                problems = [problem for problem in pool.map(lambda file: self._hash_problem(file, progress), self.files) if problem]
+                problems = [
+                    problem for problem in pool.map(lambda file: self._hash_problem(file, progress), self.files) if problem
+                ]
         if problems:
             raise UserError("; ".join(problems) + f". {remedy(self.folder)}")
 
@@ -186,7 +188,9 @@ class Manifest:
         except OSError as error:
             return f"{path}: cannot be read ({error.strerror}), though the manifest lists it"
         if size != file.size:
-            return f"{path}: holds {size} bytes, the manifest says {file.size} ({readable_bytes(file.size)}): cut off or changed"
+            return (
+                f"{path}: holds {size} bytes, the manifest says {file.size} ({readable_bytes(file.size)}): cut off or changed"
+            )
         return None
 
     def _hash_problem(self, file: FileRecord, progress: Callable[[int], None] | None) -> str | None:
@@ -232,7 +236,9 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 def _from_json(folder: Path, content: dict[str, Any]) -> Manifest:
     shards = tuple(Shard(**{**shard, "files": _records(shard["files"])}) for shard in content.pop("shards"))
-    densest = {split: {int(length): count for length, count in table.items()} for split, table in content.pop("densest").items()}
+    densest = {
+        split: {int(length): count for length, count in table.items()} for split, table in content.pop("densest").items()
+    }
     return Manifest(
         folder=folder,
         shards=shards,

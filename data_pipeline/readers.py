@@ -4,37 +4,41 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import CorpusConfig
 from data_pipeline.document import Document, Rejection, Rule, Scalar
 from data_pipeline.inputs import InputFile, Unit
-from data_pipeline.io import BROKEN_ARCHIVE_ERRORS, open_input
+from data_pipeline.io import BROKEN_ARCHIVE_ERRORS, CountedFile, open_input
 
 Item = Document | Rejection
+OnRead = Callable[[int], None]
 
 PARQUET_BATCH_ROWS = 1024
 
 
-def read_unit(corpus: CorpusConfig, unit: Unit) -> Iterator[Item]:
-    """The documents of one unit of work, in order; never fails for the sake of one file."""
+def read_unit(corpus: CorpusConfig, unit: Unit, on_read: OnRead) -> Iterator[Item]:
+    """The documents of one unit of work, in order; never fails for the sake of one file.
+
+    `on_read` is told the bytes read from disk (from a data set: the bytes of its texts).
+    """
     if unit.dataset is not None:
-        yield from _read_dataset(corpus, unit)
+        yield from _read_dataset(corpus, unit, on_read)
         return
     read_file = {"text": _read_text, "source_tree": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}[corpus.reader]
     for file in unit.files:
         try:
-            yield from read_file(corpus, file)
+            yield from read_file(corpus, file, on_read)
         except BROKEN_ARCHIVE_ERRORS as error:
             yield Rejection(id=file.id, rule=Rule.BROKEN_FILE, reason=f"{file.path}: {error}")
         except OSError as error:
             yield Rejection(id=file.id, rule=Rule.UNREADABLE, reason=f"{file.path}: {error.strerror or error}")
 
 
-def _read_text(corpus: CorpusConfig, file: InputFile) -> Iterator[Item]:
-    with open_input(Path(file.path)) as stream:
+def _read_text(corpus: CorpusConfig, file: InputFile, on_read: OnRead) -> Iterator[Item]:
+    with open_input(Path(file.path), on_read) as stream:
         data = stream.read()
     if b"\0" in data and not corpus.encoding.lower().startswith(("utf-16", "utf_16", "utf-32", "utf_32")):
         yield Rejection(id=file.id, rule=Rule.BINARY, reason=f"{file.path}: holds NUL bytes")
@@ -59,8 +63,8 @@ def _decode(data: bytes, corpus: CorpusConfig) -> str:
     return data.decode(corpus.encoding, errors="replace" if corpus.undecodable == "replace" else "strict")
 
 
-def _read_jsonl(corpus: CorpusConfig, file: InputFile) -> Iterator[Item]:
-    with open_input(Path(file.path)) as stream:
+def _read_jsonl(corpus: CorpusConfig, file: InputFile, on_read: OnRead) -> Iterator[Item]:
+    with open_input(Path(file.path), on_read) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
@@ -76,31 +80,35 @@ def _read_jsonl(corpus: CorpusConfig, file: InputFile) -> Iterator[Item]:
                 yield _from_record(corpus, record, place, source=file.path)
 
 
-def _read_parquet(corpus: CorpusConfig, file: InputFile) -> Iterator[Item]:
+def _read_parquet(corpus: CorpusConfig, file: InputFile, on_read: OnRead) -> Iterator[Item]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    row = 0
     try:
-        with pyarrow.parquet.ParquetFile(file.path) as table:
-            if corpus.text_field not in table.schema_arrow.names:
-                names = ", ".join(table.schema_arrow.names[:20])
-                yield Rejection(id=file.id, rule=Rule.NO_TEXT, reason=f"{file.path}: no column {corpus.text_field}; it has {names}")
+        with pyarrow.parquet.ParquetFile(CountedFile(Path(file.path), on_read)) as table:
+            columns = table.schema_arrow.names
+            if corpus.text_field not in columns:
+                reason = f"{file.path}: no column {corpus.text_field}; it has {', '.join(columns[:20])}"
+                yield Rejection(id=file.id, rule=Rule.NO_TEXT, reason=reason)
                 return
             for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[corpus.text_field]):
                 for value in batch.column(0).to_pylist():
-                    yield _from_record(corpus, {corpus.text_field: value}, f"{file.id}:{number}", source=file.path)
-                    number += 1
+                    yield _from_record(corpus, {corpus.text_field: value}, f"{file.id}:{row}", source=file.path)
+                    row += 1
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        yield Rejection(id=file.id, rule=Rule.BROKEN_FILE, reason=f"{file.path}, near row {number}: {' '.join(str(error).split())}")
+        reason = f"{file.path}, near row {row}: {' '.join(str(error).split())}"
+        yield Rejection(id=file.id, rule=Rule.BROKEN_FILE, reason=reason)
 
 
-def _read_dataset(corpus: CorpusConfig, unit: Unit) -> Iterator[Item]:
+def _read_dataset(corpus: CorpusConfig, unit: Unit, on_read: OnRead) -> Iterator[Item]:
     from data_pipeline.hub import dataset_rows
 
     shard = f"{corpus.name}/{unit.dataset}/{unit.dataset_shard}-of-{unit.dataset_shards}"
     for number, row in enumerate(dataset_rows(corpus, unit)):
-        yield _from_record(corpus, row, f"{shard}:{number}", source=str(unit.dataset))
+        item = _from_record(corpus, row, f"{shard}:{number}", source=str(unit.dataset))
+        on_read(len(item.text) if isinstance(item, Document) else 0)
+        yield item
 
 
 def _from_record(corpus: CorpusConfig, record: Any, place: str, *, source: str) -> Item:

@@ -234,7 +234,11 @@ def _types_in(part: Any) -> list[str]:
 
 def _byte_level_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte: itself where printable, else the next one from U+0100 on (GPT-2)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), ord("\u00ff") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("\u00a1"), ord("\u00ac") + 1),
+        *range(ord("\u00ae"), ord("\u00ff") + 1),
+    ]
     alphabet = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in set(printable))
     alphabet.update({chr(256 + place): byte for place, byte in enumerate(others)})
