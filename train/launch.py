@@ -17,7 +17,7 @@ import yaml
 
 from conf.compose import compose, read_config, to_plain, validate, write_config
 from conf.errors import UserError
-from data_pipeline.sources import CorpusFacts, check_epochs, inspect_sources, verify_sources
+from data_pipeline.facts import CorpusFacts, check_epochs, inspect_sources, verify_sources
 from train.checkpoint.manifest import published, write_durably
 from train.config.changes import check_resume
 from train.config.pretrain import PretrainConfig
@@ -37,7 +37,7 @@ def pretrain(overrides: Sequence[str], config_dir: str | None = None) -> int:
     facts = inspect_sources(config.data)
     config = settle(config, facts)
     plan = make_plan(config, config.launch.processes)
-    check_epochs(config.data, facts, plan.total_samples)
+    check_epochs(config.data, facts, total_samples=plan.total_samples)
     run_dir = Path(config.run.folder) / config.run.name
     if config.launch.dry_run:
         print(yaml.safe_dump(to_plain(config), sort_keys=False, width=120), end="")

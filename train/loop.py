@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from data_pipeline.loader import Loader, MicroBatch, Prefetcher
+from data_pipeline.loader import Loader, MicroBatch
+from data_pipeline.prefetcher import Prefetcher
 from train.checkpoint.store import CheckpointStore
 from train.config.pretrain import PretrainConfig
 from train.engine import Engine, StepResult
@@ -66,7 +66,7 @@ class Trainer:
         """Train from the present state to the end of the budget, or until something asks to stop."""
         state, plan = self.state, self.plan
         ending = self._reason_to_end()
-        with closing(Prefetcher(self.loader, self._groups())) as batches:
+        with Prefetcher(self.loader.micro_batch, self._groups()) as batches:
             while ending is None:
                 started = time.perf_counter()
                 batch = plan.batch_at(state.samples)

@@ -12,11 +12,7 @@ from train.model.logical import logical_parameters
 from train.model.transformer import Decoder, Reading, build_layers
 from train.parallel import ParallelContext, single_process
 
-STEPS = 20
-
-
-def lr_of(step: int) -> float:
-    return uneven.LR * (1 - step / (2 * STEPS))
+STEPS = uneven.STEPS
 
 
 def reference(model: ModelConfig) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
@@ -33,7 +29,7 @@ def reference(model: ModelConfig) -> tuple[list[tuple[float, float]], dict[str, 
     for step in range(STEPS):
         batch = uneven.micro_batch(list(range(step * uneven.SEQUENCES, (step + 1) * uneven.SEQUENCES)))
         for group in optimizer.param_groups:
-            group["lr"] = lr_of(step)
+            group["lr"] = uneven.lr_of(step)
         objective, _, targets = module(batch.tokens, batch.labels, batch.positions, batch.document_bounds)
         loss = objective / targets
         optimizer.zero_grad()
@@ -52,7 +48,7 @@ def train(context: ParallelContext, zero: int, precision: str, model: ModelConfi
     engine = uneven.make_engine(context, zero=zero, precision=precision, model=model)
     curve = []
     for step in range(STEPS):
-        result = engine.train_step(uneven.batches_of_step(step, context), lr=lr_of(step), step=step)
+        result = engine.train_step(uneven.batches_of_step(step, context), lr=uneven.lr_of(step), step=step)
         curve.append((result.loss, result.grad_norm))
     return curve, uneven.logical_state(engine, context)
 

@@ -16,6 +16,7 @@ from train.parallel import ParallelContext
 SEQUENCE, SEQUENCES, MICRO = 16, 8, 2
 # The gradient of a key bias is zero in theory: without a floor Adam would blow its rounding noise up to full steps.
 LR, EPSILON = 3e-3, 1e-5
+STEPS = 20
 
 TINY = ModelConfig(
     family="llama", num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=48, max_positions=SEQUENCE,
@@ -36,6 +37,11 @@ class Batch:
     positions: Tensor
     document_bounds: Tensor
     target_tokens: int
+
+
+def lr_of(step: int) -> float:
+    """A learning rate that changes at every step."""
+    return LR * (1 - step / (2 * STEPS))
 
 
 def sample(sample_id: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:

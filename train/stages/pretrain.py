@@ -6,14 +6,15 @@ from pathlib import Path
 
 from conf.compose import to_plain
 from data_pipeline.loader import Loader
-from data_pipeline.sources import inspect_sources
+from data_pipeline.facts import inspect_sources
 from train.checkpoint.store import CheckpointStore
 from train.config.changes import check_resume
 from train.config.pretrain import PretrainConfig
 from train.engine import Engine
+from train.device import peak_flops
 from train.health.stop import StopSignal
 from train.loop import Ending, Trainer, TrainState
-from train.metrics import Metrics, NullMetrics, RunIdentity
+from train.metrics import Metrics, NullMetrics, RunIdentity, Throughput
 from train.model.transformer import Reading, build_layers
 from train.parallel import ParallelContext
 from train.plan import RunPlan, make_plan
@@ -42,7 +43,7 @@ def build(config: PretrainConfig, context: ParallelContext, run_dir: Path, metri
         config=config.checkpoint,
         context=context,
         run_config=config,
-        tokenizer_folder=Path(corpus.tokenizer_path),
+        tokenizer_folder=corpus.tokenizer_path,
         data_fingerprint=corpus.fingerprint,
     )
     split = {"seed": config.run.seed, "vocab_size": config.model.vocab_size}
@@ -92,13 +93,20 @@ def pretrain(config: PretrainConfig, context: ParallelContext, run_dir: Path, *,
             group=config.monitor.wandb.group or config.run.name,
             resolved_config=to_plain(config),
             layout=layout_of(config, plan),
+            notes=config.run.notes,
         )
-        metrics = Metrics(config.monitor, run_dir, identity, plan.total_steps)
-    outcome = "crashed"
+        peak = peak_flops(context.device, config.precision)
+        throughput = Throughput(
+            flops_per_token=plan.flops_per_token_full,
+            flops_per_token_causal=plan.flops_per_token_causal,
+            peak_flops=peak and peak * context.world_size,
+        )
+        metrics = Metrics(config.monitor, run_dir, identity, plan.total_steps, throughput=throughput)
+    outcome, reason = "crashed", ""
     try:
         trainer = build(config, context, run_dir, metrics)
         ending = trainer.run()
-        outcome = ending.state
+        outcome, reason = ending.state, ending.reason
         return ending, trainer.state.step
     finally:
-        metrics.close(outcome)
+        metrics.close(outcome, reason)

@@ -1,0 +1,44 @@
+"""What a device could do at best: the peak that model FLOPs utilisation is measured against."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from train.config.training import Precision
+
+# Dense bf16 tensor-core peak in TFLOP/s, from the vendors' data sheets; the first name that fits counts.
+GPU_BF16_TFLOPS = (
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("GH200", 989.0),
+    ("H200", 989.0),
+    ("H100 NVL", 835.0),
+    ("H100 PCIe", 756.0),
+    ("H100", 989.0),
+    ("A100", 312.0),
+    ("L40S", 362.0),
+    ("V100", 125.0),
+)
+FP32_SHARE = 0.5  # TF32 runs at half the bf16 rate on the cards above
+
+
+def peak_flops(device: torch.device, precision: Precision) -> float | None:
+    """Peak of one rank's device in FLOP/s: the data sheet's for a GPU (None: not known), measured for a CPU."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        tflops = next((value for part, value in GPU_BF16_TFLOPS if part in name), None)
+        return None if tflops is None else tflops * 1e12 * (1.0 if precision == "bf16" else FP32_SHARE)
+    return measured_cpu_flops(torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def measured_cpu_flops(dtype: torch.dtype, *, size: int = 1024, repeats: int = 8) -> float:
+    """FLOP/s of this process's threads on a square matrix product: the best of `repeats`, about 0.1 s in all."""
+    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
