@@ -100,7 +100,7 @@ def write_outcome(run_dir: Path, outcome: Outcome) -> Path:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())  # scripts decide by this file, also after the machine lost power
-    os.replace(temporary, path)
+    temporary.replace(path)
     return path
 
 

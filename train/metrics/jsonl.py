@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
 from collections.abc import Callable
@@ -54,7 +55,7 @@ class JsonlWriter:
         try:
             num_written = os.write(self._file, line)
             if num_written != len(line):  # the disk filled up within the line
-                raise OSError(28, "No space left on device")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             os.ftruncate(self._file, self._size)
             raise

@@ -73,8 +73,7 @@ def plain(record: Mapping[str, Any]) -> dict[str, Value]:
 def encode(record: Record) -> bytes:
     """One line of strict JSON. Floats keep every bit (repr); NaN and infinities become texts."""
     values = {
-        key: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
+        key: repr(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
     return (json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n").encode()
 

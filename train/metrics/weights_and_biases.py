@@ -248,9 +248,7 @@ def replay(run_dir: Path, config: MonitorConfig, *, identity: RunIdentity) -> st
     if mode == "disabled":
         raise UserError("monitor.wandb.mode=disabled: nothing can be sent; give online or offline")
     if mode == "online" and not has_key(os.environ):
-        raise UserError(
-            "monitor.wandb.mode=online: needs a key; set WANDB_API_KEY, run `wandb login` once, or give offline"
-        )
+        raise UserError("monitor.wandb.mode=online: needs a key; set WANDB_API_KEY, run `wandb login` once, or give offline")
     wandb = _load_wandb()
     try:
         run, _ = start_run(config.wandb, run_dir, identity=identity, mode=mode, resume="never")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import sys
@@ -15,10 +16,8 @@ _LINE_CHARACTERS = 1000
 
 def say(text: str) -> None:
     """One line of the supervisor's own, on stderr."""
-    try:
+    with contextlib.suppress(OSError):  # the terminal is gone; the run goes on, and outcome.json tells the story
         print(f"longhaul: {text}", file=sys.stderr, flush=True)
-    except OSError:
-        pass  # the terminal is gone; the run goes on, and outcome.json tells the story
 
 
 def last_lines(path: Path, count: int) -> list[str]:

@@ -7,6 +7,7 @@ not their children (data loader workers, for one); these share the rank's proces
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -22,10 +23,8 @@ def main() -> None:
         elif line.strip() == "clear":
             groups.clear()
     for group in groups:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 if __name__ == "__main__":

@@ -102,9 +102,7 @@ class _Signals:
             self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -139,9 +137,7 @@ class _Attempt:
         self._crashed_rank: int | None = None
         self._recorded_before_crash: Outcome | None = None
 
-    def run(
-        self, command: Sequence[str], *, processes: int, environment: Mapping[str, str], leave_seconds: float
-    ) -> None:
+    def run(self, command: Sequence[str], *, processes: int, environment: Mapping[str, str], leave_seconds: float) -> None:
         """Start the ranks and return when none is left."""
         stream = LogStream(self._group.log_path(0))
         try:

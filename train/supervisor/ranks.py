@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -78,9 +79,7 @@ class RankGroup:
                     own["LONGHAUL_STORE_FD"] = str(store.fileno())
                 self._start_rank(command, rank=rank, environment=own, keep=(store.fileno(),) if rank == 0 else ())
 
-    def _start_rank(
-        self, command: Sequence[str], *, rank: int, environment: Mapping[str, str], keep: tuple[int, ...]
-    ) -> None:
+    def _start_rank(self, command: Sequence[str], *, rank: int, environment: Mapping[str, str], keep: tuple[int, ...]) -> None:
         supervisor = os.getpid()
         with self.log_path(rank).open("ab") as log:
             try:
@@ -162,10 +161,9 @@ class RankGroup:
 
 
 def _kill_group(leader: int) -> None:
-    try:
+    # macOS answers EPERM for a group that holds only a zombie.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # macOS answers EPERM for a group that holds only a zombie
-        pass
 
 
 def _die_with(parent: int) -> None:

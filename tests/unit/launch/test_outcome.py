@@ -20,9 +20,7 @@ from train.outcome import (
 
 
 def test_round_trip_keeps_every_field(tmp_path: Path) -> None:
-    outcome = Outcome(
-        attempt=3, state="stopped", reason="SIGUSR1", next="Run again.", step=70, rank_codes={"0": 85, "1": -9}
-    )
+    outcome = Outcome(attempt=3, state="stopped", reason="SIGUSR1", next="Run again.", step=70, rank_codes={"0": 85, "1": -9})
     path = write_outcome(tmp_path, outcome)
     assert read_outcome(tmp_path, 3) == outcome
     assert json.loads(path.read_text())["exit_code"] == 85

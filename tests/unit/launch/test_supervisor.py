@@ -107,9 +107,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
     ("code", "expected", "state"),
     [(0, 0, "finished"), (85, 85, "stopped"), (93, 93, "refused"), (7, 1, "crashed")],
 )
-def test_exit_codes_decide_without_a_record(
-    launch: Callable[..., Launch], code: int, expected: int, state: str
-) -> None:
+def test_exit_codes_decide_without_a_record(launch: Callable[..., Launch], code: int, expected: int, state: str) -> None:
     run = launch(f"sys.exit({code})")
     assert run.result()[0] == expected
     outcome = run.outcome()

@@ -179,9 +179,7 @@ def test_failures_in_a_row_turn_it_off_and_single_ones_do_not(client: Client, tm
     ]
 
 
-def test_a_service_that_hangs_neither_slows_nor_holds(
-    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_service_that_hangs_neither_slows_nor_holds(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     killed: list[bool] = []
     client.on_log = lambda: (release.wait(10), None)[1]
