@@ -11,12 +11,13 @@ import torch
 from tqdm import tqdm
 
 from conf.errors import UserError
+from data_pipeline.tokenizer import Tokenizer
 from train.checkpoint.reader import CheckpointReader
 from train.config.pretrain import PretrainConfig
 from train.convert.hf_config import SpecialIds, check_expressible, generation_config, model_config
 from train.convert.keymap import KeyMap
 from train.convert.shards import ShardWriter, plan_shards
-from train.inference.vocabulary import Vocabulary
+from train.inference.special import special_id
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,14 +34,14 @@ def write_model(reader: CheckpointReader, folder: Path, *, dtype: Literal["fp32"
     """
     config = reader.config
     check_expressible(config.model)
-    vocabulary = Vocabulary(reader.tokenizer_folder)
-    if vocabulary.size > config.model.vocab_size:
+    tokenizer = Tokenizer(reader.tokenizer_folder)
+    if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"{reader.tokenizer_folder}: has {vocabulary.size} tokens, model.vocab_size={config.model.vocab_size}; "
+            f"{reader.tokenizer_folder}: has {tokenizer.vocab_size} tokens, model.vocab_size={config.model.vocab_size}; "
             "it is not the tokenizer that the model was trained with"
         )
     write_weights(reader, folder, dtype=dtype, shard_bytes=shard_bytes)
-    special = SpecialIds(bos=vocabulary.bos_id, eos=vocabulary.eos_id)
+    special = SpecialIds(bos=special_id(tokenizer, "bos_token"), eos=special_id(tokenizer, "eos_token"))
     _write_json(folder / "config.json", model_config(config.model, special, dtype))
     _write_json(folder / "generation_config.json", generation_config(special))
     copy_tokenizer(reader.tokenizer_folder, folder)

@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from conf.errors import UserError
 from data_pipeline.loader import IGNORE, Loader, MicroBatch
+from data_pipeline.tokenizer import Tokenizer
 from train.config.model import ModelConfig
 from train.convert.keymap import KeyMap
 from train.inference.cached import CachedDecoder
 from train.inference.generation import Request, generate_ids
 from train.inference.load import WeightReader, assemble_decoder
 from train.inference.sampling import Sampling
-from train.inference.vocabulary import Vocabulary
 from train.model.transformer import Decoder, Reading
 
 LOGITS_TOLERANCE = 1e-4
@@ -159,7 +159,7 @@ def prove_generation(ours: Decoder, theirs: PreTrainedModel, model: ModelConfig)
 
 def prove_tokenizer(source: Path, folder: Path) -> Finding:
     """The folder's tokenizer, as transformers reads it, gives the ids that training saw."""
-    expected = list(Vocabulary(source).encode(SAMPLE_TEXT))
+    expected = Tokenizer(source).encode(SAMPLE_TEXT)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -7,14 +7,15 @@ import time
 from pathlib import Path
 
 from conf.errors import UserError
+from data_pipeline.tokenizer import Tokenizer
 from train.checkpoint.reader import CheckpointReader, resolve_checkpoint
 from train.config.generate import GenerateConfig
 from train.inference.cached import CachedDecoder
 from train.inference.generation import Continuation, Request, generate_ids
 from train.inference.load import load_decoder, resolve_device, resolve_dtype
 from train.inference.sampling import Sampling
+from train.inference.special import special_id
 from train.inference.text import Console
-from train.inference.vocabulary import Vocabulary
 
 
 def run(config: GenerateConfig) -> int:
@@ -22,17 +23,18 @@ def run(config: GenerateConfig) -> int:
     prompt = read_prompt(config)
     device = resolve_device(config.device)
     reader = CheckpointReader(resolve_checkpoint(config.checkpoint))
-    vocabulary = Vocabulary(reader.tokenizer_folder)
+    tokenizer = Tokenizer(reader.tokenizer_folder)
     request = Request(
-        prompt=vocabulary.encode(prompt),
+        prompt=tuple(tokenizer.encode(prompt)),
         max_new_tokens=config.max_new_tokens,
         sampling=Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p),
         num_samples=config.num_samples,
         seed=config.seed,
     )
     decoder = load_decoder(reader, resolve_dtype(config.dtype, device), device=device)
+    end_of_document = special_id(tokenizer, "eos_token")
     continuations = [
-        Continuation(vocabulary.stream(request.prompt), stop=config.stop, end_of_document=vocabulary.eos_id)
+        Continuation(tokenizer.stream(), stop=config.stop, end_of_document=end_of_document)
         for _ in range(request.num_samples)
     ]
     console = Console(sys.stdout, request.num_samples, live=config.stream)
