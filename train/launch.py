@@ -21,7 +21,7 @@ from data_pipeline.facts import CorpusFacts, check_epochs, inspect_sources, veri
 from train.checkpoint.manifest import published, write_durably
 from train.config.changes import check_resume
 from train.config.pretrain import PretrainConfig
-from train.outcome import ExitCode, last_attempt
+from train.outcome import ExitCode, last_attempt, read_outcome
 from train.plan import RunPlan, describe, make_plan
 from train.supervisor import supervise
 
@@ -50,13 +50,17 @@ def pretrain(overrides: Sequence[str], config_dir: str | None = None) -> int:
     check_against_newest(config, run_dir)
     verify_sources(config.data)
     prepare_folder(run_dir, config)
-    return supervise(
+    code = supervise(
         [sys.executable, "-P", "-m", "train.rank", str(run_dir)],
         processes=config.launch.processes,
         run_dir=run_dir,
         max_restarts=config.launch.max_restarts,
         backoff_seconds=config.launch.backoff_seconds,
     )
+    if code == ExitCode.FINISHED:
+        outcome = read_outcome(run_dir, last_attempt(run_dir))
+        print(f"finished         {run_dir}; next: {outcome.next if outcome else ''}")
+    return code
 
 
 def plan_only(overrides: Sequence[str], config_dir: str | None = None) -> int:

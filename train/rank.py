@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> int:
     run_dir = Path(arguments[0])
     faulthandler.enable()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # optional packages that are not needed
     attempt = int(os.environ.get("LONGHAUL_ATTEMPT", "1"))
     is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     step: int | None = None
