@@ -1,0 +1,130 @@
+"""The streaming writer against the safetensors library; the folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from conf.errors import UserError
+from train.convert.publication import REPORT, UNFINISHED, Publication
+from train.convert.shards import ShardWriter, plan_shards
+
+SHAPES = {"a": (3, 5), "b": (7,), "ü.weight": (2, 2, 2), "c": (40, 10), "d": (1,)}
+
+
+def _values(dtype):
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shard_bytes", [10**9, 100, 1])
+def test_the_library_reads_what_was_written(tmp_path, dtype, shard_bytes):
+    values, plan = _values(dtype), plan_shards(SHAPES, dtype, shard_bytes=shard_bytes)
+    with ShardWriter(tmp_path, plan, dtype) as writer:
+        for name, value in values.items():
+            writer.write(name, value.float())
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert [path.name for path in files] == [shard.file for shard in plan]
+    read = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    assert read.keys() == values.keys()
+    for name, value in values.items():
+        assert read[name].dtype == dtype
+        assert torch.equal(read[name], value)
+    for path, shard in zip(files, plan, strict=True):
+        with safe_open(path, "pt") as handle:
+            assert handle.metadata() == {"format": "pt"}
+        size = sum(prod(shape) for shape in shard.shapes.values()) * dtype.itemsize
+        assert size <= shard_bytes or len(shard.shapes) == 1
+    index = tmp_path / "model.safetensors.index.json"
+    assert index.exists() == (len(plan) > 1)
+    if len(plan) > 1:
+        content = json.loads(index.read_text())
+        assert content["metadata"]["total_size"] == sum(value.nbytes for value in values.values())
+        assert content["weight_map"] == {name: shard.file for shard in plan for name in shard.shapes}
+
+
+def test_views_are_written_by_their_values(tmp_path):
+    matrix = torch.arange(12.0).view(3, 4)
+    plan = plan_shards({"t": (4, 3)}, torch.float32, shard_bytes=10**9)
+    with ShardWriter(tmp_path, plan, torch.float32) as writer:
+        writer.write("t", matrix.T)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["t"], matrix.T)
+
+
+def test_a_missing_or_misplaced_tensor_is_never_silent(tmp_path):
+    plan = plan_shards(SHAPES, torch.float32, shard_bytes=10**9)
+    with pytest.raises(AssertionError, match="planned"), ShardWriter(tmp_path, plan, torch.float32) as writer:
+        writer.write("b", torch.zeros(7))
+    with pytest.raises(AssertionError, match="not written"), ShardWriter(tmp_path, plan, torch.float32) as writer:
+        writer.write("a", torch.zeros(3, 5))
+
+
+def _publish(out, *, overwrite=False, content="new"):
+    with Publication(out, overwrite=overwrite) as folder:
+        (folder / REPORT).write_text(content)
+
+
+def test_a_folder_appears_whole(tmp_path):
+    out = tmp_path / "below" / "model"
+    with Publication(out, overwrite=False) as folder:
+        assert folder.name == "model.partial"
+        (folder / REPORT).write_text("new")
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == [REPORT]
+    assert [path.name for path in out.parent.iterdir()] == ["model"]
+
+
+def test_nothing_appears_after_an_error(tmp_path):
+    out = tmp_path / "model"
+    with pytest.raises(RuntimeError), Publication(out, overwrite=False) as folder:
+        (folder / REPORT).write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_replaced_only_when_asked_and_ours(tmp_path):
+    out = tmp_path / "model"
+    _publish(out, content="old")
+    with pytest.raises(UserError, match="exists; give another name"):
+        _publish(out)
+    with pytest.raises(RuntimeError), Publication(out, overwrite=True):
+        raise RuntimeError
+    assert (out / REPORT).read_text() == "old"
+    _publish(out, overwrite=True)
+    assert (out / REPORT).read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is no earlier export"):
+        _publish(foreign, overwrite=True)
+    assert (foreign / "chapter.txt").exists()
+
+
+def test_leftovers_of_a_killed_export_are_cleared_and_nothing_else(tmp_path):
+    partial = tmp_path / "model.partial"
+    partial.mkdir()
+    (partial / "mine.txt").write_text("not ours")
+    with pytest.raises(UserError, match="is no unfinished export"):
+        _publish(tmp_path / "model")
+    assert (partial / "mine.txt").exists()
+    (partial / UNFINISHED).touch()
+    _publish(tmp_path / "model")
+    assert not partial.exists()
+    replaced = tmp_path / "model.replaced"
+    replaced.mkdir()
+    with pytest.raises(UserError, match="model.replaced: exists"):
+        _publish(tmp_path / "model", overwrite=True)
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        _publish(tmp_path / "file" / "model")
