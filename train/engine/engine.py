@@ -10,7 +10,9 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import Protocol
 
 import torch
@@ -88,12 +90,13 @@ class Engine:
             eps=optim.epsilon,
             fused=True,
         )
-        self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=deepspeed_config(optim, parallel, precision, micro_batch),
-            dist_init_required=False,
-        )
+        with redirect_stdout(StringIO()):  # it prints a dozen lines on memory
+            self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=deepspeed_config(optim, parallel, precision, micro_batch),
+                dist_init_required=False,
+            )
         fragments.create_moments(self._optimizer, self.zero)
 
     @property
