@@ -31,6 +31,8 @@ class Request:
     sampling: Sampling
     num_samples: int = 1
     seed: int = 0
+    num_known_ids: int | None = None
+    """Ids that the tokenizer can spell, where the model's vocabulary has more; None: all of the model's."""
 
 
 def generate_ids(decoder: CachedDecoder, request: Request) -> Iterator[list[int]]:
@@ -62,7 +64,7 @@ def generate_ids(decoder: CachedDecoder, request: Request) -> Iterator[list[int]
         if step:
             logits_BV = decoder.logits(decoder.advance(tokens_B.unsqueeze(1), cache))[:, -1]
         uniform_B = torch.stack([torch.rand((), generator=each, dtype=torch.float64) for each in generators])
-        tokens_B = choose(logits_BV, uniform_B.to(logits_BV.device), request.sampling)
+        tokens_B = choose(logits_BV[:, : request.num_known_ids], uniform_B.to(logits_BV.device), request.sampling)
         yield tokens_B.tolist()
 
 

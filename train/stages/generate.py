@@ -30,6 +30,7 @@ def run(config: GenerateConfig) -> int:
         sampling=Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p),
         num_samples=config.num_samples,
         seed=config.seed,
+        num_known_ids=tokenizer.vocab_size,
     )
     decoder = load_decoder(reader, resolve_dtype(config.dtype, device), device=device)
     end_of_document = special_id(tokenizer, "eos_token")
