@@ -255,7 +255,7 @@ class DataConfig:
         for source, slots in zip(self.sources, blend_quotas([source.weight for source in self.sources]), strict=True):
             if slots == 0:
                 problems.append(
-                    f"sources: weight={source.weight} of {source.label} is {source.weight / total:.2e} of all, which rounds to 0 "
+                    f"sources: weight={source.weight} of {source.label} is {source.weight / total:.2e} of all: 0 "
                     f"of the {BLEND_SLOTS} slots of a block; give it at least {total / BLEND_SLOTS:.3g} or leave it out"
                 )
         _raise_all(problems)

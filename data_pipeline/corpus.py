@@ -52,7 +52,7 @@ class Corpus:
         return max(0, (self.num_tokens - 1) // sequence_length)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count), in the shards' own type; a view into the mapped file where one shard holds them all."""
+        """Tokens [start, start + count), in the shards' own type; a view into the mapped file where one shard has them all."""
         if not 0 <= start <= start + count <= self.num_tokens:
             raise IndexError(f"tokens [{start}, {start + count}) of {self.folder}: {self.split} holds {self.num_tokens}")
         pieces = []

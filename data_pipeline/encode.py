@@ -50,7 +50,10 @@ def token_format(vocab_size: int, eod_id: int) -> TokenFormat:
 
 
 class PartWriter:
-    """Encodes the documents of one unit and one split into PREFIX.bin, PREFIX.npy (tokens and bytes of each) and PREFIX.ids.jsonl."""
+    """Encodes the documents of one unit and one split.
+
+    Writes PREFIX.bin, PREFIX.npy (tokens and bytes of each) and PREFIX.ids.jsonl.
+    """
 
     def __init__(self, prefix: Path, engine: Engine, form: TokenFormat) -> None:
         self._prefix, self._engine, self._form = prefix, engine, form
@@ -60,15 +63,15 @@ class PartWriter:
         self._sizes: list[np.ndarray] = []
 
     def __enter__(self) -> PartWriter:
-        self._file = self._stack.enter_context(atomic_file(self._prefix.with_name(self._prefix.name + ".bin")))
-        self._append_id = self._stack.enter_context(json_lines(self._prefix.with_name(self._prefix.name + ".ids.jsonl")))
+        self._file = self._stack.enter_context(atomic_file(_file(self._prefix, ".bin")))
+        self._append_id = self._stack.enter_context(json_lines(_file(self._prefix, ".ids.jsonl")))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> bool | None:
         if kind is None:
             self._flush()
             sizes_N2 = np.concatenate(self._sizes) if self._sizes else np.empty((0, 2), dtype=np.int64)
-            write_array(self._prefix.with_name(self._prefix.name + ".npy"), sizes_N2)
+            write_array(_file(self._prefix, ".npy"), sizes_N2)
         return self._stack.__exit__(kind, *rest)  # type: ignore[arg-type]
 
     def add(self, document: Document) -> None:
@@ -101,7 +104,12 @@ class PartWriter:
 
 def part_sizes(prefix: Path) -> np.ndarray:
     """Tokens and text bytes of the documents in a part, int64 [N, 2]."""
-    return np.load(prefix.with_name(prefix.name + ".npy"), allow_pickle=False)
+    return np.load(_file(prefix, ".npy"), allow_pickle=False)
+
+
+def part_bytes(prefix: Path) -> int:
+    """Bytes of a part's tokens."""
+    return _file(prefix, ".bin").stat().st_size
 
 
 def index_bytes(tokens_N: np.ndarray, dtype: str) -> bytes:
@@ -129,10 +137,10 @@ def write_shards(
     """
     sizes_N2 = np.concatenate([part_sizes(prefix) for prefix in prefixes])
     tokens_N, text_bytes_N = sizes_N2[:, 0], sizes_N2[:, 1]
-    names = itertools.chain.from_iterable(read_json_lines(_ids_file(prefix)) for prefix in prefixes)
+    names = itertools.chain.from_iterable(read_json_lines(_file(prefix, ".ids.jsonl")) for prefix in prefixes)
     shards = []
     with ExitStack() as stack:
-        tokens = stack.enter_context(_JoinedFiles([prefix.with_name(prefix.name + ".bin") for prefix in prefixes]))
+        tokens = stack.enter_context(_JoinedFiles([_file(prefix, ".bin") for prefix in prefixes]))
         for number, (first, last) in enumerate(_cuts(tokens_N, shard_tokens)):
             stem = f"{split}-{number:05d}"
             own_N = tokens_N[first:last]
@@ -141,7 +149,7 @@ def write_shards(
             )
             with atomic_file(folder / f"{stem}.idx") as file:
                 file.write(index_bytes(own_N, form.dtype))
-            with json_lines(_ids_file(folder / stem)) as append:
+            with json_lines(_file(folder / stem, ".ids.jsonl")) as append:
                 for name in itertools.islice(names, last - first):
                     append(name)
             shards.append(
@@ -163,8 +171,8 @@ def record_of(folder: Path, name: str) -> FileRecord:
     return FileRecord(name=name, size=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
 
 
-def _ids_file(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".ids.jsonl")
+def _file(prefix: Path, ending: str) -> Path:
+    return prefix.with_name(prefix.name + ending)
 
 
 def _cuts(tokens_N: np.ndarray, shard_tokens: int) -> Iterator[tuple[int, int]]:
@@ -216,7 +224,7 @@ class _JoinedFiles:
             if not piece:
                 if self._file is not None:
                     self._file.close()
-                self._file = open(next(self._paths), "rb")
+                self._file = next(self._paths).open("rb")  # noqa: SIM115  (closed when the next one is opened)
                 continue
             pieces.append(piece)
             count -= len(piece)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
 from data_pipeline.config import CorpusConfig
 from data_pipeline.inputs import Unit
 
+SAVED_DATASET_FILES = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves
 ROWS_PER_UNIT = 100_000  # of a data set that is on disk; a stream is cut where its own files end
 
 
@@ -37,7 +38,7 @@ def _open(corpus: CorpusConfig, name: str) -> Any:
 
     datasets.disable_progress_bars()
     try:
-        if os.path.isfile(os.path.join(name, "dataset_info.json")) or os.path.isfile(os.path.join(name, "dataset_dict.json")):
+        if any(Path(name, file).is_file() for file in SAVED_DATASET_FILES):
             dataset = datasets.load_from_disk(name)
             if isinstance(dataset, datasets.DatasetDict):
                 dataset = dataset[corpus.hf_split]

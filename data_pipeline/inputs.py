@@ -20,15 +20,16 @@ from data_pipeline.document import Rejection, Rule
 from data_pipeline.io import COMPRESSED_SUFFIXES, sha256_of_texts
 
 STDLIB = "stdlib:"
+# Source code, with the prose that lies beside it.
+SOURCE_SUFFIXES = (
+    ".c .cc .cpp .cs .css .cu .cuh .go .h .hpp .html .java .jl .js .json .jsx .kt .lua .m .md .php .pl .proto .ps1 .py .pyi "
+    ".r .rb .rs .rst .scala .sh .sql .swift .toml .ts .tsx .txt .vue .yaml .yml .zig"
+)
 USUAL_SUFFIXES = {
     "text": (".txt", ".text", ".md"),
     "jsonl": (".jsonl", ".ndjson"),
     "parquet": (".parquet",),
-    # Source code, with the prose that lies beside it.
-    "source_tree": (
-        ".c .cc .cpp .cs .css .cu .cuh .go .h .hpp .html .java .jl .js .json .jsx .kt .lua .m .md .php .pl .proto .ps1 .py .pyi .r "
-        ".rb .rs .rst .scala .sh .sql .swift .toml .ts .tsx .txt .vue .yaml .yml .zig"
-    ).split(),
+    "source_tree": tuple(SOURCE_SUFFIXES.split()),
 }
 UNITS_WANTED = 256  # enough for the last worker to finish soon after the others
 UNIT_BYTES_RANGE = (4 * 2**20, 256 * 2**20)  # smaller units cost more than they balance; larger ones are too much to redo
@@ -98,7 +99,7 @@ def list_inputs(corpus: CorpusConfig) -> Inputs:
         from data_pipeline.hub import dataset_units
 
         return Inputs(units=dataset_units(corpus), rejected=())
-    suffixes = tuple(corpus.suffixes) or tuple(USUAL_SUFFIXES[corpus.reader])
+    suffixes = tuple(corpus.suffixes) or USUAL_SUFFIXES[corpus.reader]
     files: dict[str, InputFile] = {}
     rejected: list[Rejection] = []
     for given in corpus.paths:
@@ -123,7 +124,7 @@ def _roots(given: str) -> list[Path]:
     path = Path(given).expanduser()
     if path.exists() or path.is_symlink():
         return [path]
-    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207  (pathlib's takes no absolute one)
     if not found:
         kind = "pattern matches no file" if glob.has_magic(given) else "no such file or folder"
         raise UserError(f"corpus.paths: {given}: {kind}; check the path")
@@ -142,7 +143,7 @@ def _files_below(root: Path, exclude: Sequence[str], suffixes: Sequence[str], re
     seen: set[tuple[int, int]] = set()
     endings = tuple(suffix + packed for suffix in suffixes for packed in ("", *COMPRESSED_SUFFIXES))
     for folder, folders, names in os.walk(root, onerror=set_aside, followlinks=True):
-        status = os.stat(folder)
+        status = Path(folder).stat()
         if (status.st_dev, status.st_ino) in seen:  # a link that leads back up
             folders.clear()
             continue
@@ -158,7 +159,7 @@ def _excluded(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _take(path: Path, name: str, files: dict[str, InputFile], rejected: list[Rejection]) -> None:
-    """Add a file, once however many paths lead to it; one that is no regular file (a pipe would block for ever) is set aside."""
+    """Add a file, once however many paths lead to it; what is no regular file is set aside: a pipe would block for ever."""
     name = os.fsencode(name).decode(errors="backslashreplace")  # a name that is not UTF-8 still gets an id that is text
     try:
         status = path.stat()

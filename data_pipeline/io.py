@@ -130,11 +130,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears under `path` complete and durable, or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -195,7 +195,7 @@ def read_json_lines(path: Path) -> Iterator[Any]:
 def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file in hexadecimal; `progress` is told the bytes of each piece."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while piece := file.read(8 * CHUNK_BYTES):
             digest.update(piece)
             if progress is not None:

@@ -1,6 +1,6 @@
 """The sample order: which window of which source sample n is. Pure arithmetic on (seed, names, weights, windows); numpy only.
 
-Sample n is found in O(1), so a run continues at any sample, and the order does not know the budget, the batch or the world size.
+Sample n is found in O(1), so a run continues at any sample; the order knows no budget, no batch and no world size.
 
 A blend is kept exactly in every block of BLEND_SLOTS samples: a keyed shuffle of the block's slots decides the source, so the
 k-th sample of a source is known by counting within one block. That k becomes epoch k // windows and, by a permutation keyed
@@ -150,7 +150,7 @@ class Sampler:
                 problems.append(f"source {name}: holds no complete window; shorten sequence_length or prepare more text")
             if quota == 0:
                 problems.append(
-                    f"source {name}: weight={weight} rounds to 0 of the {BLEND_SLOTS} slots of a block; raise it or leave it out"
+                    f"source {name}: weight={weight} rounds to 0 of the {BLEND_SLOTS} slots of a block; raise it or drop it"
                 )
         if len(set(self.names)) != len(self.names):
             problems.append(f"sources: names must differ, got {', '.join(self.names)}; give each a name of its own")

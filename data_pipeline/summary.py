@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
 
 from data_pipeline.config import PrepareConfig
 from data_pipeline.inputs import Inputs
@@ -38,7 +37,7 @@ def print_plan(config: PrepareConfig, inputs: Inputs, workers: int) -> None:
     print("\n".join(lines))
 
 
-def print_summary(manifest: Manifest, facts: dict[str, Any], *, seconds: float) -> None:
+def print_summary(manifest: Manifest, *, megabytes_per_second: float, seconds: float) -> None:
     """The funnel, the sizes, and which command comes next."""
     total = max(1, manifest.funnel[0].documents)
     lines = [f"prepared {manifest.name} in {seconds:.1f} s", "", f"  {'':<18}{'documents':>12}{'':>8}{'text':>12}"]
@@ -50,7 +49,7 @@ def print_summary(manifest: Manifest, facts: dict[str, Any], *, seconds: float) 
         f"  tokens      {manifest.num_tokens('train'):,} train, {manifest.num_tokens('validation'):,} validation, "
         f"{manifest.bytes_per_token:.2f} bytes of text each",
         f"  tokenizer   {manifest.vocab_size:,} ids, end of document {manifest.eod_token} = {manifest.eod_id}",
-        f"  encoder     {manifest.engine}, {facts['engine_megabytes_per_second']:.1f} MB/s on one core",
+        f"  encoder     {manifest.engine}, {megabytes_per_second:.1f} MB/s on one core",
         f"  shards      {len(manifest.shards)} of {manifest.dtype}, fingerprint {manifest.fingerprint[:12]}",
         f"  lies in     {manifest.folder}",
     ]

@@ -73,7 +73,7 @@ class Tokenizer:
     def end_of_document(self, wanted: str | None = None) -> tuple[int, str]:
         """Id and text of the token that closes a document: `wanted`, or the tokenizer's own eos_token.
 
-        Raises UserError when there is none.
+        Raises UserError when there is none, or it is no special token.
         """
         token = wanted if wanted is not None else self._eos_token()
         if token is None:
@@ -84,7 +84,13 @@ class Tokenizer:
         number = self.backend.token_to_id(token)
         if number is None:
             raise UserError(
-                f"tokenizer.end_of_document={token!r}: not in the vocabulary of {self.folder}; give one of: {self._special_words()}"
+                f"tokenizer.end_of_document={token!r}: not in the vocabulary of {self.folder}; give one of: "
+                f"{self._special_words()}"
+            )
+        if number not in self.special_ids:
+            raise UserError(
+                f"tokenizer.end_of_document={token!r}: an ordinary token of {self.folder}, which text can spell, so documents would "
+                f"be cut at it; give a special token, one of: {self._special_words()}"
             )
         return number, token
 
@@ -119,8 +125,8 @@ class Tokenizer:
         if content["model"].get("byte_fallback") or "Metaspace" in kinds:
             return _sentencepiece_bytes
         raise UserError(
-            f"{self.folder}: its tokens ({content['model'].get('type')}) do not stand for the bytes of the text, so neither text "
-            "can be restored nor bits per byte counted; take a byte-level or SentencePiece tokenizer"
+            f"{self.folder}: its tokens ({content['model'].get('type')}) do not stand for the bytes of the text, so neither "
+            "can text be restored nor bits per byte counted; take a byte-level or SentencePiece tokenizer"
         )
 
     def _eos_token(self) -> str | None:

@@ -1,4 +1,4 @@
-"""The folder a preparation works in, and every reason not to begin: other settings, changed input, another one at work, no room."""
+"""The folder a preparation works in, and every reason not to begin: other settings, changed input, another at work, no room."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import fcntl
 import importlib.util
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ SETTINGS_FILE = "settings.json"
 FREE_SETTINGS = ("output", "workers", "dry_run", "tokenizer.engine")
 # Text on disk for a byte of compressed input, a usual ratio for source code and prose.
 COMPRESSION_RATIO = 4.0
-# Bytes in the workspace for a byte of text: compressed documents a third, then tokens twice (parts and shards), half a byte each.
+# Bytes in the workspace for a byte of text: compressed documents a third, then tokens twice (parts, shards), half a byte each.
 WORK_BYTES_PER_TEXT_BYTE = 1.4
 # What no tokenizer can avoid: about one token of two bytes in every eight bytes of text.
 LEAST_BYTES_PER_TEXT_BYTE = 0.25
@@ -111,6 +110,8 @@ def locked(output: Path) -> Iterator[None]:
                 f"output={output}: another preparation is at work on it ({file.read().strip() or 'unknown'}); wait for it, or "
                 "give another output=FOLDER"
             ) from None
+        except OSError as error:  # some network disks cannot lock
+            print(f"note: {path} cannot be locked ({error.strerror}); make sure that no other preparation writes to {output}")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()

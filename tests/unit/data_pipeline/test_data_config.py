@@ -73,7 +73,7 @@ def test_existing_tokenizer_needs_its_folder() -> None:
         ),
         (
             lambda: DataConfig(sources=(SourceConfig(path="a"), SourceConfig(path="b", weight=1e-5))),
-            "weight=1e-05 of b is 1.00e-05 of all, which rounds to 0 of the 10000 slots",
+            "weight=1e-05 of b is 1.00e-05 of all: 0 of the 10000 slots",
         ),
     ],
 )

@@ -78,7 +78,8 @@ def test_training_batches_equal_the_reference(tiny: Manifest, tiny_second: Manif
         ids = list(range(first, first + 8))
         source, window, _ = sampler.locate(np.array(ids))
         samples = [
-            reference(streams[s], w * length, length, tiny.eod_id, mask) for s, w in zip(source.tolist(), window.tolist(), strict=True)
+            reference(streams[s], w * length, length, tiny.eod_id, mask)
+            for s, w in zip(source.tolist(), window.tolist(), strict=True)
         ]
         batch = loader.micro_batch(ids)
         check(batch, samples, length, bytes_of, loader.max_bounds(8))

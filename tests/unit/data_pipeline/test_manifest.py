@@ -129,7 +129,10 @@ class TestDamage:
 
 class TestFacts:
     def test_figures(self, tiny: Manifest, tiny_second: Manifest) -> None:
-        sources = (SourceConfig(path=str(tiny.folder), name="a", weight=3), SourceConfig(path=str(tiny_second.folder), name="b"))
+        sources = (
+            SourceConfig(path=str(tiny.folder), name="a", weight=3),
+            SourceConfig(path=str(tiny_second.folder), name="b"),
+        )
         facts = inspect_sources(DataConfig(sources=sources, sequence_length=32))
         assert [source.share for source in facts.sources] == [0.75, 0.25]
         assert facts.train_tokens == tiny.num_tokens("train") + tiny_second.num_tokens("train")
@@ -137,7 +140,11 @@ class TestFacts:
         assert facts.vocab_size == tiny.vocab_size and facts.eod_id == tiny.eod_id
         assert facts.sources[0].train_windows == (tiny.num_tokens("train") - 1) // 32
         assert facts.sources[0].epochs(facts.sources[0].train_windows) == 0.75
-        assert min(s.bytes_per_token for s in facts.sources) <= facts.bytes_per_token <= max(s.bytes_per_token for s in facts.sources)
+        assert (
+            min(s.bytes_per_token for s in facts.sources)
+            <= facts.bytes_per_token
+            <= max(s.bytes_per_token for s in facts.sources)
+        )
 
     def test_epochs_beyond_the_limit(self, tiny: Manifest) -> None:
         config = DataConfig(sources=(SourceConfig(path=str(tiny.folder), name="a"),), sequence_length=32, max_epochs=2)
