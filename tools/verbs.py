@@ -8,6 +8,13 @@ from conf.compose import compose, validate
 from conf.errors import UserError
 
 
+def literal(word: str) -> str:
+    """A setting whose value is taken as it stands: brackets, commas and `${` of a prompt mean nothing to Hydra then."""
+    key, _, value = word.partition("=")
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
+    return f'{key}="{escaped}"'
+
+
 def prepare(overrides: Sequence[str], config_dir: str | None = None) -> int:
     """`longhaul prepare`."""
     from data_pipeline.config import PrepareConfig
@@ -23,7 +30,8 @@ def generate(overrides: Sequence[str], config_dir: str | None = None) -> int:
     """`longhaul generate`."""
     from train.config.generate import GenerateConfig
 
-    config = validate(GenerateConfig, compose("generate", overrides, config_dir))
+    words = [literal(word) if word.startswith("prompt=") else word for word in overrides]
+    config = validate(GenerateConfig, compose("generate", words, config_dir))
     from train.stages.generate import run
 
     return run(config)
