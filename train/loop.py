@@ -56,7 +56,7 @@ class Trainer:
     context: ParallelContext
     engine: Engine
     loader: Loader
-    held_out: Loader
+    held_out: Loader | None
     store: CheckpointStore
     metrics: Metrics | NullMetrics
     stop: StopSignal
@@ -135,8 +135,9 @@ class Trainer:
     def _evaluate_if_due(self, ending: Ending | None) -> None:
         every = self.config.evaluate.every_steps
         due = every is not None and self.state.step % every == 0
-        if due or (ending is not None and ending.state == "finished"):
-            self.metrics.evaluation({"step": self.state.step, "tokens": self.state.tokens, **self.evaluate()})
+        if self.held_out is not None and (due or (ending is not None and ending.state == "finished")):
+            figures = self.evaluate(self.held_out)
+            self.metrics.evaluation({"step": self.state.step, "tokens": self.state.tokens, **figures})
 
     def _save_if_due(self, ending: Ending | None) -> None:
         every = self.config.checkpoint.every_steps
@@ -146,11 +147,11 @@ class Trainer:
         if due or ending is not None:
             self.store.save(self.engine, step=self.state.step, tokens=self.state.tokens, state=asdict(self.state))
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, held_out: Loader) -> dict[str, float]:
         """Loss, perplexity and bits per byte of the held-out split: sums over all targets, divided once."""
         sums = torch.zeros(3, dtype=torch.float64)  # loss in nats, targets, UTF-8 bytes of the targets
         started = time.perf_counter()
-        for batch, counts in self._held_out_batches():
+        for batch, counts in self._held_out_batches(held_out):
             result = self.engine.evaluate(batch)
             if counts:
                 sums += torch.tensor([result.loss_sum, result.target_tokens, batch.target_bytes], dtype=torch.float64)
@@ -164,13 +165,13 @@ class Trainer:
             "seconds": time.perf_counter() - started,
         }
 
-    def _held_out_batches(self) -> Iterator[tuple[MicroBatch, bool]]:
+    def _held_out_batches(self, held_out: Loader) -> Iterator[tuple[MicroBatch, bool]]:
         """This rank's held-out batches, and whether each counts: every rank gets equally many, as ZeRO 3 needs."""
         settings = self.config.evaluate
         size = settings.micro_batch or self.config.batch.micro_batch
-        available = min(self.held_out.num_samples, settings.max_samples or self.held_out.num_samples)
+        available = min(held_out.num_samples, settings.max_samples or held_out.num_samples)
         groups = [list(range(first, min(first + size, available))) for first in range(0, available, size)]
         ranks, rank = self.context.data_parallel, self.context.data_rank
         for index in range(-(-len(groups) // ranks)):
             mine = index * ranks + rank
-            yield self.held_out.micro_batch(groups[min(mine, len(groups) - 1)]), mine < len(groups)
+            yield held_out.micro_batch(groups[min(mine, len(groups) - 1)]), mine < len(groups)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from conf.compose import read_config
 from conf.errors import UserError
+from train.checkpoint.manifest import write_durably
 from train.config.pretrain import PretrainConfig
 from train.outcome import ExitCode, Outcome, State, write_outcome
 
@@ -66,7 +67,7 @@ def run(config: PretrainConfig, run_dir: Path, attempt: int) -> tuple[State, str
     record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     ending, step = pretrain(config, context, run_dir, attempt=attempt, run=record)
     if context.is_first and ending.state == "finished":
-        (run_dir / "FINISHED").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+        write_durably(run_dir / "FINISHED", json.dumps({"step": step}).encode() + b"\n")
     context.barrier()  # ranks leave together, so that no launcher sees one of them missing
     dist.destroy_process_group()
     return {"finished": "finished", "stopped": "stopped", "diverged": "refused"}[ending.state], ending.reason, step

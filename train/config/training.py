@@ -167,16 +167,18 @@ class EvaluateConfig:
     every_steps: int | None = 500
     """Steps between evaluations on the held-out split; null: only at the end."""
     max_samples: int | None = None
-    """Held-out sequences that are read; null: all of them."""
+    """Held-out sequences that are read; null: all of them; 0: no evaluation."""
     micro_batch: int | None = None
     """Sequences that one rank evaluates at a time; null: batch.micro_batch."""
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("every_steps", "max_samples", "micro_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(f"{name}={value}: must be at least 1; null means none")
+        if self.every_steps is not None and self.every_steps < 1:
+            problems.append(f"every_steps={self.every_steps}: must be at least 1; null evaluates at the end only")
+        if self.max_samples is not None and self.max_samples < 0:
+            problems.append(f"max_samples={self.max_samples}: must not be negative; null reads all, 0 turns evaluation off")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            problems.append(f"micro_batch={self.micro_batch}: must be at least 1; null takes batch.micro_batch")
         _raise_if(problems)
 
 

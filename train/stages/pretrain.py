@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from conf.compose import to_plain
 from data_pipeline.loader import Loader
 from data_pipeline.facts import inspect_sources
+from train.checkpoint.manifest import write_durably
 from train.checkpoint.store import CheckpointStore
 from train.config.changes import check_resume
 from train.config.pretrain import PretrainConfig
@@ -53,7 +55,7 @@ def build(config: PretrainConfig, context: ParallelContext, run_dir: Path, metri
         context=context,
         engine=engine,
         loader=Loader(config.data, split="train", **split),
-        held_out=Loader(config.data, split="validation", **split),
+        held_out=None if config.evaluate.max_samples == 0 else Loader(config.data, split="validation", **split),
         store=store,
         metrics=metrics,
         stop=StopSignal(context),
@@ -79,6 +81,13 @@ def layout_of(config: PretrainConfig, plan: RunPlan) -> dict[str, int]:
     return {"world_size": plan.world_size, "data_parallel": plan.data_parallel, "zero": config.parallel.zero}
 
 
+def keep_wandb_id(run_dir: Path, wandb_id: str) -> None:
+    """Write another Weights & Biases id into run.json: the service no longer knew the old one."""
+    path = run_dir / "run.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    write_durably(path, json.dumps(record | {"wandb_id": wandb_id}, indent=2).encode())
+
+
 def pretrain(config: PretrainConfig, context: ParallelContext, run_dir: Path, *, attempt: int, run: dict) -> tuple[Ending, int]:
     """Run pretraining on this rank: how it ended, and at which step. `run` is the content of run.json."""
     plan = make_plan(config, context.world_size)
@@ -101,7 +110,14 @@ def pretrain(config: PretrainConfig, context: ParallelContext, run_dir: Path, *,
             flops_per_token_causal=plan.flops_per_token_causal,
             peak_flops=peak and peak * context.world_size,
         )
-        metrics = Metrics(config.monitor, run_dir, identity, plan.total_steps, throughput=throughput)
+        metrics = Metrics(
+            config.monitor,
+            run_dir,
+            identity,
+            plan.total_steps,
+            throughput=throughput,
+            save_wandb_id=lambda wandb_id: keep_wandb_id(run_dir, wandb_id),
+        )
     outcome, reason = "crashed", ""
     try:
         trainer = build(config, context, run_dir, metrics)
