@@ -74,6 +74,7 @@ class Engine:
         context: ParallelContext,
     ) -> None:
         os.environ.setdefault("DS_ACCELERATOR", context.device.type)
+        os.environ.setdefault("LOCAL_RANK", str(context.local_rank))  # DeepSpeed insists on it, also under srun
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
