@@ -65,7 +65,15 @@ def _receive(queue: Any, ranks: list[Any], timeout_seconds: float) -> tuple[int,
     return queue.get()
 
 
-def _rank_main(function: Callable, rank: int, world_size: int, store_path: str, timeout_seconds: float, queue: Any, arguments: tuple) -> None:  # fmt: skip
+def _rank_main(
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    store_path: str,
+    timeout_seconds: float,
+    queue: Any,
+    arguments: tuple[Any, ...],
+) -> None:
     import torch
     import torch.distributed as dist
 

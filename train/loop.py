@@ -72,9 +72,7 @@ class Trainer:
                 batch = plan.batch_at(state.samples)
                 micro_batches = [next(batches) for _ in range(plan.micro_batches_at(state.samples))]
                 waited = time.perf_counter() - started
-                lr = lr_at(
-                    state.samples, batch=batch, optim=self.config.optim, schedule=self.config.schedule, plan=plan
-                )
+                lr = lr_at(state.samples, batch=batch, optim=self.config.optim, schedule=self.config.schedule, plan=plan)
                 result = self.engine.train_step(micro_batches, lr=lr, step=state.step)
                 self._advance(batch, result)
                 self._log_step(result, lr, batch, waited=waited, seconds=time.perf_counter() - started)

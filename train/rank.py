@@ -46,9 +46,7 @@ def main(arguments: list[str]) -> int:
     except Exception as error:  # whatever it is, the outcome has to be written before the process ends
         state, reason = "crashed", f"{type(error).__name__}: {error}"
         traceback.print_exc()
-    outcome = Outcome(
-        attempt=attempt, state=state, reason=reason, next=NEXT[state].format(run=run_dir), step=step
-    )
+    outcome = Outcome(attempt=attempt, state=state, reason=reason, next=NEXT[state].format(run=run_dir), step=step)
     if is_first:
         write_outcome(run_dir, outcome)
     sys.stdout.flush()

@@ -44,8 +44,7 @@ def make_store(root: Path, context: ParallelContext, zero: int) -> CheckpointSto
 
 def steps(engine, context: ParallelContext, first: int, last: int) -> list[float]:
     return [
-        engine.train_step(uneven.batches_of_step(step, context), lr=uneven.LR, step=step).loss
-        for step in range(first, last)
+        engine.train_step(uneven.batches_of_step(step, context), lr=uneven.LR, step=step).loss for step in range(first, last)
     ]
 
 

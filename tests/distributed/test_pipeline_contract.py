@@ -64,9 +64,7 @@ def train(context: ParallelContext, model: ModelConfig) -> list[tuple[float, flo
         targets.fill_(sum(batch.target_tokens for batch in batches))
         for group in engine.optimizer.param_groups:
             group["lr"] = uneven.lr_of(step)
-        loss = engine.train_batch(
-            iter([((b.tokens, b.labels, b.positions, b.document_bounds), b.labels) for b in batches])
-        )
+        loss = engine.train_batch(iter([((b.tokens, b.labels, b.positions, b.document_bounds), b.labels) for b in batches]))
         curve.append((float(loss), float(engine.get_global_grad_norm())))
     return curve
 

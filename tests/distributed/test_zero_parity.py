@@ -10,7 +10,7 @@ from tests.distributed import uneven
 from train.config.model import ModelConfig
 from train.model.logical import logical_parameters
 from train.model.transformer import Decoder, Reading, build_layers
-from train.parallel import ParallelContext, single_process
+from train.parallel import ParallelContext
 
 STEPS = uneven.STEPS
 
@@ -23,7 +23,9 @@ def reference(model: ModelConfig) -> tuple[list[tuple[float, float]], dict[str, 
     norms = [p for n, p in named.items() if n.endswith("bias") or "norm" in n]
     matrices = [p for n, p in named.items() if not (n.endswith("bias") or "norm" in n)]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=uneven.EPSILON
+        [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=uneven.EPSILON,
     )
     curve = []
     for step in range(STEPS):

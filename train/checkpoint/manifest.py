@@ -110,7 +110,9 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {folder} is not a checkpoint") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); remove {folder} to use an older one") from None
+        raise CheckpointError(
+            f"{path}: damaged ({type(error).__name__}: {error}); remove {folder} to use an older one"
+        ) from None
     named = [*manifest.files, *(piece.file for entry in manifest.tensors.values() for piece in entry.fragments)]
     for name in named:
         if name.startswith("/") or ".." in Path(name).parts:
@@ -161,4 +163,4 @@ def write_durably(path: Path, data: bytes) -> None:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)

@@ -117,7 +117,9 @@ class CheckpointReader:
             low, high = max(start, piece.start), min(start + length, piece.start + piece.length)
             if low >= high:
                 continue
-            values[low - start : high - start] = self._slice(piece.file, f"{kind}/{logical.name}", low - piece.start, high - piece.start)
+            values[low - start : high - start] = self._slice(
+                piece.file, f"{kind}/{logical.name}", low - piece.start, high - piece.start
+            )
             filled += high - low
         if filled != length:
             raise CheckpointError(f"{self.path}: {logical.name} is not complete: {filled} of {length} elements of a range")

@@ -192,5 +192,3 @@ def _space(folder: Path) -> str:
     while not folder.exists():
         folder = folder.parent
     return f" ({shutil.disk_usage(folder).free / 1024**2:,.0f} MiB free on {folder})"
-
-

@@ -119,9 +119,7 @@ class ModelConfig:
     def _shape_problems(self) -> list[str]:
         problems = []
         if self.head_size is None and self.hidden_size % self.num_heads:
-            problems.append(
-                f"num_heads={self.num_heads}: must divide hidden_size={self.hidden_size}; or give head_size"
-            )
+            problems.append(f"num_heads={self.num_heads}: must divide hidden_size={self.hidden_size}; or give head_size")
         elif self.positions == "rotary" and self.head_dim % 2:
             problems.append(f"head_size={self.head_dim}: rotary positions need an even head size")
         if self.num_heads % self.kv_heads:

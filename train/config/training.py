@@ -233,4 +233,3 @@ class RunConfig:
 
 Precision = Literal["bf16", "fp32"]
 """bf16: weights and activations in bf16, master weights and moments in fp32. fp32: everything in fp32."""
-

@@ -201,16 +201,12 @@ def build_layers(model: ModelConfig, reading: Reading, *, seed: int | None) -> l
 
     tied = "embedding" if model.tied_head else None
     layers = [
-        Layer(
-            name="embedding", build=made(lambda: Embedding(model)), tied_key=tied, tied_weight=tied and "tokens.weight"
-        )
+        Layer(name="embedding", build=made(lambda: Embedding(model)), tied_key=tied, tied_weight=tied and "tokens.weight")
     ]
     for number in range(model.num_layers):
         layers.append(Layer(name=f"blocks.{number}", build=made(lambda number=number: Block(number, model, deriver))))
     layers.append(Layer(name="final_norm", build=made(lambda: FinalNorm("final_norm", model))))
-    layers.append(
-        Layer(name="head", build=made(lambda: LossHead(model)), tied_key=tied, tied_weight=tied and "output.weight")
-    )
+    layers.append(Layer(name="head", build=made(lambda: LossHead(model)), tied_key=tied, tied_weight=tied and "output.weight"))
     return layers
 
 

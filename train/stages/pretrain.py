@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 from conf.compose import to_plain
-from data_pipeline.loader import Loader
 from data_pipeline.facts import inspect_sources
+from data_pipeline.loader import Loader
 from train.checkpoint.manifest import write_durably
 from train.checkpoint.store import CheckpointStore
 from train.config.changes import check_resume
 from train.config.pretrain import PretrainConfig
-from train.engine import Engine
 from train.device import peak_flops
+from train.engine import Engine
 from train.health.stop import StopSignal
 from train.loop import Ending, Trainer, TrainState
 from train.metrics import Metrics, NullMetrics, RunIdentity, Throughput
@@ -70,9 +70,7 @@ def resume(engine: Engine, store: CheckpointStore, config: PretrainConfig) -> Tr
         return TrainState()
     state = TrainState(**reader.state)
     for change in check_resume(reader.config, config, str(reader.path)):
-        state.adjustments.append(
-            {"step": state.step, "field": change.field, "before": change.before, "after": change.after}
-        )
+        state.adjustments.append({"step": state.step, "field": change.field, "before": change.before, "after": change.after})
     return state
 
 
