@@ -102,9 +102,8 @@ def run(config: BaselineConfig) -> int:
     verdict = "below" if model_loss < loss else "NOT below"
     print(f"held-out loss    {model_loss:.4f} nats a token after step {last['step']:,} ({targets:,} targets)")
     print(f"bigram model     {loss:.4f} nats a token, fitted on the same {samples:,} samples (Kneser-Ney, D = {discount})")
-    print(
-        f"the model is     {abs(loss - model_loss):.4f} nats {verdict} the bigram; perplexity {math.exp(model_loss):.2f} to {math.exp(loss):.2f}"
-    )
+    perplexities = f"{math.exp(model_loss):.2f} to {math.exp(loss):.2f}"
+    print(f"the model is     {abs(loss - model_loss):.4f} nats {verdict} the bigram; perplexity {perplexities}")
     return 0 if model_loss < loss else 1
 
 

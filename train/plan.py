@@ -149,7 +149,8 @@ def describe(plan: RunPlan, config: PretrainConfig, *, train_tokens: int | None 
     passes = plan.micro_batches_at(plan.total_samples)
     memory, gib = plan.memory, cost.GIB
     lines = [
-        f"ranks            {plan.world_size} ({plan.data_parallel} data-parallel), ZeRO {config.parallel.zero}, {config.precision}",
+        f"ranks            {plan.world_size} ({plan.data_parallel} data-parallel), ZeRO {config.parallel.zero}, "
+        f"{config.precision}",
         f"model            {plan.parameters:,} parameters",
         f"step             {plan.ramp.full} sequences x {plan.sequence_length} = {plan.tokens_per_step:,} tokens; "
         f"{passes} micro-batches of {plan.micro_batch} on each rank",
@@ -157,9 +158,11 @@ def describe(plan: RunPlan, config: PretrainConfig, *, train_tokens: int | None 
         + (f", {plan.total_tokens / train_tokens:.2f} epochs of the corpus" if train_tokens else "")
         + f", {plan.total_tokens / plan.parameters:.1f} tokens per parameter",
         f"compute          {plan.flops_per_token_full / 1e6:,.1f} MFLOP a token (attention in full), "
-        f"{plan.flops_per_token_causal / 1e6:,.1f} (causal); {plan.flops_per_token_full * plan.total_tokens:.3g} FLOP in all",
-        f"memory per rank  {memory.total / gib:.2f} GiB: weights {memory.weights / gib:.2f}, gradients {memory.gradients / gib:.2f}, "
-        f"optimizer {memory.optimizer / gib:.2f}, activations about {memory.activations / gib:.2f}, logits {memory.logits / gib:.2f}",
+        f"{plan.flops_per_token_causal / 1e6:,.1f} (causal); "
+        f"{plan.flops_per_token_full * plan.total_tokens:.3g} FLOP in all",
+        f"memory per rank  {memory.total / gib:.2f} GiB: weights {memory.weights / gib:.2f}, "
+        f"gradients {memory.gradients / gib:.2f}, optimizer {memory.optimizer / gib:.2f}, "
+        f"activations about {memory.activations / gib:.2f}, logits {memory.logits / gib:.2f}",
     ]
     if plan.ramp.samples:
         lines.insert(3, f"ramp             {plan.ramp.start} -> {plan.ramp.full} sequences over {plan.ramp.samples:,} samples")
