@@ -15,6 +15,7 @@ from data_pipeline.prefetcher import Prefetcher
 from train.checkpoint.store import CheckpointStore
 from train.config.pretrain import PretrainConfig
 from train.engine import Engine, StepResult
+from train.health.spike import SpikeDetector
 from train.health.stop import StopSignal
 from train.metrics import Metrics, NullMetrics
 from train.optim import lr_at
@@ -61,6 +62,7 @@ class Trainer:
     metrics: Metrics | NullMetrics
     stop: StopSignal
     state: TrainState
+    spikes: SpikeDetector = field(default_factory=SpikeDetector)
 
     def run(self) -> Ending:
         """Train from the present state to the end of the budget, or until something asks to stop."""
@@ -129,6 +131,8 @@ class Trainer:
         )
         if result.skipped:
             self.metrics.alert("non-finite gradient", f"step {state.step} was skipped", level="warn")
+        elif self.spikes.is_spike(result.loss):
+            self.metrics.alert("loss spike", f"loss {result.loss:.4f} at step {state.step}", level="warn")
 
     def _evaluate_if_due(self, ending: Ending | None) -> None:
         every = self.config.evaluate.every_steps

@@ -1,1 +1,1 @@
-"""Keeps a run well: the request to stop."""
+"""Keeps a run well: the request to stop, and the eye on the loss."""
