@@ -19,10 +19,10 @@ def test_no_alarm_on_a_noisy_falling_loss() -> None:
 
 def test_spikes_are_seen_one_after_another() -> None:
     noise, detector = random.Random(1), SpikeDetector()
-    for step in range(200):
+    for step in range(2000):
         detector.is_spike(falling(step, noise))
-    assert detector.is_spike(8.0)
-    assert detector.is_spike(9.0)
+    assert detector.is_spike(4.0)
+    assert detector.is_spike(4.5)
     assert detector.is_spike(math.nan)
     assert detector.is_spike(math.inf)
-    assert not detector.is_spike(falling(200, noise))
+    assert not detector.is_spike(falling(2000, noise))
