@@ -5,6 +5,7 @@ The only reader of megatron-core's IndexedDataset.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ class Corpus:
         Raises UserError when the corpus is missing or damaged.
         """
         # Imported here: megatron-core takes seconds, and whoever only reads a manifest shall not wait for it.
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # on optional packages that reading shards has no use for
+            from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         self.manifest = manifest if manifest is not None else read_manifest(folder)
         self.folder, self.split = Path(folder), split

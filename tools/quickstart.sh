@@ -29,11 +29,11 @@ longhaul pretrain experiment=quickstart
 say "4/6 baseline: an interpolated bigram model fitted on the very tokens that the model saw"
 longhaul baseline run="$RUN"
 
-say "5/6 sample"
+say "5/6 sample: what the model makes of 'def read_file('"
 longhaul generate checkpoint="$RUN" prompt='def read_file(' max_new_tokens=80 temperature=0.7 top_k=40 seed=1
 
 say "6/6 export to the Hugging Face format, with the proof that transformers computes the same"
-[ -e "$MODEL/conversion_report.json" ] || longhaul export checkpoint="$RUN" out="$MODEL"
+[ -e "$MODEL/conversion_report.json" ] || longhaul export checkpoint="$RUN" out="$MODEL" proof_sequences=null
 python - "$MODEL/conversion_report.json" <<'PY'
 import json, sys
 loss = json.load(open(sys.argv[1]))["proof"]["held_out_loss"]
