@@ -176,7 +176,7 @@ def json_lines(path: Path) -> Iterator[Callable[[Any], None]]:
             import zstandard
 
             # Level 1: half a gigabyte a second, and source text still shrinks to about a third.
-            compressor = zstandard.ZstdCompressor(level=1)
+            compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
             stream = stack.enter_context(compressor.stream_writer(stream, closefd=False))
 
         def append(value: Any) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data_pipeline.config import PrepareConfig, TokenizerConfig
 from data_pipeline.encode import TokenFormat, part_bytes, record_of, token_format, write_shards
-from data_pipeline.engines import choose_engine
+from data_pipeline.engines import EngineName, choose_engine
 from data_pipeline.inputs import Inputs, list_inputs
 from data_pipeline.io import full_disk_is_users, read_json, readable_bytes, sync_folder, write_array, write_json
 from data_pipeline.manifest import SPLITS, TOKEN_BYTES_FILE, Manifest, densest_windows, read_manifest
@@ -144,7 +144,7 @@ def _make_tokenizer(config: TokenizerConfig, workspace: Workspace, selection: Se
     tokenizer = Tokenizer(workspace.tokenizer)
     if tokenizer.vocab_size < config.vocab_size:
         print(
-            f"note: the text gives only {tokenizer.vocab_size} of tokenizer.vocab_size={config.vocab_size} ids: no further pair "
+            f"note: the text gives only {tokenizer.vocab_size} of tokenizer.vocab_size={config.vocab_size} ids: no other pair "
             f"occurs min_frequency={config.min_frequency} times"
         )
     return tokenizer

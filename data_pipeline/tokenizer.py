@@ -89,8 +89,8 @@ class Tokenizer:
             )
         if number not in self.special_ids:
             raise UserError(
-                f"tokenizer.end_of_document={token!r}: an ordinary token of {self.folder}, which text can spell, so documents would "
-                f"be cut at it; give a special token, one of: {self._special_words()}"
+                f"tokenizer.end_of_document={token!r}: an ordinary token of {self.folder}, which text can spell, so documents "
+                f"would be cut at it; give a special token, one of: {self._special_words()}"
             )
         return number, token
 
