@@ -1,114 +1,178 @@
 """Hydra composes the YAML groups, pydantic validates them into frozen dataclasses. A leaf: imports nothing of ours
-but the error type, and never torch, so that a mistake is told in well under a second.
+but its neighbours, and never torch, so that a mistake is told in well under a second.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-import types
 import typing
-from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from conf.errors import ConfigError, UserError
+from conf.schema import booleans_as_text, dataclass_in, describe, element_dataclass, nearest
 
 CONF_FOLDER = Path(__file__).resolve().parent
 ConfigT = TypeVar("ConfigT")
-PROBLEMS = "__problems__"  # key of a composed tree under which the faulty words travel to `validate`
 
 
-def compose(root: str, overrides: Sequence[str], config_dir: str | None = None) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """What Hydra made of the words, and what is wrong with those it could not take; `validate` tells both at once."""
+
+    tree: dict[str, Any]
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Catalog:
+    """The groups that words may choose from."""
+
+    root: str
+    options: Mapping[str, Sequence[str]]
+    """Options of every group, ours and the user's."""
+    drawn: Sequence[str]
+    """Groups that the root file names."""
+
+
+def compose(root: str, overrides: Sequence[str], config_dir: str | None = None) -> Composition:
     """Compose `root`.yaml with `overrides` into a plain dictionary, interpolations resolved.
 
     `config_dir` is a folder of the user's own groups; what it holds is found beside ours.
-    Raises ConfigError for an unknown group, an unknown option of a group, an unknown key or bad syntax.
+    Raises ConfigError where the words are too wrong for their values to be checked.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
-    if config_dir is not None and not Path(config_dir).is_dir():
-        raise ConfigError([f"--config-dir={config_dir}: no such folder"])
-    search = [] if config_dir is None else [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
-    group_names = known_groups(config_dir)
+    catalog = _catalog(root, config_dir)
+    given = [] if config_dir is None else [f"hydra.searchpath=[{_quoted(f'file://{Path(config_dir).resolve()}')}]"]
     problems: list[str] = []
-    words = [word for word in overrides if not problems_of(word, group_names, config_dir, problems)]
+    for word in overrides:
+        taken, wrong = _understand(word, catalog)
+        given += taken
+        problems += wrong
+    if any(problem.lstrip("+").startswith("experiment=") for problem in problems):
+        raise ConfigError(problems)  # it would have set so much that every further finding is a guess
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_FOLDER)):
-            composed = hydra.compose(config_name=root, overrides=search + [_forced(word, group_names) for word in words])
-            tree = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+            tree = OmegaConf.to_container(hydra.compose(config_name=root, overrides=given), resolve=True)
+    except OmegaConfBaseException as error:
+        what = _one_line(error).partition(" full_key: ")[0]
+        raise ConfigError([*problems, f"{error.full_key}: {what}" if error.full_key else what]) from None
+    except (HydraException, YAMLError) as error:
         raise ConfigError([*problems, _one_line(error)]) from None
     finally:
         GlobalHydra.instance().clear()
-    if problems:
-        tree[PROBLEMS] = problems  # what the schema finds is added to these, so that all is told at once
-    return tree
+    return Composition(tree=typing.cast(dict[str, Any], tree), problems=tuple(problems))
 
 
-def known_groups(config_dir: str | None) -> set[str]:
-    """Names of all groups, ours and those of the user's folder."""
+def _catalog(root: str, config_dir: str | None) -> _Catalog:
+    """Find the groups.
+
+    Raises ConfigError when the user's folder is missing, or holds an option that we have too: Hydra would take ours.
+    """
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigError([f"--config-dir={config_dir}: no such folder"])
     folders = [CONF_FOLDER] + ([Path(config_dir)] if config_dir else [])
-    return {entry.name for folder in folders for entry in folder.iterdir() if entry.is_dir() and any(entry.glob("*.yaml"))}
+    names = {entry.name for folder in folders for entry in folder.iterdir() if any(entry.glob("*.yaml"))}
+    hidden = [
+        f"--config-dir={config_dir}: {group}/{name}.yaml has the name of an option of Longhaul's own; give the file another"
+        for group in sorted(names)
+        if config_dir
+        for name in sorted({*options(group)} & {file.stem for file in (Path(config_dir) / group).glob("*.yaml")})
+    ]
+    if hidden:
+        raise ConfigError(hidden)
+    return _Catalog(root=root, options={name: options(name, config_dir) for name in names}, drawn=groups(root))
 
 
-def problems_of(word: str, group_names: set[str], config_dir: str | None, problems: list[str]) -> bool:
-    """Whether Hydra could not take `word`; why is added to `problems`."""
-    key, equals, value = word.lstrip("+~").partition("=")
-    if not equals and not word.startswith("~"):
-        problems.append(f"{word}: not understood; settings are given as name=value")
-        return True
-    if key in group_names and value not in ("null", *options(key, config_dir)):
-        known = options(key, config_dir)
-        problems.append(f"{key}={value}: no such option.{nearest(value, known)} There are: {', '.join(known)}")
-        return True
+def _understand(word: str, catalog: _Catalog) -> tuple[list[str], list[str]]:
+    """(what Hydra is given for `word`, what is wrong with it). A faulty word is left out, so that the rest can be checked."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    if "=" not in word.lstrip("=") and not word.startswith("~"):
+        return [], [f"{word}: not understood; settings are given as name=value"]
     try:
         override = OverridesParser.create().parse_override(word)
     except HydraException as error:
-        problems.append(f"{word}: {_one_line(error)}")
-        return True
+        name = word.partition("=")[0]
+        return [], [
+            f"{word}: not understood ({_one_line(error)}); text with spaces, commas, quotes or brackets is quoted twice, "
+            f"""for the shell and for YAML: {name}="'a, b'\""""
+        ]
+    key = str(override.key_or_group)
+    if not key or key.startswith("hydra."):
+        return [], [f"{word}: {'not understood' if not key else 'Hydra itself has no settings here'}; leave it out"]
     if override.is_sweep_override():
-        problems.append(f"{word}: several values need -m, which runs one job for each; a list is written [a,b]")
-        return True
-    return False
+        more = f"{word}: several values need -m, which runs one job for each; a list is written [a,b]"
+        if not override.is_choice_sweep() or not isinstance(first := next(override.sweep_string_iterator(), None), str):
+            return [], [more]
+        taken, wrong = _understand(f"{override.get_key_element()}={first}", catalog)  # the rest is checked with the first value
+        return taken, [more, *wrong]
+    if key in catalog.options:
+        return _choose(word, override, catalog)
+    # Let a field be set whether or not the YAML mentions it: the schema, not the YAML, knows the fields.
+    return [word if word[0] in "+~" else f"++{word}"], []
 
 
-def _forced(word: str, group_names: set[str]) -> str:
-    """Let a field be set whether or not the YAML mentions it: the schema, not the YAML, knows the fields."""
-    key = word.partition("=")[0]
-    plain = key[:1] not in "+~" and not key.startswith("hydra.") and key.partition("@")[0] not in group_names
-    return f"++{word}" if plain else word
+def _choose(word: str, override: Any, catalog: _Catalog) -> tuple[list[str], list[str]]:
+    """`_understand` for the choice of a group's option."""
+    group, value = override.key_or_group, override.value()
+    known = catalog.options[group]
+    added = word.startswith("+")
+    if word.startswith("~"):
+        return [word], []
+    if group not in catalog.drawn and not added:
+        ours = f"the groups here are {', '.join(catalog.drawn)}" if catalog.drawn else "there are no groups here"
+        return [], [f"{word}: {catalog.root} has no group {group}; {ours}"]
+    if value is None:
+        return [f"~{group}"], []
+    for choice in value if isinstance(value, list) else [value]:
+        if choice not in known:
+            return [], [f"{word}: no such option.{nearest(str(choice), known)} There are: {', '.join(known)}"]
+    return [word.lstrip("+") if group in catalog.drawn else word], []
 
 
-def validate(schema: type[ConfigT], tree: dict[str, Any]) -> ConfigT:
-    """Turn a composed dictionary into the frozen dataclass `schema`.
+def validate(schema: type[ConfigT], composed: Composition | dict[str, Any]) -> ConfigT:
+    """Turn what was composed, or a plain dictionary, into the frozen dataclass `schema`.
 
     Raises ConfigError with every unknown key, wrong type and failed rule at once.
     """
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    tree = dict(tree)
-    problems: list[str] = list(tree.pop(PROBLEMS, []))
-    _forbid_unknown_keys(schema, ConfigDict)
+    if not isinstance(composed, Composition):
+        composed = Composition(tree=composed)
+    problems = list(composed.problems)
+    _make_strict(schema, ConfigDict)
     value = None
     try:
-        value = TypeAdapter(schema).validate_python(tree)
+        value = TypeAdapter(schema).validate_python(booleans_as_text(schema, composed.tree))
     except ValidationError as error:
-        for item in error.errors():
-            problems.extend(_describe(schema, item))
+        for finding in error.errors():
+            problems.extend(describe(schema, finding))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return typing.cast(ConfigT, value)
+
+
+def _make_strict(schema: type, config_dict: Any) -> None:
+    """Tell pydantic, for `schema` and all dataclasses below it: an unknown key is an error, and so are nan and inf."""
+    if "__pydantic_config__" in schema.__dict__:
+        return
+    schema.__pydantic_config__ = config_dict(extra="forbid", allow_inf_nan=False)  # type: ignore[attr-defined]
+    for hint in typing.get_type_hints(schema).values():
+        inner = dataclass_in(hint) or element_dataclass(hint)
+        if inner:
+            _make_strict(inner, config_dict)
 
 
 def to_plain(config: Any) -> Any:
@@ -119,9 +183,7 @@ def to_plain(config: Any) -> Any:
         return [to_plain(item) for item in config]
     if isinstance(config, dict):
         return {str(key): to_plain(item) for key, item in config.items()}
-    if isinstance(config, Path):
-        return str(config)
-    return str(config) if isinstance(config, str) else config
+    return str(config) if isinstance(config, (str, Path)) else config
 
 
 def write_config(config: Any, path: Path) -> None:
@@ -136,15 +198,22 @@ def write_config(config: Any, path: Path) -> None:
 def read_config(schema: type[ConfigT], path: Path) -> ConfigT:
     """Read a `config.yaml` that `write_config` wrote.
 
-    Raises UserError when the file is missing, ConfigError when it does not fit `schema`.
+    Raises UserError when the file is missing, is no YAML or does not fit `schema`.
     """
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); is it the folder of a run?") from None
-    return validate(schema, yaml.safe_load(text))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: damaged, it is not YAML ({_one_line(error)}); put back what the run wrote") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: damaged, it holds no settings; put back what the run wrote")
+    try:
+        return validate(schema, tree)
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
 
 
 def options(group: str, config_dir: str | None = None) -> list[str]:
@@ -160,80 +229,11 @@ def groups(root: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def leaf_names(schema: type, prefix: str = "") -> list[str]:
-    """Dotted names of all leaves of a dataclass."""
-    names: list[str] = []
-    hints = typing.get_type_hints(schema)
-    for field in fields(schema):
-        inner = dataclass_in(hints[field.name])
-        names += leaf_names(inner, f"{prefix}{field.name}.") if inner else [f"{prefix}{field.name}"]
-    return names
+def _quoted(text: str) -> str:
+    """`text` as a quoted value in Hydra's grammar."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """' Did you mean X?' for the nearest known name, or an empty text."""
-    last = name.rsplit(".", 1)[-1]
-    by_tail = {item.rsplit(".", 1)[-1]: item for item in reversed(known)}
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    if not match and last:
-        match = [by_tail[tail] for tail in difflib.get_close_matches(last, list(by_tail), n=1, cutoff=0.6)]
-    return f" Did you mean {match[0]}?" if match else ""
-
-
-def dataclass_in(hint: Any) -> type | None:
-    """The dataclass in `hint`, also behind `X | None`; None for anything else."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        inner = [dataclass_in(part) for part in typing.get_args(hint)]
-        return next((item for item in inner if item), None)
-    return hint if isinstance(hint, type) and is_dataclass(hint) else None
-
-
-def _element_dataclass(hint: Any) -> type | None:
-    """The dataclass that a tuple or a mapping in `hint` holds."""
-    for part in typing.get_args(hint):
-        found = dataclass_in(part) or _element_dataclass(part)
-        if found:
-            return found
-    return None
-
-
-def _forbid_unknown_keys(schema: type, config_dict: Any) -> None:
-    """Tell pydantic, for `schema` and all dataclasses below it, that a key it does not know is an error."""
-    if "__pydantic_config__" in schema.__dict__:
-        return
-    schema.__pydantic_config__ = config_dict(extra="forbid")  # type: ignore[attr-defined]
-    for hint in typing.get_type_hints(schema).values():
-        inner = dataclass_in(hint) or _element_dataclass(hint)
-        if inner:
-            _forbid_unknown_keys(inner, config_dict)
-
-
-def _describe(schema: type, item: Any) -> list[str]:
-    """Lines for one finding of pydantic: field, value, rule, way out."""
-    field = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "lax-or")))
-    kind = item["type"]
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        leaves = leaf_names(schema)
-        parts = {leaf.rsplit(".", depth)[0] for leaf in leaves for depth in range(1, leaf.count(".") + 1)}
-        return [f"{field}: unknown key.{nearest(field, [*sorted(parts, key=len), *leaves])}"]
-    cause = item.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigError):  # a dataclass's own rules, already collected
-        return [f"{field}.{text}" if field else text for text in cause.problems]
-    if isinstance(cause, ValueError):
-        return [f"{field}: {cause}" if field else str(cause)]
-    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return [f"{field}: needs a value; give {field}=..."]
-    return [f"{field}={_shown(item['input'])}: {_lower_first(item['msg'])}"]
-
-
-def _shown(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
-
-
-def _one_line(error: Exception) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())

@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, words: list[str]) -> int:
     if name not in VERBS:
-        from conf.compose import nearest
+        from conf.schema import nearest
 
         raise UserError(f"no such verb.{nearest(name, list(VERBS))} `longhaul --help` lists the verbs")
     verb = VERBS[name]

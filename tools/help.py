@@ -12,7 +12,8 @@ from dataclasses import MISSING, Field, fields
 from functools import cache
 from typing import Any
 
-from conf.compose import dataclass_in, groups, options
+from conf.compose import groups, options
+from conf.schema import dataclass_in
 
 WIDTH = 118
 
@@ -40,9 +41,7 @@ def verb_help(name: str, verb: Any, config_dir: str | None) -> str:
     if chosen:
         lines.append("groups (GROUP=OPTION):")
         for group, names in chosen.items():
-            lines += textwrap.wrap(
-                f"{group:<12} {' | '.join(names)}", WIDTH, initial_indent="  ", subsequent_indent=" " * 15
-            )
+            lines += textwrap.wrap(f"{group:<12} {' | '.join(names)}", WIDTH, initial_indent="  ", subsequent_indent=" " * 15)
         lines.append("")
     lines.append("fields (FIELD=VALUE):")
     lines += _field_lines(schema, "")
@@ -73,9 +72,10 @@ def field_documents(schema: type) -> dict[str, str]:
     assert isinstance(tree, ast.ClassDef)
     found = {}
     for statement, following in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            if isinstance(following.value, ast.Constant) and isinstance(following.value.value, str):
-                found[statement.target.id] = " ".join(following.value.value.split())  # type: ignore[union-attr]
+        text = following.value if isinstance(following, ast.Expr) else None
+        is_document = isinstance(text, ast.Constant) and isinstance(text.value, str)
+        if is_document and isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            found[statement.target.id] = " ".join(text.value.split())
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from conf.compose import to_plain
 from conf.errors import ConfigError
+from conf.schema import shown
 from train.config.pretrain import PretrainConfig
 
 Kind = Literal["free", "adjustable", "layout", "fixed"]
@@ -77,8 +78,8 @@ def check_resume(before: PretrainConfig, after: PretrainConfig, checkpoint: str)
     if fixed:
         raise ConfigError(
             [
-                f"{change.field}={change.after}: {checkpoint} was trained with {change.before}, and this cannot change within "
-                f"a run; put it back, or start another run with run.name=..."
+                f"{change.field}={shown(change.after)}: {checkpoint} was trained with {shown(change.before)}, and this cannot "
+                f"change within a run; put it back, or start another run with run.name=..."
                 for change in fixed
             ]
         )

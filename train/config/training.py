@@ -114,8 +114,10 @@ class BudgetConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if (self.tokens is None) == (self.steps is None):
-            problems.append(f"tokens={self.tokens}: give exactly one of budget.tokens and budget.steps")
+        if self.tokens is None and self.steps is None:
+            problems.append("tokens=null: a run needs an end; give budget.tokens=3e9, say, or budget.steps=10000")
+        if self.tokens is not None and self.steps is not None:
+            problems.append(f"tokens={self.tokens}: budget.steps={self.steps} is given too; set one of them to null")
         for name in ("tokens", "steps", "stop_at_step"):
             value = getattr(self, name)
             if value is not None and value < 1:
