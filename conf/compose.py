@@ -192,7 +192,7 @@ def write_config(config: Any, path: Path) -> None:
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(yaml.safe_dump(to_plain(config), sort_keys=False, width=120), encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def read_config(schema: type[ConfigT], path: Path) -> ConfigT:

@@ -1,0 +1,224 @@
+"""Every rule of the configuration, provoked once from the command line; a rule without a case here fails a test."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from conf.compose import CONF_FOLDER, compose, validate
+from conf.errors import ConfigError
+from data_pipeline.config import PrepareConfig
+from tests.unit.config.words import ENOUGH
+from train.config.export import ExportConfig
+from train.config.generate import GenerateConfig
+from train.config.pretrain import PretrainConfig
+
+REPOSITORY = CONF_FOLDER.parent
+RULE_FILES = sorted([*REPOSITORY.glob("train/config/*.py"), REPOSITORY / "data_pipeline/config.py"])
+VERBS = {
+    "pretrain": (PretrainConfig, ENOUGH),
+    "prepare": (PrepareConfig, []),
+    "generate": (GenerateConfig, ["checkpoint=runs/a", "prompt=x"]),
+    "export": (ExportConfig, ["checkpoint=runs/a", "out=exported/a"]),
+}
+LLAMA3 = "model.rope.scaling=llama3"
+
+# verb, words, and how the one problem begins
+CASES: list[tuple[str, list[str], str]] = [
+    ("pretrain", ["run.name=../up"], "run.name=../up: must be a relative path without '..', such as first or sweep/003"),
+    ("pretrain", ["run.name=/etc"], "run.name=/etc: must be a relative path"),
+    ("pretrain", ["run.name=''"], "run.name=: must be a relative path"),
+    ("pretrain", ["run.seed=-1"], "run.seed=-1: must lie between 0 and 2**63 - 1"),
+    ("pretrain", ["model.num_layers=0"], "model.num_layers=0: must be at least 1"),
+    (
+        "pretrain",
+        ["model.num_heads=3", "model.num_kv_heads=null"],
+        "model.num_heads=3: must divide hidden_size=128; or give head_size",
+    ),
+    ("pretrain", ["model.head_size=7"], "model.head_size=7: rotary positions need an even head size"),
+    ("pretrain", ["model.num_kv_heads=3"], "model.num_kv_heads=3: must divide num_heads=4"),
+    ("pretrain", ["model.dropout=1"], "model.dropout=1.0: must be at least 0 and below 1"),
+    ("pretrain", ["model.norm_epsilon=0"], "model.norm_epsilon=0.0: must be above 0"),
+    ("pretrain", ["model.init_std=-1"], "model.init_std=-1.0: must be above 0"),
+    ("pretrain", ["model.z_loss=-1"], "model.z_loss=-1.0: must not be negative; 0 turns it off"),
+    ("pretrain", ["model.rope.base=1"], "model.rope.base=1.0: must be above 1; Llama 2 has 10000, Llama 3 has 500000"),
+    (
+        "pretrain",
+        [LLAMA3, "model.rope.low_frequency_factor=9"],
+        "model.rope.low_frequency_factor=9.0: must be above 0 and below",
+    ),
+    ("pretrain", [LLAMA3, "model.rope.factor=0.5"], "model.rope.factor=0.5: must be at least 1"),
+    ("pretrain", ["optim.lr=0"], "optim.lr=0.0: must be above 0"),
+    ("pretrain", ["optim.beta2=1"], "optim.beta2=1.0: must be at least 0 and below 1"),
+    ("pretrain", ["optim.epsilon=0"], "optim.epsilon=0.0: must be above 0"),
+    ("pretrain", ["optim.weight_decay=-0.1"], "optim.weight_decay=-0.1: must not be negative"),
+    ("pretrain", ["optim.grad_clip=0"], "optim.grad_clip=0.0: must be above 0; null turns clipping off"),
+    ("pretrain", ["schedule.warmup_steps=-1"], "schedule.warmup_steps=-1: must not be negative"),
+    ("pretrain", ["schedule.min_ratio=1.1"], "schedule.min_ratio=1.1: must lie between 0 and 1"),
+    ("pretrain", ["schedule.decay_fraction=0"], "schedule.decay_fraction=0.0: must be above 0 and at most 1"),
+    ("pretrain", ["schedule.warmup_steps=5001"], "schedule.warmup_steps=5001: must not exceed budget.steps=5000"),
+    ("pretrain", ["schedule=inverse_sqrt", "schedule.warmup_steps=0"], "schedule.warmup_steps=0: inverse_sqrt starts from"),
+    ("pretrain", ["batch.sequences=-8"], "batch.sequences=-8: must be at least 1"),
+    ("pretrain", ["batch.micro_batch=7"], "batch.micro_batch=7: must divide batch.sequences=256"),
+    (
+        "pretrain",
+        ["batch.ramp_start=512", "batch.ramp_samples=9"],
+        "batch.ramp_start=512: must not exceed batch.sequences=256",
+    ),
+    (
+        "pretrain",
+        ["batch.ramp_start=64", "batch.ramp_increment=100", "batch.ramp_samples=9"],
+        "batch.ramp_increment=100: must divide the way from ramp_start=64 to batch.sequences=256",
+    ),
+    ("pretrain", ["batch.ramp_start=64"], "batch.ramp_samples=0: a ramp needs its length in samples"),
+    ("pretrain", ["batch.ramp_samples=64"], "batch.ramp_start=null: ramp_increment and ramp_samples need a ramp_start"),
+    (
+        "pretrain",
+        ["budget.steps=null", "budget.tokens=6400", "batch.ramp_start=64", "batch.ramp_samples=101"],
+        "batch.ramp_samples=101: the ramp is longer than budget.tokens=6400; shorten it",
+    ),
+    ("pretrain", ["budget.steps=null"], "budget.tokens=null: a run needs an end; give budget.tokens=3e9, say, or budget.steps"),
+    ("pretrain", ["budget.tokens=9e9"], "budget.tokens=9000000000: budget.steps=5000 is given too; set one of them to null"),
+    ("pretrain", ["budget.stop_at_step=0"], "budget.stop_at_step=0: must be at least 1"),
+    ("pretrain", ["parallel.zero=0"], "parallel.zero=0: must be 1, 2 or 3; stage 0 is a different trainer"),
+    ("pretrain", ["parallel.zero=4"], "parallel.zero=4: must be 1, 2 or 3; use zero=1"),
+    ("pretrain", ["parallel.bucket_elements=0"], "parallel.bucket_elements=0: must be at least 1"),
+    ("pretrain", ["checkpoint.every_steps=0"], "checkpoint.every_steps=0: must be at least 1"),
+    ("pretrain", ["checkpoint.keep_last=0"], "checkpoint.keep_last=0: must be at least 1, or there is nothing to resume from"),
+    ("pretrain", ["evaluate.every_steps=0"], "evaluate.every_steps=0: must be at least 1; null evaluates at the end only"),
+    ("pretrain", ["evaluate.max_samples=-1"], "evaluate.max_samples=-1: must not be negative; null reads all, 0 turns"),
+    ("pretrain", ["evaluate.micro_batch=0"], "evaluate.micro_batch=0: must be at least 1; null takes batch.micro_batch"),
+    ("pretrain", ["launch.processes=0"], "launch.processes=0: must be at least 1"),
+    ("pretrain", ["launch.max_restarts=-1"], "launch.max_restarts=-1: must not be negative"),
+    ("pretrain", ["launch.backoff_seconds=-1"], "launch.backoff_seconds=-1.0: must not be negative"),
+    ("pretrain", ["launch.collective_timeout_seconds=0"], "launch.collective_timeout_seconds=0.0: must be above 0"),
+    ("pretrain", ["monitor.console_every_steps=0"], "monitor.console_every_steps=0: must be at least 1"),
+    ("pretrain", ["monitor.wandb.init_timeout_seconds=0"], "monitor.wandb.init_timeout_seconds=0.0: must be above 0"),
+    ("pretrain", ["monitor.wandb.project=''"], "monitor.wandb.project='': needs a name; or mode=disabled"),
+    ("pretrain", ["monitor.wandb.tags=['']"], "monitor.wandb.tags='': a tag has 1 to 64 characters"),
+    ("pretrain", ["data.sequence_length=513"], "data.sequence_length=513: must not exceed model.max_positions=512; shorten"),
+    ("pretrain", ["data.sequence_length=0"], "data.sequence_length=0: must be at least 1 token"),
+    ("pretrain", ["data.max_epochs=0"], "data.max_epochs=0.0: must be positive; null means no limit"),
+    ("pretrain", ["data.sources=[]"], "data.sources=[]: needs at least one prepared corpus"),
+    ("pretrain", ["data.sources=[{path: ''}]"], "data.sources[0].path='': needs the folder of a prepared corpus"),
+    ("pretrain", ["data.sources=[{path: a, weight: 0}]"], "data.sources[0].weight=0.0: must be a positive number"),
+    ("pretrain", ["data.sources=[{path: a, name: ''}]"], "data.sources[0].name='': must not be empty"),
+    ("pretrain", ["data.sources=[{path: x/a},{path: y/a}]"], "data.sources: the name a occurs more than once"),
+    ("pretrain", ["data.sources=[{path: a},{path: b, weight: 1e-6}]"], "data.sources: weight=1e-06 of b is 1.00e-06 of all"),
+    ("prepare", ["corpus.name=a/b"], "corpus.name='a/b': must be usable as a folder name"),
+    ("prepare", ["corpus.paths=[]"], "corpus.paths=[]: needs at least one file, folder or pattern"),
+    ("prepare", ["corpus.paths=['']"], "corpus.paths: holds an empty path; remove it"),
+    ("prepare", ["corpus.suffixes=[py]"], "corpus.suffixes=['py']: each must begin with a dot, such as .py"),
+    ("prepare", ["corpus.text_field=''"], "corpus.text_field='': needs the name of the field"),
+    ("prepare", ["corpus.document_separator='--'"], "corpus.document_separator: only for reader=text"),
+    ("prepare", ["corpus=text", "corpus.paths=[a]", "corpus.document_separator=''"], "corpus.document_separator='': must not"),
+    ("prepare", ["corpus=hf", "corpus.paths=['stdlib:']"], "corpus.paths=[stdlib:]: not a Hugging Face data set"),
+    ("prepare", ["corpus.encoding=utf-9"], "corpus.encoding='utf-9': Python knows no such text encoding; try utf-8"),
+    ("prepare", ["tokenizer=hf"], "tokenizer.path='': needs the folder of a Hugging Face tokenizer"),
+    ("prepare", ["tokenizer.end_of_document=''"], "tokenizer.end_of_document='': must not be empty"),
+    ("prepare", ["tokenizer.path=t", "tokenizer.extra_special_tokens=['<a>']"], "tokenizer.extra_special_tokens=['<a>']: only"),
+    ("prepare", ["tokenizer.vocab_size=256"], "tokenizer.vocab_size=256: needs at least 257"),
+    ("prepare", ["tokenizer.extra_special_tokens=['<a>','<a>']"], "tokenizer.extra_special_tokens=['<a>', '<a>']: must be"),
+    ("prepare", ["tokenizer.min_frequency=0"], "tokenizer.min_frequency=0: must be at least 1"),
+    ("prepare", ["tokenizer.training_bytes=0"], "tokenizer.training_bytes=0: must be at least 1; null means the whole corpus"),
+    ("prepare", ["held_out_fraction=1"], "held_out_fraction=1.0: must be at least 0 and below 1; 0.01 is usual"),
+    ("prepare", ["shard_tokens=1000"], "shard_tokens=1000: must be at least 1024"),
+    ("prepare", ["min_document_bytes=0"], "min_document_bytes=0: must be at least 1"),
+    ("prepare", ["workers=0"], "workers=0: must be at least 1; null means all cores"),
+    ("prepare", ["output=' '"], "output='': needs a folder; set it to null for data/<corpus.name>"),
+    ("generate", ["checkpoint=''"], "checkpoint='': needs the folder of a checkpoint or of a run"),
+    ("generate", ["prompt_file=a"], "prompt: give exactly one of prompt and prompt_file"),
+    ("generate", ["prompt=''"], "prompt='': needs at least one character to continue"),
+    ("generate", ["max_new_tokens=0"], "max_new_tokens=0: must be at least 1"),
+    ("generate", ["temperature=-1"], "temperature=-1.0: must not be negative; 0 takes the likeliest token"),
+    ("generate", ["top_k=0"], "top_k=0: must be at least 1; null means all tokens"),
+    ("generate", ["top_p=0"], "top_p=0.0: must be above 0 and at most 1; null means all tokens"),
+    ("generate", ["temperature=0", "num_samples=2"], "num_samples=2: with temperature=0 all samples are the same"),
+    ("generate", ["stop=['']"], "stop: holds an empty text, which ends every continuation at once; remove it"),
+    ("generate", ["num_samples=0"], "num_samples=0: must be at least 1"),
+    ("export", ["checkpoint=''"], "checkpoint='': needs the folder of a checkpoint or of a run"),
+    ("export", ["out=.."], "out='..': needs the name of a folder to make, such as out=exported/first"),
+    ("export", ["shard_bytes=1"], "shard_bytes=1: must be at least 1024; 5000000000 is usual"),
+    ("export", ["proof_sequences=0"], "proof_sequences=0: must be at least 1; null means all of them"),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provoked:
+    """What all cases together said, and the lines of the rule files that ran meanwhile."""
+
+    problems: tuple[tuple[str, ...], ...]
+    lines: frozenset[tuple[str, int]]
+
+
+@pytest.fixture(scope="module")
+def provoked() -> Provoked:
+    """All cases, run once with an eye on the lines of the rule files."""
+    watched = {str(path) for path in RULE_FILES}
+    lines: set[tuple[str, int]] = set()
+
+    def line(frame: FrameType, event: str, argument: Any) -> Callable | None:
+        lines.add((frame.f_code.co_filename, frame.f_lineno))
+        return line
+
+    def call(frame: FrameType, event: str, argument: Any) -> Callable | None:
+        return line if frame.f_code.co_filename in watched else None
+
+    found = []
+    for verb, words, _ in CASES:
+        schema, given = VERBS[verb]
+        composed = compose(verb, [*given, *words])
+        before = sys.gettrace()
+        sys.settrace(call)
+        try:
+            validate(schema, composed)
+            found.append(())
+        except ConfigError as error:
+            found.append(error.problems)
+        finally:
+            sys.settrace(before)
+    return Provoked(problems=tuple(found), lines=frozenset(lines))
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{verb} {' '.join(words)}" for verb, words, _ in CASES])
+def test_rule(number: int, provoked: Provoked) -> None:
+    problems = provoked.problems[number]
+    assert len(problems) == 1, problems
+    assert problems[0].startswith(CASES[number][2])
+
+
+@pytest.mark.parametrize("path", RULE_FILES, ids=[path.relative_to(REPOSITORY).as_posix() for path in RULE_FILES])
+def test_every_rule_has_a_case(path: Path, provoked: Provoked) -> None:
+    silent = [line for line in rule_lines(path) if (str(path), line) not in provoked.lines]
+    assert not silent, f"{path.name}: no case provokes the rules in lines {silent}"
+
+
+def rule_lines(path: Path) -> list[int]:
+    """Lines where a configuration's own check adds a problem."""
+    checks = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and (node.name == "__post_init__" or node.name.endswith("_problems"))
+    ]
+    return sorted({node.lineno for check in checks for node in ast.walk(check) if _adds_problem(node)})
+
+
+def _adds_problem(node: ast.AST) -> bool:
+    if isinstance(node, ast.Raise):  # `raise ConfigError(problems)` only passes on what was collected
+        arguments = node.exc.args if isinstance(node.exc, ast.Call) else []
+        return any(isinstance(argument, ast.List) for argument in arguments)
+    is_append = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "append"
+    return is_append and isinstance(node.func.value, ast.Name) and node.func.value.id == "problems"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_the_cases_start_from_is_valid(verb: str) -> None:
+    schema, given = VERBS[verb]
+    validate(schema, compose(verb, given))
