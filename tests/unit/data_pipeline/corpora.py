@@ -17,7 +17,9 @@ SYLLABLES = ("ka", "lo", "mi", "ter", "an", "\u00e9s", "qu", "ro", "ze", "th", "
 
 def some_text(seed: int, words: int) -> str:
     rng = np.random.default_rng(seed)
-    made = ["".join(rng.choice(SYLLABLES, size=rng.integers(1, 4))) for _ in range(words)]
+    drawn = rng.integers(0, len(SYLLABLES), size=(words, 3)).tolist()
+    lengths = rng.integers(1, 4, size=words).tolist()
+    made = ("".join(SYLLABLES[syllable] for syllable in row[:length]) for row, length in zip(drawn, lengths, strict=True))
     return " ".join(made) + "\n"
 
 

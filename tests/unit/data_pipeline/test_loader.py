@@ -223,6 +223,8 @@ def test_corpus_reads_across_shards(tiny: Manifest) -> None:
     assert corpus.windows(100) == (len(stream) - 1) // 100
 
 
+# megatron-core's half-made object complains when it is taken down; it is gone all the same.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_corpus_with_a_foreign_index(own_copy: Path) -> None:
     path = own_copy / "train-00000.idx"
     content = bytearray(path.read_bytes())
