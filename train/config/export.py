@@ -13,8 +13,8 @@ from conf.errors import ConfigError
 class ExportConfig:
     checkpoint: str
     """Folder of a checkpoint, or of a run, whose newest checkpoint is taken."""
-    out: str
-    """Folder to make; it appears only when everything is written and proved."""
+    out: str | None = None
+    """Folder to make; it appears only when everything is written and proved. null: exported/NAME-STEP, after the run."""
     format: Literal["hf"] = "hf"
     """Layout of the folder; hf: what `AutoModelForCausalLM.from_pretrained` of transformers reads."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -32,7 +32,7 @@ class ExportConfig:
         problems = []
         if not self.checkpoint:
             problems.append("checkpoint='': needs the folder of a checkpoint or of a run")
-        if not self.out or not Path(self.out).name or Path(self.out).name == "..":
+        if self.out is not None and Path(self.out).name in ("", ".."):
             problems.append(f"out={self.out!r}: needs the name of a folder to make, such as out=exported/first")
         if self.shard_bytes < 1024:
             problems.append(f"shard_bytes={self.shard_bytes}: must be at least 1024; 5000000000 is usual")

@@ -88,8 +88,8 @@ def _proof_lines(report: dict[str, Any]) -> list[str]:
         return ["None was asked for (`proof=false`)."]
     logits, loss = report["proof"]["logits"], report["proof"]["held_out_loss"]
     lines = [
-        f"Weights are written in {report['dtype']}. Loaded by transformers {report['versions']['transformers']} and compared in "
-        "fp32 with the checkpoint in Longhaul:",
+        f"Weights are written in {report['dtype']}. Loaded by transformers {report['versions']['transformers']} and "
+        "compared in fp32 with the checkpoint in Longhaul:",
         "",
         f"- logits differ by at most {logits['max_abs_difference']:.2g} over {logits['positions']} positions",
     ]

@@ -104,7 +104,9 @@ def prove_weights(reader: WeightReader, folder: Path, dtype: torch.dtype) -> Fin
         if back.dtype != dtype or not torch.equal(back, expected):
             different.append(name)
     problems = (f"{len(different)} tensors differ from the checkpoint's: {different[:5]}",) if different else ()
-    return Finding(name="weights", figures={"tensors": len(files), "bit_equal": len(files) and not different}, problems=problems)
+    return Finding(
+        name="weights", figures={"tensors": len(files), "bit_equal": len(files) and not different}, problems=problems
+    )
 
 
 def prove_logits(ours: Decoder, theirs: PreTrainedModel, model: ModelConfig) -> Finding:
@@ -146,9 +148,7 @@ def prove_generation(ours: Decoder, theirs: PreTrainedModel, model: ModelConfig)
     problems = []
     for number in range(PROMPTS):
         prompt_1S = torch.randint(model.vocab_size, (1, prompt_tokens), generator=generator)
-        request = Request(
-            prompt=tuple(prompt_1S[0].tolist()), max_new_tokens=new_tokens, sampling=Sampling(temperature=0)
-        )
+        request = Request(prompt=tuple(prompt_1S[0].tolist()), max_new_tokens=new_tokens, sampling=Sampling(temperature=0))
         our_ids = [ids[0] for ids in generate_ids(CachedDecoder(ours, model), request)]
         whole_1S = theirs.generate(prompt_1S, attention_mask=torch.ones_like(prompt_1S))
         their_ids = whole_1S[0, prompt_tokens:].tolist()

@@ -43,9 +43,7 @@ class Task:
     def parse(cls, words: Sequence[str]) -> Task:
         """The task that `words` holds."""
         checkpoint, folder, dtype, limit = words
-        return cls(
-            checkpoint=Path(checkpoint), folder=Path(folder), dtype=dtype, limit=None if limit == "all" else int(limit)
-        )
+        return cls(checkpoint=Path(checkpoint), folder=Path(folder), dtype=dtype, limit=None if limit == "all" else int(limit))
 
 
 def check_can_prove() -> None:
@@ -127,8 +125,11 @@ def _shown(finding: Finding) -> dict[str, Any]:
 
 def main(words: Sequence[str]) -> int:
     """The child: prove, write the report; 0 when everything holds."""
+    from transformers.utils.logging import disable_progress_bar
+
     from train.convert.proof import prove
 
+    disable_progress_bar()  # of its own loading; the proof shows its steps itself
     task = Task.parse(words)
     reader = CheckpointReader(task.checkpoint)
     findings = prove(

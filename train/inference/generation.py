@@ -60,8 +60,9 @@ def generate_ids(decoder: CachedDecoder, request: Request) -> Iterator[list[int]
     generators = [
         torch.Generator().manual_seed(keyed_seed(request.seed, "sample", number)) for number in range(request.num_samples)
     ]
-    for step in range(request.max_new_tokens):
-        if step:
+    tokens_B: Tensor | None = None
+    for _ in range(request.max_new_tokens):
+        if tokens_B is not None:
             logits_BV = decoder.logits(decoder.advance(tokens_B.unsqueeze(1), cache))[:, -1]
         uniform_B = torch.stack([torch.rand((), generator=each, dtype=torch.float64) for each in generators])
         tokens_B = choose(logits_BV[:, : request.num_known_ids], uniform_B.to(logits_BV.device), request.sampling)

@@ -45,9 +45,7 @@ def resolve_dtype(name: Literal["auto", "fp32", "bf16"], device: torch.device) -
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def load_decoder(
-    reader: WeightReader, dtype: torch.dtype, *, device: torch.device, reading: Reading | None = None
-) -> Decoder:
+def load_decoder(reader: WeightReader, dtype: torch.dtype, *, device: torch.device, reading: Reading | None = None) -> Decoder:
     """The checkpoint's model on `device`, in evaluation mode and without gradients.
 
     `reading` matters to `Decoder.forward` alone; None: one sequence of the run's length, as its data was read.

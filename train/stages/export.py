@@ -23,7 +23,8 @@ def run(config: ExportConfig) -> int:
         check_can_prove()
     reader = CheckpointReader(resolve_checkpoint(config.checkpoint))
     dtype = resolve_export_dtype(config.dtype, reader.config)
-    with Publication(Path(config.out), overwrite=config.overwrite) as folder:
+    out = Path(config.out) if config.out is not None else default_folder(reader)
+    with Publication(out, overwrite=config.overwrite) as folder:
         print(f"{reader.path.name}: checking its files, then writing {dtype} weights", file=sys.stderr)
         reader.verify()
         write_model(reader, folder, dtype=dtype, shard_bytes=config.shard_bytes)
@@ -33,8 +34,13 @@ def run(config: ExportConfig) -> int:
         else:
             report = write_report(reader, folder, dtype=dtype, findings=None)
         (folder / "README.md").write_text(model_card(reader, report), encoding="utf-8")
-    print("\n".join([*summary(report), f"exported to {config.out}"]))
+    print("\n".join([*summary(report), f"exported to {out}"]))
     return 0
+
+
+def default_folder(reader: CheckpointReader) -> Path:
+    """Where an export goes when no folder is named: below the working folder, one for each run and step."""
+    return Path("exported") / f"{reader.config.run.name.replace('/', '-')}-{reader.path.name}"
 
 
 def summary(report: dict[str, Any]) -> list[str]:

@@ -35,8 +35,7 @@ def run(config: GenerateConfig) -> int:
     decoder = load_decoder(reader, resolve_dtype(config.dtype, device), device=device)
     end_of_document = special_id(tokenizer, "eos_token")
     continuations = [
-        Continuation(tokenizer.stream(), stop=config.stop, end_of_document=end_of_document)
-        for _ in range(request.num_samples)
+        Continuation(tokenizer.stream(), stop=config.stop, end_of_document=end_of_document) for _ in range(request.num_samples)
     ]
     console = Console(sys.stdout, request.num_samples, live=config.stream)
     started = time.perf_counter()

@@ -68,6 +68,13 @@ def test_a_proof_that_dies_publishes_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "hf").exists()
 
 
+def test_without_a_folder_the_run_and_the_step_name_it(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "run", GPT2)
+    monkeypatch.chdir(tmp_path)
+    run(_config(tmp_path, proof=False, out=None))
+    assert (tmp_path / "exported" / "sample-step-00000007" / "config.json").is_file()
+
+
 def test_without_a_proof_the_report_says_so(tmp_path, capsys):
     write_checkpoint(tmp_path / "run", GPT2)
     run(_config(tmp_path, proof=False))

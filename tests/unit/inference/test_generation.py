@@ -133,7 +133,15 @@ def test_a_prompt_file_that_cannot_be_read(reader, tmp_path):
 def test_every_problem_of_the_settings_is_told_at_once():
     with pytest.raises(ConfigError) as caught:
         GenerateConfig(
-            checkpoint="", prompt="a", prompt_file="b", max_new_tokens=0, temperature=-1, top_k=0, top_p=2, stop=("",), num_samples=0
+            checkpoint="",
+            prompt="a",
+            prompt_file="b",
+            max_new_tokens=0,
+            temperature=-1,
+            top_k=0,
+            top_p=2,
+            stop=("",),
+            num_samples=0,
         )
     assert len(caught.value.problems) == 8
     with pytest.raises(ConfigError, match="all samples are the same"):
