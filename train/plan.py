@@ -69,7 +69,7 @@ class RunPlan:
 def make_plan(config: PretrainConfig, world_size: int) -> RunPlan:
     """Work out the plan of `config` on `world_size` ranks.
 
-    Raises ConfigError when the batch cannot be divided among the ranks, or the model has no vocabulary size yet.
+    Raises ConfigError when a batch cannot be divided among the ranks, or the schedule's parts do not fit into the budget.
     """
     data_parallel = world_size
     batch = config.batch
@@ -79,17 +79,12 @@ def make_plan(config: PretrainConfig, world_size: int) -> RunPlan:
         increment=batch.ramp_increment or batch.ramp_start or batch.sequences,
         samples=batch.ramp_samples,
     )
-    per_pass = batch.micro_batch * data_parallel
-    if uneven := [size for size in ramp.sizes() if size % per_pass]:
-        raise ConfigError(
-            [
-                f"batch.sequences={', '.join(map(str, uneven))}: must be a multiple of batch.micro_batch={batch.micro_batch} "
-                f"x {data_parallel} data-parallel ranks = {per_pass}; change batch.sequences, batch.micro_batch or the "
-                f"number of processes"
-            ]
-        )
     sequence_length = config.data.sequence_length
     total_steps, total_samples, warmup_samples = _walk(config, ramp)
+    problems = _division_problems(config, ramp, data_parallel)
+    problems += _schedule_problems(config, total_steps, total_samples, warmup_samples)
+    if problems:
+        raise ConfigError(problems)
     full, causal = cost.flops_per_token(config.model, sequence_length)
     return RunPlan(
         world_size=world_size,
@@ -112,6 +107,42 @@ def make_plan(config: PretrainConfig, world_size: int) -> RunPlan:
             recompute=config.parallel.recompute,
         ),
     )
+
+
+def _division_problems(config: PretrainConfig, ramp: BatchRamp, data_parallel: int) -> list[str]:
+    """Batch sizes of the run that do not come out even."""
+    per_pass = config.batch.micro_batch * data_parallel
+    uneven = [size for size in ramp.sizes() if size % per_pass]
+    if not uneven:
+        return []
+    reason = f"a multiple of batch.micro_batch={config.batch.micro_batch} x {data_parallel} data-parallel ranks = {per_pass}"
+    if ramp.full in uneven:
+        return [
+            f"batch.sequences={ramp.full}: must be {reason}; change batch.sequences, batch.micro_batch or the number of "
+            f"processes"
+        ]
+    few = f"{', '.join(map(str, uneven[:3]))}{', ...' if len(uneven) > 3 else ''}"
+    return [
+        f"batch.ramp_start={ramp.start}: in steps of {ramp.increment} the ramp passes through {few} sequences, and each "
+        f"size must be {reason}; change batch.ramp_start or batch.ramp_increment"
+    ]
+
+
+def _schedule_problems(config: PretrainConfig, total_steps: int, total_samples: int, warmup_samples: int) -> list[str]:
+    """Parts of the schedule that are longer than the run, which is known only here when the budget is in tokens."""
+    schedule = config.schedule
+    if warmup_samples > total_samples:
+        return [
+            f"schedule.warmup_steps={schedule.warmup_steps}: must not exceed the run's {total_steps} steps; shorten the "
+            f"warm-up or raise the budget"
+        ]
+    if schedule.kind == "wsd" and schedule.decay_fraction * total_samples > total_samples - warmup_samples:
+        return [
+            f"schedule.decay_fraction={schedule.decay_fraction}: the decay begins before the warm-up of "
+            f"{schedule.warmup_steps} steps has ended, in a run of {total_steps} steps; it can be at most "
+            f"{(total_samples - warmup_samples) / total_samples:.3f}, or shorten schedule.warmup_steps"
+        ]
+    return []
 
 
 def _walk(config: PretrainConfig, ramp: BatchRamp) -> tuple[int, int, int]:

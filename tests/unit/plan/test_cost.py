@@ -1,0 +1,132 @@
+"""Parameters against transformers, FLOPs by hand, memory within reason."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from tests.unit.config.words import pretrain_config
+from train.config.model import ModelConfig
+from train.model import cost
+from train.plan import make_plan
+
+
+def model(name: str) -> ModelConfig:
+    settings = pretrain_config(f"model={name}").model
+    return settings if settings.vocab_size is not None else replace(settings, vocab_size=2000)
+
+
+def test_gpt2_is_gpt2() -> None:
+    gpt2 = model("gpt2_124m")
+    assert (gpt2.vocab_size, gpt2.padded_vocab_size) == (50257, 50304)
+    assert cost.num_parameters(gpt2) - (50304 - 50257) * 768 == 124_439_808
+    assert transformers_count(gpt2) == 124_439_808
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("llama_1b", 1_235_814_400), ("llama_8b", 8_030_261_248), ("llama_70b", 70_553_706_496)]
+)
+def test_llama_is_llama(name: str, published: int) -> None:
+    llama = model(name)
+    assert llama.padded_vocab_size == llama.vocab_size == 128_256
+    assert cost.num_parameters(llama) == published == transformers_count(llama)
+
+
+@pytest.mark.parametrize("name", ["gpt2_tiny", "llama_tiny", "llama_mini", "llama_160m", "llama_quickstart"])
+def test_small_models_have_what_transformers_counts(name: str) -> None:
+    settings = model(name)
+    padding = (settings.padded_vocab_size - settings.vocab_size) * settings.hidden_size
+    assert cost.num_parameters(settings) - padding * (1 if settings.tied_head else 2) == transformers_count(settings)
+
+
+def transformers_count(settings: ModelConfig) -> int:
+    """Parameters of the model as transformers makes it from the same numbers; nothing is allocated."""
+    common = {"vocab_size": settings.vocab_size, "tie_word_embeddings": settings.tied_head}
+    if settings.family == "gpt2":
+        config = transformers.GPT2Config(
+            n_embd=settings.hidden_size,
+            n_layer=settings.num_layers,
+            n_head=settings.num_heads,
+            n_inner=settings.ffn_size,
+            n_positions=settings.max_positions,
+            **common,
+        )
+        make = transformers.GPT2LMHeadModel
+    else:
+        config = transformers.LlamaConfig(
+            hidden_size=settings.hidden_size,
+            num_hidden_layers=settings.num_layers,
+            num_attention_heads=settings.num_heads,
+            num_key_value_heads=settings.kv_heads,
+            head_dim=settings.head_dim,
+            intermediate_size=settings.ffn_size,
+            attention_bias=settings.bias,
+            mlp_bias=settings.bias,
+            **common,
+        )
+        make = transformers.LlamaForCausalLM
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in make(config).parameters())
+
+
+def test_biases_of_a_llama_are_counted() -> None:
+    settings = replace(model("llama_tiny"), bias=True, tied_head=False)
+    padding = 2 * (settings.padded_vocab_size - settings.vocab_size) * settings.hidden_size
+    assert cost.num_parameters(settings) - padding == transformers_count(settings)
+
+
+def test_flops_by_hand() -> None:
+    """GPT-2 small, 1,024 tokens: 12 x 12 h^2 per layer and the head, 6 FLOPs each; attention 12 L h S (PaLM, appendix B)."""
+    gpt2 = model("gpt2_124m")
+    in_blocks = 12 * (3 * 768 * 768 + 768 * 768 + 2 * 768 * 3072)
+    assert in_blocks == 12 * 12 * 768**2
+    matmul = 6 * (in_blocks + 50304 * 768)
+    full, causal = cost.flops_per_token(gpt2, 1024)
+    assert full == matmul + 12 * 12 * 768 * 1024
+    assert causal == matmul + 6 * 12 * 768 * 1024
+
+
+def test_flops_count_the_head_once_whether_tied_or_not_and_no_lookup() -> None:
+    tied = model("llama_mini")
+    untied = replace(tied, tied_head=False)
+    assert cost.flops_per_token(tied, 64) == cost.flops_per_token(untied, 64)
+    learned = replace(model("gpt2_tiny"), max_positions=512)
+    assert cost.flops_per_token(learned, 64) == cost.flops_per_token(replace(learned, max_positions=4096), 64)
+
+
+def memory(name: str, *, zero: int, ranks: int, bytes_per_value: int = 2, recompute: str = "none") -> cost.MemoryEstimate:
+    return cost.memory_per_rank(
+        model(name), micro_tokens=8192, data_parallel=ranks, zero=zero, bytes_per_value=bytes_per_value, recompute=recompute
+    )
+
+
+def test_memory_of_the_model_state_by_hand() -> None:
+    """18 bytes a parameter on one rank in bf16 with fp32 accumulation (2 + 4 + 12); ZeRO cuts what it shards by the ranks."""
+    parameters = 8_030_261_248
+    alone = memory("llama_8b", zero=1, ranks=1)
+    assert alone.weights + alone.gradients + alone.optimizer == 18 * parameters
+    shard = parameters // 64
+    for zero, parts in {1: (2, 4), 2: (2, 4 / 64), 3: (2 / 64, 4 / 64)}.items():
+        found = memory("llama_8b", zero=zero, ranks=64)
+        assert (found.weights, found.gradients) == pytest.approx((parts[0] * parameters, parts[1] * parameters))
+        assert found.optimizer == 12 * shard
+    assert memory("llama_8b", zero=1, ranks=1, bytes_per_value=4).weights == 4 * parameters
+
+
+def test_memory_is_sane() -> None:
+    """An 8 B model fits on 64 cards of 80 GiB with ZeRO 3 and not on one; recomputation spares activations, not logits."""
+    assert 1 < memory("llama_8b", zero=3, ranks=64).total / cost.GIB < 80 < memory("llama_8b", zero=1, ranks=1).total / cost.GIB
+    kept, again = memory("llama_8b", zero=3, ranks=64), memory("llama_8b", zero=3, ranks=64, recompute="full")
+    assert again.activations < kept.activations / 4 and again.logits == kept.logits
+    assert kept.total == kept.weights + kept.gradients + kept.optimizer + kept.activations + kept.logits
+
+
+def test_plan_carries_the_cost() -> None:
+    config = pretrain_config("model=gpt2_124m", "precision=fp32")
+    plan = make_plan(config, 2)
+    assert plan.parameters == cost.num_parameters(config.model)
+    assert (plan.flops_per_token_full, plan.flops_per_token_causal) == cost.flops_per_token(config.model, 64)
+    assert plan.memory.weights == 4 * plan.parameters
