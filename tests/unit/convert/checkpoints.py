@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from conf.compose import write_config
 from data_pipeline.config import DataConfig, SourceConfig, TokenizerConfig
+from data_pipeline.facts import inspect_sources
 from data_pipeline.loader import IGNORE, MicroBatch
 from data_pipeline.tokenizer import train_tokenizer
 from train.checkpoint.manifest import Manifest, StoredFragment, StoredTensor, file_facts, folder_of
@@ -59,12 +61,18 @@ LLAMA_STRETCHED = replace(
 )
 
 
-def write_checkpoint(run_folder: Path, model: ModelConfig, *, precision: Precision = "fp32") -> Path:
-    """A checkpoint of random weights, norms and biases included, with a tokenizer trained on a few words."""
+def write_checkpoint(
+    run_folder: Path, model: ModelConfig, *, precision: Precision = "fp32", corpus: Path | None = None
+) -> Path:
+    """A checkpoint of random weights, norms and biases included.
+
+    Its tokenizer is that of `corpus`; without one it is trained on a few words, and the run's corpus is gone.
+    """
+    data = DataConfig(sources=(SourceConfig(path=str(corpus or run_folder / "no-corpus")),), sequence_length=LENGTH)
     config = PretrainConfig(
         run=RunConfig(name="sample"),
         model=model,
-        data=DataConfig(sources=(SourceConfig(path=str(run_folder / "no-corpus")),), sequence_length=LENGTH),
+        data=data,
         budget=BudgetConfig(steps=10),
         precision=precision,
     )
@@ -80,14 +88,17 @@ def write_checkpoint(run_folder: Path, model: ModelConfig, *, precision: Precisi
     save_file(tensors, folder / "rank-00000.safetensors", metadata={"format": "pt"})
     write_config(config, folder / "config.yaml")
     (folder / "state.json").write_text("{}")
-    words = ["def main(argv): return the text of nothing, then again"]
-    train_tokenizer(TokenizerConfig(vocab_size=280, min_frequency=1), words, folder / "tokenizer")
+    if corpus is None:
+        words = ["def main(argv): return the text of nothing, then again"]
+        train_tokenizer(TokenizerConfig(vocab_size=280, min_frequency=1), words, folder / "tokenizer")
+    else:
+        shutil.copytree(inspect_sources(data).tokenizer_path, folder / "tokenizer")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = Manifest(
         step=7,
         tokens=7 * 256 * LENGTH,
         layout={"world_size": 1, "zero": 1},
-        data_fingerprint="none",
+        data_fingerprint="none" if corpus is None else inspect_sources(data).fingerprint,
         files={path.relative_to(folder).as_posix(): file_facts(path) for path in files},
         tensors=index,
     )

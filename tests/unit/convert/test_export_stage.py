@@ -14,8 +14,9 @@ from conf.compose import compose, validate
 from conf.errors import ConfigError, UserError
 from tests.unit.convert.checkpoints import GPT2, LLAMA, write_checkpoint
 from train.checkpoint.manifest import file_facts
+from train.checkpoint.reader import CheckpointReader
 from train.config.export import ExportConfig
-from train.convert.prove import Task
+from train.convert.prove import Task, find_held_out
 from train.convert.publication import REPORT
 from train.stages.export import run
 
@@ -24,28 +25,40 @@ def _config(tmp_path, **settings):
     return ExportConfig(**({"checkpoint": str(tmp_path / "run"), "out": str(tmp_path / "hf")} | settings))
 
 
-def test_export_with_its_proof(tmp_path, capsys):
-    checkpoint = write_checkpoint(tmp_path / "run", LLAMA, precision="bf16")
+def test_export_with_its_proof(tmp_path, corpus, capsys):
+    model = replace(LLAMA, vocab_size=300)
+    checkpoint = write_checkpoint(tmp_path / "run", model, precision="bf16", corpus=corpus)
     assert run(_config(tmp_path, shard_bytes=100_000)) == 0
     out = tmp_path / "hf"
     report = json.loads((out / REPORT).read_text())
     assert report["proved"]
     assert (report["step"], report["dtype"], report["run"]) == (7, "bf16", "sample")
     assert report["proof"]["logits"]["argmax_equal"] >= 1000
-    assert "no-corpus" in report["proof"]["held_out_loss"]["not_measured"]
+    loss = report["proof"]["held_out_loss"]
+    assert loss["targets"] > 0
+    assert abs(loss["longhaul"] - loss["transformers"]) == loss["difference"] < 1e-5
     names = {path.name for path in out.iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "README.md", "model.safetensors.index.json"} <= names
     for path in (checkpoint / "tokenizer").iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes()
     shown = capsys.readouterr().out
-    assert "not measured" in shown
-    assert "logits" in shown
+    assert f"{loss['transformers']:.6f} in transformers, over {loss['targets']:,} held-out tokens" in shown
     card = (out / "README.md").read_text()
     assert "# sample" in card
     assert str(tmp_path) not in card  # no path of this machine
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
     assert model.config.eos_token_id == AutoTokenizer.from_pretrained(out).eos_token_id == 0
+
+
+def test_held_out_text_that_is_gone_or_another_is_not_measured(tmp_path, corpus):
+    gone = CheckpointReader(write_checkpoint(tmp_path / "gone", LLAMA))
+    assert "no-corpus" in find_held_out(gone).figures["not_measured"]
+    folder = write_checkpoint(tmp_path / "run", replace(LLAMA, vocab_size=300), corpus=corpus)
+    assert find_held_out(CheckpointReader(folder)).num_samples > 0
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"data_fingerprint": "another"}))
+    assert "is not the one" in find_held_out(CheckpointReader(folder)).figures["not_measured"]
 
 
 def test_a_failed_proof_publishes_nothing(tmp_path, monkeypatch):

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.unit.convert.checkpoints import GPT2, LLAMA, LLAMA_STRETCHED, HeldOut, open_checkpoint
 from train.convert import keymap as keymap_module
+from train.convert import proof
 from train.convert.hf_export import TORCH_DTYPES, write_model
 from train.convert.keymap import LLAMA as LLAMA_TABLE
-from train.convert.proof import LOGITS_TOLERANCE, prove
+from train.convert.proof import LOGITS_TOLERANCE, _parted_at_a_tie, load_ours, load_theirs, prove, prove_generation
 
 CASES = {"gpt2": GPT2, "llama": LLAMA, "llama-stretched-biases": LLAMA_STRETCHED}
 
@@ -36,6 +37,13 @@ def _prove(reader, folder, dtype="fp32", *, document_mask=True):
         limit=None,
     )
     return {finding.name: finding for finding in findings}
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A fault needs not a thousand positions to show."""
+    monkeypatch.setattr(proof, "MIN_POSITIONS", 100)
+    monkeypatch.setattr(proof, "PROMPTS", 1)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -77,6 +85,7 @@ def _round_a_little(folder):
 
 
 @pytest.mark.parametrize("fault", [_swap_heads, _transpose, _shift_vocabulary, _round_a_little])
+@pytest.mark.usefixtures("few")
 def test_a_fault_in_the_weights_is_caught(tmp_path, fault):
     reader, folder = _export(tmp_path, LLAMA)
     fault(folder)
@@ -89,6 +98,7 @@ def test_a_fault_in_the_weights_is_caught(tmp_path, fault):
 @pytest.mark.parametrize(
     ("field", "value"), [("rope", 10000.0), ("rms_norm_eps", 1e-2), ("num_key_value_heads", 4), ("hidden_act", "gelu")]
 )
+@pytest.mark.usefixtures("few")
 def test_a_fault_in_the_settings_is_caught(tmp_path, field, value):
     reader, folder = _export(tmp_path, LLAMA)
     path = folder / "config.json"
@@ -104,6 +114,7 @@ def test_a_fault_in_the_settings_is_caught(tmp_path, field, value):
     assert caught.problems
 
 
+@pytest.mark.usefixtures("few")
 def test_a_wrong_key_map_is_caught_though_its_inverse_undoes_it(tmp_path, monkeypatch):
     def swapped(rule):
         return replace(rule, foreign=rule.foreign[::-1]) if "gate_up" in rule.logical else rule
@@ -130,6 +141,7 @@ def test_a_missing_and_an_unknown_key_are_caught(tmp_path):
     assert "logits" not in findings
 
 
+@pytest.mark.usefixtures("few")
 def test_another_tokenizer_is_caught(tmp_path):
     reader, folder = _export(tmp_path, LLAMA)
     path = folder / "tokenizer.json"
@@ -137,3 +149,30 @@ def test_another_tokenizer_is_caught(tmp_path):
     content["model"]["merges"] = content["model"]["merges"][:-20]
     path.write_text(json.dumps(content))
     assert _prove(reader, folder)["tokenizer"].problems
+
+
+def test_continuations_may_part_at_a_tie_alone(tmp_path):
+    ours = load_ours(open_checkpoint(tmp_path / "run", LLAMA), torch.float32)
+    assert not _parted_at_a_tie(ours, [5, 6, 7], [5, 6, 8])
+    assert not _parted_at_a_tie(ours, [5, 6], [5, 6, 8])  # one is shorter: no tie explains that
+    ours.layers[-1].output.weight.fill_(1.0)
+    assert _parted_at_a_tie(ours, [5, 6, 7], [5, 6, 8])
+
+
+@pytest.mark.usefixtures("few")
+def test_another_continuation_is_caught(tmp_path):
+    reader, folder = _export(tmp_path, LLAMA)
+    theirs, _ = load_theirs(folder)
+    ours = load_ours(reader, torch.float32)
+    assert not prove_generation(ours, theirs, LLAMA).problems
+    with torch.no_grad():
+        theirs.lm_head.weight.neg_()
+    assert prove_generation(ours, theirs, LLAMA).problems
+
+
+def test_a_folder_that_transformers_cannot_read(tmp_path):
+    _, folder = _export(tmp_path, LLAMA)
+    (folder / "config.json").unlink()
+    theirs, finding = load_theirs(folder)
+    assert theirs is None
+    assert "cannot read the folder" in finding.problems[0]
