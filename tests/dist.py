@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["torch", "torch.distributed", "deepspeed", "train.engine.engine"])
+_FORKSERVER.set_forkserver_preload(["tests.preloaded"])
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 120.0) -> list[Any]:

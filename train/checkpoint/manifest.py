@@ -74,12 +74,26 @@ def folder_of(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """Step of a checkpoint's folder, by its name."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def published(root: Path) -> list[Path]:
     """Folders below `root` that have a manifest, oldest first."""
+    return [path for path in _folders(root) if (path / MANIFEST).is_file()]
+
+
+def unpublished(root: Path) -> list[Path]:
+    """Folders below `root` of a save, or of a removal, that is going on or was cut off; oldest first."""
+    return [path for path in _folders(root) if not (path / MANIFEST).is_file()]
+
+
+def _folders(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = [(int(match[1]), path) for path in root.iterdir() if (match := FOLDER_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if (path / MANIFEST).is_file()]
+    return [path for _, path in sorted(found)]
 
 
 def read_manifest(folder: Path) -> Manifest:

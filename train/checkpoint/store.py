@@ -28,7 +28,9 @@ from train.checkpoint.manifest import (
     file_facts,
     folder_of,
     published,
+    step_of,
     sync_folder,
+    unpublished,
     write_durably,
 )
 from train.checkpoint.reader import CheckpointReader
@@ -130,10 +132,14 @@ class CheckpointStore:
         folders = published(self.root)
         every = self.config.keep_every_steps
         for folder in folders[: -self.config.keep_last]:
-            if every is not None and int(folder.name.removeprefix("step-")) % every == 0:
+            if every is not None and step_of(folder) % every == 0:
                 continue
             (folder / MANIFEST).unlink()
             shutil.rmtree(folder)
+        # What a kill in the middle of a removal left, or a save of a cadence that was changed since.
+        for folder in unpublished(self.root):
+            if step_of(folder) < step_of(folders[-1]):
+                shutil.rmtree(folder)
 
     def _together(self, action: Any, *, only_first: bool = False) -> list[Any]:
         """Run `action` on every rank (or the first alone); if it fails on one, all raise the same error."""

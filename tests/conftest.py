@@ -1,0 +1,15 @@
+"""What several folders of tests share: a small prepared corpus that none of them may write to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a prepared corpus: 400 documents in several shards, about 30,000 tokens, vocabulary 300."""
+    from tests.unit.data_pipeline.corpora import prepared, some_texts
+
+    return prepared(tmp_path_factory.mktemp("corpus"), some_texts(400)).folder

@@ -1,0 +1,132 @@
+"""Ways to break the program, each applied inside a rank: mistakes of a resume, and deaths inside a save.
+
+They prove the proof: what compares two runs has to notice every mistake, and a death must do no harm.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from train.checkpoint import store
+from train.checkpoint.manifest import folder_of
+from train.checkpoint.store import CheckpointStore
+from train.engine import Engine
+from train.loop import Trainer
+
+KILLED_SAVE = 10
+"""Step whose save is not survived."""
+
+
+def dropout_seeded_once() -> None:
+    """Dropout goes on from a generator that is seeded at the start of each process, not by the place in the run."""
+    original, seeded = Engine._seed_dropout, []
+
+    def seed_once(self: Engine, step: int, micro_batch: int) -> None:
+        if not seeded:
+            original(self, step, micro_batch)
+        seeded.append(step)
+
+    Engine._seed_dropout = seed_once
+
+
+def samples_shifted_by_one() -> None:
+    """A resumed run reads each sample's successor."""
+    original = Trainer._groups
+
+    def shifted(self: Trainer) -> Iterator[list[int]]:
+        by = int(self.state.samples > 0)
+        for group in original(self):
+            yield [sample + by for sample in group]
+
+    Trainer._groups = shifted
+
+
+def moments_not_restored() -> None:
+    """A checkpoint gives back the weights alone."""
+
+    def weights_only(self: CheckpointStore, engine: Engine, reader: Any) -> None:
+        for piece in engine.fragments():
+            piece.tensors["weight"].copy_(reader.read_range(piece.logical, "weight", piece.start, piece.length))
+
+    CheckpointStore._fill = weights_only
+
+
+def updates_not_restored() -> None:
+    """Adam's bias correction starts again from the first update."""
+    original = Engine.loaded
+    Engine.loaded = lambda self, updates: original(self, 0)
+
+
+MISTAKES: tuple[Callable[[], None], ...] = (
+    dropout_seeded_once,
+    samples_shifted_by_one,
+    moments_not_restored,
+    updates_not_restored,
+)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_within_a_rank_file() -> None:
+    """Half of the weights are on disk."""
+    original = store._write_fragments
+
+    def half(path: Path, fragments: Any) -> Any:
+        facts = original(path, fragments)
+        if path.parent.name == folder_of(Path(), KILLED_SAVE).name:
+            os.truncate(path, facts.bytes // 2)
+            _die()
+        return facts
+
+    store._write_fragments = half
+
+
+def die_before_the_manifest() -> None:
+    """Everything is on disk but the manifest."""
+    original = store.write_durably
+
+    def write(path: Path, data: bytes) -> None:
+        if path.name == store.MANIFEST and path.parent.name == folder_of(Path(), KILLED_SAVE).name:
+            path.with_name(".manifest.json.partial").write_bytes(data[: len(data) // 2])
+            _die()
+        original(path, data)
+
+    store.write_durably = write
+
+
+def die_while_removing_the_oldest() -> None:
+    """The new checkpoint is published, and the removal of an old one has begun."""
+    original = store.shutil.rmtree
+
+    def remove(path: Path) -> None:
+        if folder_of(path.parent, KILLED_SAVE + 5).exists():
+            next(path.glob("*.safetensors")).unlink()
+            _die()
+        original(path)
+
+    store.shutil.rmtree = remove
+
+
+DEATHS: tuple[Callable[[], None], ...] = (die_within_a_rank_file, die_before_the_manifest, die_while_removing_the_oldest)
+
+
+def manifest_published_first() -> None:
+    """The order of a save turned round, and a death between the manifest and the rank's file."""
+
+    def save(self: CheckpointStore, engine: Engine, *, step: int, tokens: int, state: Any) -> None:
+        folder, file, fragments = folder_of(self.root, step), "rank-00000.safetensors", engine.fragments()
+        self._begin(folder)
+        elsewhere = self.root.parent / file
+        facts = store._write_fragments(elsewhere, fragments)
+        self._publish(folder, [(file, facts, store._index(fragments, file))], step, tokens, state)
+        if step == KILLED_SAVE:
+            _die()
+        elsewhere.rename(folder / file)
+
+    CheckpointStore.save = save

@@ -1,0 +1,128 @@
+"""A run that is stopped, killed and resumed is the undisturbed run, to the bit; and the comparison that says so can fail."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.dist import run_ranks
+from tests.integration import faults
+from tests.integration.runs import EVALUATE_EVERY, STEPS, WORDS, attempt, settings
+from tools.chaos import chaos
+from tools.exactness import differences
+from train.checkpoint.manifest import published, unpublished
+from train.metrics.jsonl import read_metrics
+
+STOP = 7  # neither a save's step nor an evaluation's, and within the batch ramp
+
+
+def whole_run(corpus: Path, run_dir: Path, *, ranks: int = 1, change: Callable[[], None] | None = None, **options) -> Path:
+    endings = run_ranks(attempt, ranks, settings(corpus, **options), str(run_dir), 1, change)
+    assert endings == [("finished", STEPS)] * ranks
+    return run_dir
+
+
+def resumed_run(corpus: Path, run_dir: Path, *, ranks: int = 1, change: Callable[[], None] | None = None, **options) -> Path:
+    stopping = settings(corpus, stop_at_step=STOP, **options)
+    assert run_ranks(attempt, ranks, stopping, str(run_dir), 1, change) == [("stopped", STOP)] * ranks
+    endings = run_ranks(attempt, ranks, settings(corpus, **options), str(run_dir), 2, change)
+    assert endings == [("finished", STEPS)] * ranks
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rank, ZeRO 1, bf16."""
+    return whole_run(corpus, tmp_path_factory.mktemp("undisturbed") / "run")
+
+
+@pytest.mark.parametrize(("zero", "ranks", "precision"), [(1, 2, "bf16"), (2, 2, "fp32"), (3, 2, "bf16")])
+def test_a_resumed_run_is_the_undisturbed_run(corpus: Path, tmp_path: Path, zero: int, ranks: int, precision: str) -> None:
+    options = {"zero": zero, "precision": precision, "ranks": ranks}
+    reference = whole_run(corpus, tmp_path / "whole", **options)
+    assert differences(reference, resumed_run(corpus, tmp_path / "resumed", **options)) == []
+    records = read_metrics(reference / "metrics.jsonl")
+    assert [record["step"] for record in records if record["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert len([record for record in records if record["kind"] == "evaluation"]) == STEPS // EVALUATE_EVERY
+    assert len({record["batch"] for record in records if record["kind"] == "train"}) == 2, "the batch grew"
+
+
+@pytest.mark.parametrize("mistake", faults.MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_every_mistake_of_a_resume_is_noticed(corpus: Path, tmp_path: Path, mistake: Callable[[], None]) -> None:
+    """The program with the mistake is compared with itself, so that only what the resume does can differ."""
+    reference = whole_run(corpus, tmp_path / "whole", change=mistake)
+    found = differences(reference, resumed_run(corpus, tmp_path / "resumed", change=mistake))
+    steps = [int(match[1]) for line in found if (match := re.search(r": train of step (\d+): ", line))]
+    assert min(steps) in (STOP + 1, STOP + 2), "the first step after the resume, or the first that its weights are used in"
+    assert any(line.startswith("exp_avg of ") for line in found)
+
+
+@pytest.mark.parametrize("death", faults.DEATHS, ids=lambda death: death.__name__)
+def test_a_death_inside_a_save_does_no_harm(corpus: Path, tmp_path: Path, undisturbed: Path, death: Callable[[], None]) -> None:
+    run_dir = tmp_path / "run"
+    with pytest.raises(AssertionError, match=re.escape("exit codes [-9]")):
+        run_ranks(attempt, 1, settings(corpus), str(run_dir), 1, death)
+    assert unpublished(run_dir / "checkpoints"), "it died with a folder half written or half removed"
+    assert run_ranks(attempt, 1, settings(corpus), str(run_dir), 2) == [("finished", STEPS)]
+    assert differences(undisturbed, run_dir) == []
+    assert unpublished(run_dir / "checkpoints") == [], "what the death left is gone"
+
+
+def test_a_manifest_that_comes_first_is_noticed(corpus: Path, tmp_path: Path, undisturbed: Path) -> None:
+    run_dir = tmp_path / "run"
+    with pytest.raises(AssertionError, match=re.escape("exit codes [-9]")):
+        run_ranks(attempt, 1, settings(corpus), str(run_dir), 1, faults.manifest_published_first)
+    with pytest.raises(AssertionError, match=r"CheckpointError: .*rank-00000.safetensors: cannot be read"):
+        run_ranks(attempt, 1, settings(corpus), str(run_dir), 2)
+    assert any("rank-00000.safetensors" in line for line in differences(undisturbed, run_dir))
+
+
+@pytest.mark.parametrize("field", ["loss", "lr", "grad_norm", "target_tokens", "samples"])
+def test_a_changed_record_is_noticed(undisturbed: Path, tmp_path: Path, field: str) -> None:
+    copy = Path(shutil.copytree(undisturbed, tmp_path / "copy"))
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    value = lines[1][field]
+    lines[1][field] = value + 1 if isinstance(value, int) else math.nextafter(value, math.inf)
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = differences(undisturbed, copy)
+    assert len(found) == 1 and f": {field} is " in found[0]
+
+
+def test_a_missing_record_is_noticed(undisturbed: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(undisturbed, tmp_path / "copy"))
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[:3] + lines[4:]))
+    assert len(differences(undisturbed, copy)) == len(differences(copy, undisturbed)) == 1
+
+
+def test_a_changed_bit_of_a_checkpoint_is_noticed(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = Path(shutil.copytree(undisturbed, tmp_path / "copy"))
+    path = published(copy / "checkpoints")[-1] / "rank-00000.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.startswith("exp_avg_sq/"))
+    tensors[name].view(torch.int32)[0] ^= 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert any("SHA-256 differs" in line for line in differences(undisturbed, copy)), "the file is not what was written"
+    monkeypatch.setattr("train.checkpoint.reader.check_files", lambda *_: None)
+    kind, _, logical = name.partition("/")
+    assert differences(undisturbed, copy) == [f"{kind} of {logical}: 1 of {tensors[name].numel():,} elements differ"]
+
+
+@pytest.mark.parametrize(("zero", "kills", "in_save"), [(1, 2, 1), (3, 1, 1)])
+def test_killed_runs_end_as_the_undisturbed_one(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], zero: int, kills: int, in_save: int
+) -> None:
+    campaign = (f"kills={kills}", f"kills_in_save={in_save}", "seed=2", f"folder={tmp_path / 'campaign'}")
+    layout = (f"parallel=zero{zero}", "launch.processes=2", f"data.sources=[{{path: {corpus}}}]")
+    code = chaos([*campaign, *WORDS, *layout])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert f"equal to the bit after {kills} kills" in printed
