@@ -73,6 +73,13 @@ VERBS: dict[str, Verb] = {
         schema="tools.baseline:BaselineConfig",
         examples=("longhaul baseline run=runs/first",),
     ),
+    "chaos": Verb(
+        summary="kill a small run again and again, and show that it ends as the undisturbed one",
+        function="tools.chaos:chaos",
+        root="chaos",
+        schema="tools.chaos:ChaosConfig",
+        examples=("longhaul chaos 'data.sources=[{path: data/stdlib}]' kills=20 kills_in_save=5 parallel=zero3",),
+    ),
     "bench": Verb(
         summary="measure: `bench startup` times the way from the command to the first step",
         function="tools.verbs:bench",
