@@ -43,7 +43,8 @@ class CorpusConfig:
     text_field: str = "text"
     """Field or column that holds the text (jsonl, parquet, hf)."""
     document_separator: str | None = None
-    """Text that parts a file into documents (text reader), such as a blank line; None: one file is one document."""
+    """Text that parts a file into documents (text reader); a spelled-out `\\n` is a line end, so `\\n\\n` is a blank line.
+    None: one file is one document."""
     encoding: str = "utf-8"
     """Encoding of text files; a byte-order mark of UTF-8 is removed. JSONL is UTF-8 by its definition."""
     undecodable: Literal["reject", "replace"] = "reject"

@@ -84,6 +84,8 @@ def prepare(config: PrepareConfig) -> Manifest | None:
         workspace = open_workspace(config, inputs)
         _read(config, inputs, workspace, workers)
         selection = choose(config, inputs, workspace)
+        if config.corpus.document_separator is not None and len(selection.sizes_N) <= inputs.num_files:
+            print(f"note: no file holds corpus.document_separator={config.corpus.document_separator!r}: each is one document")
         facts = _tokenizer(config, workspace, selection)
         _encode(workspace, selection, facts, workers)
         manifest = _publish(config, inputs, workspace, selection, facts)

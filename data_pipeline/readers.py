@@ -52,7 +52,9 @@ def _read_text(corpus: CorpusConfig, file: InputFile, on_read: OnRead) -> Iterat
     if corpus.document_separator is None:
         yield Document(id=file.id, source=file.path, text=text)
         return
-    for number, part in enumerate(text.split(corpus.document_separator)):
+    # A command line cannot hold a line end, so it is spelled out there.
+    separator = corpus.document_separator.replace("\\n", "\n").replace("\\t", "\t")
+    for number, part in enumerate(text.split(separator)):
         if part.strip():  # two separators in a row are a wider gap, not an empty document
             yield Document(id=f"{file.id}#{number}", source=file.path, text=part)
 

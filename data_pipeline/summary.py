@@ -54,7 +54,10 @@ def print_summary(manifest: Manifest, *, megabytes_per_second: float, seconds: f
         f"  lies in     {manifest.folder}",
     ]
     if not manifest.num_documents("validation"):
-        lines.append("  note        no document was held out: there will be no validation loss")
+        lines.append(
+            "  note        no document was held out, so there will be no validation loss: give more documents, or part"
+            " large files with corpus.document_separator"
+        )
     rejected = sum(row.documents for row in manifest.funnel[1:] if row.step not in ("train", "held out"))
     if rejected:
         lines.append(f"  set aside   {rejected:,}, each with its reason in {manifest.folder / 'rejected.jsonl'}")

@@ -113,6 +113,14 @@ class TestResult:
         assert manifest.dtype == "int32" and manifest.vocab_size == 70_001
         assert sorted(sum(decoded(manifest).values(), [])) == sorted(some_texts(20))
 
+    def test_a_separator_that_never_occurs(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "a.txt").write_text(some_text(0, 100))
+        corpus = CorpusConfig(name="c", reader="text", paths=(str(tmp_path / "a.txt"),), document_separator="@@")
+        manifest = prepare(settings(tmp_path, tmp_path / "out", corpus=corpus))
+        assert manifest is not None and not manifest.shards_of("validation")
+        printed = capsys.readouterr().out
+        assert "no file holds corpus.document_separator='@@'" in printed and "no document was held out" in printed
+
     def test_half_a_surrogate_pair_is_set_aside(self, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "texts.jsonl", some_texts(10))
         path.write_text(path.read_text() + '{"text": "a\\ud83d"}\n')

@@ -149,6 +149,7 @@ class TestText:
         (tmp_path / "a.txt").write_text("one\n\ntwo\n\n\n\nthree")
         found = documents(corpus("text", tmp_path, document_separator="\n\n"))
         assert list(found.values()) == ["one", "two", "three"] and len(found) == 3
+        assert documents(corpus("text", tmp_path, document_separator="\\n\\n")) == found  # as a command line gives it
 
     def test_progress_counts_bytes_on_disk(self, tmp_path: Path) -> None:
         path = tmp_path / "a.txt.gz"
