@@ -33,8 +33,13 @@ def test_logits_loss_and_gradients(case):
     their_gradients, our_gradients = pair.their_gradients(), gradients_of(ours)
     assert their_gradients.keys() == our_gradients.keys()
     for name, gradient in our_gradients.items():
-        assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(gradient, their_gradients[name], atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        largest = gradient.abs().max().item()
+        assert largest > 0, name
+        # Gradients of a mean are small: also within 1e-4 of the tensor's largest.
+        allowed = min(TOLERANCE, 1e-4 * largest)
+        torch.testing.assert_close(
+            gradient, their_gradients[name], atol=allowed, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama-gqa"])
