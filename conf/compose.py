@@ -4,6 +4,7 @@ but its neighbours, and never torch, so that a mistake is told in well under a s
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import typing
@@ -74,6 +75,47 @@ def compose(root: str, overrides: Sequence[str], config_dir: str | None = None) 
     return Composition(tree=typing.cast(dict[str, Any], tree), problems=tuple(problems))
 
 
+def combinations(overrides: Sequence[str]) -> list[list[str]]:
+    """Every combination of the words that hold several values, in Hydra's grammar and order.
+
+    Raises ConfigError with every word that Hydra cannot read.
+    """
+    choices: list[list[str]] = []
+    problems: list[str] = []
+    for word in overrides:
+        override = _parsed(word, problems)
+        if override is None:
+            continue
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([word])
+    if problems:
+        raise ConfigError(problems)
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def _parsed(word: str, problems: list[str]) -> Any:
+    """Hydra's reading of `word`; None, and the reason in `problems`, where it has none."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if "=" not in word.lstrip("=") and not word.startswith("~"):
+        problems.append(f"{word}: not understood; settings are given as name=value")
+        return None
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        name, _, value = word.partition("=")
+        if value.startswith(("[", "{")):
+            way_out = f"a list or a mapping is closed, and quoted for the shell as a whole: '{name}=[...]'"
+        else:
+            way_out = f"""text with spaces, commas, quotes or = is quoted twice, for the shell and for YAML: {name}="'a, b'\""""
+        problems.append(f"{word}: not understood ({_one_line(error)}); {way_out}")
+        return None
+
+
 def _catalog(root: str, config_dir: str | None) -> _Catalog:
     """Find the groups.
 
@@ -96,19 +138,10 @@ def _catalog(root: str, config_dir: str | None) -> _Catalog:
 
 def _understand(word: str, catalog: _Catalog) -> tuple[list[str], list[str]]:
     """(what Hydra is given for `word`, what is wrong with it). A faulty word is left out, so that the rest can be checked."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    if "=" not in word.lstrip("=") and not word.startswith("~"):
-        return [], [f"{word}: not understood; settings are given as name=value"]
-    try:
-        override = OverridesParser.create().parse_override(word)
-    except HydraException as error:
-        name = word.partition("=")[0]
-        return [], [
-            f"{word}: not understood ({_one_line(error)}); text with spaces, commas, quotes or brackets is quoted twice, "
-            f"""for the shell and for YAML: {name}="'a, b'\""""
-        ]
+    unread: list[str] = []
+    override = _parsed(word, unread)
+    if override is None:
+        return [], unread
     key = str(override.key_or_group)
     if not key or key.startswith("hydra."):
         return [], [f"{word}: {'not understood' if not key else 'Hydra itself has no settings here'}; leave it out"]
@@ -186,12 +219,17 @@ def to_plain(config: Any) -> Any:
     return str(config) if isinstance(config, (str, Path)) else config
 
 
-def write_config(config: Any, path: Path) -> None:
-    """Write `config` as YAML at `path`, atomically."""
+def as_yaml(config: Any) -> str:
+    """The text of `config.yaml`."""
     import yaml
 
+    return yaml.safe_dump(to_plain(config), sort_keys=False, width=120)
+
+
+def write_config(config: Any, path: Path) -> None:
+    """Write `config` as YAML at `path`, atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(yaml.safe_dump(to_plain(config), sort_keys=False, width=120), encoding="utf-8")
+    temporary.write_text(as_yaml(config), encoding="utf-8")
     temporary.replace(path)
 
 

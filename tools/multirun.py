@@ -2,50 +2,96 @@
 
 from __future__ import annotations
 
-import itertools
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from types import FrameType, TracebackType
+from typing import Self
 
-from conf.errors import ConfigError
+from conf.compose import combinations
 
-
-def combinations(overrides: Sequence[str]) -> list[list[str]]:
-    """Every combination of the sweeps in `overrides`, in Hydra's grammar and order.
-
-    Raises ConfigError for a word that Hydra cannot read.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    choices: list[list[str]] = []
-    for word in overrides:
-        try:
-            override = OverridesParser.create().parse_override(word)
-        except HydraException as error:
-            raise ConfigError([f"{word}: {' '.join(str(error).split())}"]) from None
-        if override.is_sweep_override():
-            key = override.get_key_element()
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            choices.append([word])
-    return [list(combination) for combination in itertools.product(*choices)]
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def run_all(verb: str, overrides: Sequence[str], config_dir: str | None) -> int:
-    """Run `longhaul verb` once for each combination; returns the highest exit code."""
+    """Run `longhaul verb` once for each combination; returns the highest exit code. A signal stops the sweep.
+
+    Raises ConfigError for words that cannot be read.
+    """
     jobs = combinations(overrides)
-    given = [word.partition("=")[2] for word in overrides if word.startswith("run.name=")]
-    codes = []
-    for number, job in enumerate(jobs):
-        words = list(job)
-        if len(jobs) > 1 and verb == "pretrain" and not any("," in name for name in given):
-            words = [word for word in words if not word.startswith("run.name=")]
-            words.append(f"run.name={(given or ['sweep'])[0]}/{number:03d}")
-        print(f"job {number + 1} of {len(jobs)}: longhaul {verb} {' '.join(words)}", flush=True)
-        command = [sys.executable, "-P", "-m", "tools.cli", verb, *words]
-        command += ["--config-dir", config_dir] if config_dir else []
-        codes.append(subprocess.run(command, check=False).returncode)
+    if verb == "pretrain":
+        jobs = with_names(jobs)
+    codes: list[int] = []
+    with _Job() as job:
+        for number, words in enumerate(jobs, start=1):
+            print(f"job {number} of {len(jobs)}: longhaul {verb} {' '.join(words)}", flush=True)
+            command = [sys.executable, "-P", "-m", "tools.cli", verb, *words]
+            codes.append(job.run(command + (["--config-dir", config_dir] if config_dir else [])))
+            if job.stopped_by is not None:
+                print(f"{job.stopped_by.name}: {len(jobs) - number} of {len(jobs)} jobs were not started", flush=True)
+                break
     if len(jobs) > 1:
         print(f"{codes.count(0)} of {len(jobs)} jobs ended with exit code 0; codes: {codes}")
-    return max(codes, key=abs, default=0)
+    return max(codes, default=0)
+
+
+def with_names(jobs: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The jobs, with numbers below a common run name unless their names differ already: no two may share a folder."""
+    names = [_name_of(job) for job in jobs]
+    if len(set(names)) == len(jobs):
+        return [list(job) for job in jobs]
+    numbered = []
+    for number, (job, name) in enumerate(zip(jobs, names, strict=True)):
+        quote = name[0] if name[0] in "'\"" else ""
+        rest = [word for word in job if not _is_name(word)]
+        numbered.append([*rest, f"run.name={quote}{name.strip(quote)}/{number:03d}{quote}"])
+    return numbered
+
+
+def _is_name(word: str) -> bool:
+    return word.lstrip("+").startswith("run.name=")
+
+
+def _name_of(job: Sequence[str]) -> str:
+    """The run name among the words, as it is spelled there."""
+    given = [word.partition("=")[2] for word in job if _is_name(word)]
+    return (given[-1] if given else "") or "sweep"
+
+
+class _Job:
+    """The process at work, and the signals that are passed on to it.
+
+    It has a process group of its own: an interrupt from the terminal would otherwise reach it twice, and the second
+    interrupt kills a run instead of letting it save.
+    """
+
+    def __init__(self) -> None:
+        self.stopped_by: signal.Signals | None = None
+        self._process: subprocess.Popen | None = None
+        self._passed_on = False
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        for number in FORWARDED:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup a hang-up stays ignored
+                self._previous[number] = signal.signal(number, self._pass_on)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def run(self, command: Sequence[str]) -> int:
+        """Exit code of `command`, as a shell counts it."""
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+        if self.stopped_by is not None and not self._passed_on:  # it came before there was anyone to pass it on to
+            self._process.send_signal(self.stopped_by)
+        code = self._process.wait()
+        return code if code >= 0 else 128 - code
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.stopped_by = signal.Signals(number)
+        if self._process is not None:
+            self._passed_on = True
+            self._process.send_signal(number)

@@ -56,8 +56,8 @@ def test_fixed_field_is_refused_with_both_values(word: str, field: str, old: str
     with pytest.raises(ConfigError) as caught:
         check_resume(pretrain_config(), pretrain_config(word), "runs/a/checkpoints/step-00000008")
     (problem,) = caught.value.problems
-    assert problem.startswith(f"{field}={new}: runs/a/checkpoints/step-00000008 was trained with {old}, and this cannot")
-    assert problem.endswith("put it back, or start another run with run.name=...")
+    assert problem.startswith(f"{field}={new}: runs/a/checkpoints/step-00000008 was trained with {old}, which is fixed")
+    assert problem.endswith("put it back, or give another run.name")
 
 
 def test_all_fixed_fields_are_told_at_once() -> None:

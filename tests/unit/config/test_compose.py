@@ -57,7 +57,7 @@ ROOTS = {"pretrain": (PretrainConfig, ENOUGH), "prepare": (PrepareConfig, ["corp
         (["optim.lr"], "optim.lr: not understood; settings are given as name=value"),
         (["=3"], "=3: not understood; settings are given as name=value"),
         (["run.notes=it's"], """quoted twice, for the shell and for YAML: run.notes="'a, b'\""""),
-        (["data.sources=[{path: x"], "data.sources=[{path: x: not understood (no viable alternative"),
+        (["data.sources=[{path: x"], "and quoted for the shell as a whole: 'data.sources=[...]'"),
         (["hydra.run.dir=/x"], "hydra.run.dir=/x: Hydra itself has no settings here; leave it out"),
         (["optim.lr=1e-3,3e-3"], "optim.lr=1e-3,3e-3: several values need -m, which runs one job for each; a list is written"),
         (["model=llama_tiny,llama_mini"], "model=llama_tiny,llama_mini: several values need -m"),
