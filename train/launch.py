@@ -13,12 +13,11 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-import yaml
-
-from conf.compose import compose, read_config, to_plain, validate, write_config
+from conf.compose import as_yaml, compose, read_config, validate, write_config
 from conf.errors import UserError
+from conf.schema import shown
 from data_pipeline.facts import CorpusFacts, check_epochs, inspect_sources, verify_sources
-from train.checkpoint.manifest import published, write_durably
+from train.checkpoint.manifest import published, read_manifest, write_durably
 from train.config.changes import check_resume
 from train.config.pretrain import PretrainConfig
 from train.outcome import ExitCode, last_attempt, read_outcome
@@ -40,14 +39,16 @@ def pretrain(overrides: Sequence[str], config_dir: str | None = None) -> int:
     check_epochs(config.data, facts, total_samples=plan.total_samples)
     run_dir = Path(config.run.folder) / config.run.name
     if config.launch.dry_run:
-        print(yaml.safe_dump(to_plain(config), sort_keys=False, width=120), end="")
+        print(as_yaml(config), end="")
         show_plan(plan, config, facts, run_dir)
         return ExitCode.FINISHED
     show_plan(plan, config, facts, run_dir)
+    going_on = compare_with_newest(config, facts, run_dir)
     if is_finished(run_dir, plan):
         print(f"{run_dir} is finished: its budget of {plan.total_steps:,} steps is used up; nothing to do")
         return ExitCode.FINISHED
-    check_against_newest(config, run_dir)
+    for line in going_on:
+        print(line, flush=True)
     verify_sources(config.data)
     prepare_folder(run_dir, config)
     code = supervise(
@@ -113,20 +114,35 @@ def show_plan(plan: RunPlan, config: PretrainConfig, facts: CorpusFacts, run_dir
 
 def is_finished(run_dir: Path, plan: RunPlan) -> bool:
     """Whether the run has used up this budget already."""
+    path = run_dir / "FINISHED"
     try:
-        return json.loads((run_dir / "FINISHED").read_text(encoding="utf-8"))["step"] >= plan.total_steps
+        return json.loads(path.read_text(encoding="utf-8"))["step"] >= plan.total_steps
     except FileNotFoundError:
         return False
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path}: does not hold the step of the run's end; remove it to go on from the newest checkpoint"
+        ) from None
 
 
-def check_against_newest(config: PretrainConfig, run_dir: Path) -> None:
-    """Compare the configuration with the newest checkpoint's, so that a wrong one is told before anything starts."""
-    newest = published(run_dir / "checkpoints")[-1:]
-    for folder in newest:
-        recorded = check_resume(read_config(PretrainConfig, folder / "config.yaml"), config, str(folder))
-        print(f"resuming from    {folder}")
-        for change in recorded:
-            print(f"changed          {change.field}: {change.before} -> {change.after}")
+def compare_with_newest(config: PretrainConfig, facts: CorpusFacts, run_dir: Path) -> list[str]:
+    """What is resumed and what has changed since, as lines for a person; nothing for a run without a checkpoint.
+
+    Raises UserError when the newest checkpoint has another model or other data, before anything starts.
+    """
+    folders = published(run_dir / "checkpoints")
+    if not folders:
+        return []
+    newest = folders[-1]
+    recorded = check_resume(read_config(PretrainConfig, newest / "config.yaml"), config, str(newest))
+    if read_manifest(newest).data_fingerprint != facts.fingerprint:
+        raise UserError(
+            f"data.sources={', '.join(str(source.path) for source in facts.sources)}: {newest} was trained on other data (its "
+            f"content, weights or names differ), so its order of samples cannot go on; give the data it had (a corpus that was "
+            f"renamed also needs name=OLD_NAME), or start another run with run.name=..."
+        )
+    changed = [f"changed          {change.field}: {shown(change.before)} -> {shown(change.after)}" for change in recorded]
+    return [f"resuming from    {newest}", *changed]
 
 
 def prepare_folder(run_dir: Path, config: PretrainConfig) -> None:

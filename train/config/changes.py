@@ -22,6 +22,7 @@ KINDS: dict[str, Kind] = {
     "model.dropout": "adjustable",
     "model.z_loss": "adjustable",
     "data": "fixed",  # the sample order follows from it
+    "data.sources": "free",  # a corpus may be moved; that its content is the same is told by the data's fingerprint
     "data.max_epochs": "free",
     "data.verify": "free",
     "batch": "adjustable",
@@ -78,8 +79,8 @@ def check_resume(before: PretrainConfig, after: PretrainConfig, checkpoint: str)
     if fixed:
         raise ConfigError(
             [
-                f"{change.field}={shown(change.after)}: {checkpoint} was trained with {shown(change.before)}, and this cannot "
-                f"change within a run; put it back, or start another run with run.name=..."
+                f"{change.field}={shown(change.after)}: {checkpoint} was trained with {shown(change.before)}, which is fixed "
+                f"within a run; put it back, or give another run.name"
                 for change in fixed
             ]
         )
