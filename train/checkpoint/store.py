@@ -66,11 +66,16 @@ class CheckpointStore:
         Raises CheckpointError on every rank when one of them could not write (a full disk, say); nothing is published.
         """
         folder = folder_of(self.root, step)
-        self._together(lambda: self._begin(folder), only_first=True)
-        fragments = engine.fragments()
-        file = f"rank-{self.context.rank:05d}.safetensors"
-        reports = self._together(lambda: (file, _write_fragments(folder / file, fragments), _index(fragments, file)))
-        self._together(lambda: self._publish(folder, reports, step, tokens, state), only_first=True)
+        try:
+            self._together(lambda: self._begin(folder), only_first=True)
+            fragments = engine.fragments()
+            file = f"rank-{self.context.rank:05d}.safetensors"
+            reports = self._together(lambda: (file, _write_fragments(folder / file, fragments), _index(fragments, file)))
+            self._together(lambda: self._publish(folder, reports, step, tokens, state), only_first=True)
+        except CheckpointError:
+            if self.context.is_first and not (folder / MANIFEST).exists():
+                shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint would keep a full disk full
+            raise
         return folder
 
     def load_newest(self, engine: Engine) -> CheckpointReader | None:
