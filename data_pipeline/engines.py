@@ -109,7 +109,7 @@ def cached_engine(name: EngineName, folder: Path) -> Engine:
     return open_engine(name, Tokenizer(folder))
 
 
-def choose_engine(tokenizer: Tokenizer, wanted: Literal["auto", "gigatoken", "hf"], sample: Sequence[str]) -> EngineChoice:
+def choose_engine(tokenizer: Tokenizer, wanted: Literal["auto", "gigatoken", "hf"], *, sample: Sequence[str]) -> EngineChoice:
     """Choose the program for this tokenizer by encoding `sample` and HARD_TEXTS with both and comparing the ids.
 
     Raises UserError when gigatoken was asked for by name and is not installed, cannot read the tokenizer or gives other ids.

@@ -73,7 +73,7 @@ def prepare(config: PrepareConfig) -> Manifest | None:
     check_tokenizer_request(config.tokenizer)
     inputs = list_inputs(config.corpus)
     workers = config.workers or usable_cores()
-    print_plan(config, inputs, workers)
+    print_plan(config, inputs, workers=workers)
     if config.dry_run:
         return None
     check_room(output, inputs)
@@ -82,12 +82,12 @@ def prepare(config: PrepareConfig) -> Manifest | None:
         if (manifest := finished_corpus(config)) is not None:
             return manifest  # made by another process while this one looked for its input
         workspace = open_workspace(config, inputs)
-        _read(config, inputs, workspace, workers)
+        _read(config, inputs, workspace, workers=workers)
         selection = choose(config, inputs, workspace)
         if config.corpus.document_separator is not None and len(selection.sizes_N) <= inputs.num_files:
             print(f"note: no file holds corpus.document_separator={config.corpus.document_separator!r}: each is one document")
         facts = _tokenizer(config, workspace, selection)
-        _encode(workspace, selection, facts, workers)
+        _encode(workspace, selection, facts, workers=workers)
         manifest = _publish(config, inputs, workspace, selection, facts)
     print_summary(manifest, megabytes_per_second=facts.megabytes_per_second, seconds=time.perf_counter() - start)
     return manifest
@@ -97,7 +97,7 @@ def _progress(what: str, total: int | None, *, done: int = 0) -> tqdm[Any]:
     return tqdm(total=total, initial=done, desc=what, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True)
 
 
-def _read(config: PrepareConfig, inputs: Inputs, workspace: Workspace, workers: int) -> None:
+def _read(config: PrepareConfig, inputs: Inputs, workspace: Workspace, *, workers: int) -> None:
     """Read every unit that has no marker yet."""
     todo = [unit for unit in inputs.units if not workspace.read_marker(unit.number).exists()]
     tasks = [
@@ -119,8 +119,8 @@ def _tokenizer(config: PrepareConfig, workspace: Workspace, selection: Selection
     tokenizer = _make_tokenizer(config.tokenizer, workspace, selection)
     eod_id, eod_token = tokenizer.end_of_document(config.tokenizer.end_of_document)
     write_array(workspace.corpus / TOKEN_BYTES_FILE, tokenizer.token_bytes())
-    proof = list(texts_of(workspace, selection, sample_documents(selection, PROOF_BYTES), PROOF_BYTES))
-    choice = choose_engine(tokenizer, config.tokenizer.engine, proof)
+    proof = list(texts_of(workspace, selection, sample_documents(selection, PROOF_BYTES), limit_bytes=PROOF_BYTES))
+    choice = choose_engine(tokenizer, config.tokenizer.engine, sample=proof)
     print(f"encoding with {choice.name}: {choice.reason}")
     facts = TokenizerFacts(
         form=token_format(tokenizer.vocab_size, eod_id),
@@ -142,7 +142,7 @@ def _make_tokenizer(config: TokenizerConfig, workspace: Workspace, selection: Se
     limit = config.training_bytes
     chosen = sample_documents(selection, limit)
     print(f"training a tokenizer of {config.vocab_size} ids on {readable_bytes(selection.bytes_where(chosen))}")
-    train_tokenizer(config, texts_of(workspace, selection, chosen, limit), workspace.tokenizer)
+    train_tokenizer(config, texts_of(workspace, selection, chosen, limit_bytes=limit), workspace.tokenizer)
     tokenizer = Tokenizer(workspace.tokenizer)
     if tokenizer.vocab_size < config.vocab_size:
         print(
@@ -152,7 +152,7 @@ def _make_tokenizer(config: TokenizerConfig, workspace: Workspace, selection: Se
     return tokenizer
 
 
-def _encode(workspace: Workspace, selection: Selection, facts: TokenizerFacts, workers: int) -> None:
+def _encode(workspace: Workspace, selection: Selection, facts: TokenizerFacts, *, workers: int) -> None:
     """Encode every unit that has no marker yet."""
     tasks, left = [], 0
     for unit in range(selection.num_units):

@@ -56,15 +56,15 @@ def permute(values_S: np.ndarray, size: int, keys_S: np.ndarray) -> np.ndarray:
         return np.zeros_like(values_S)
     left_size = math.isqrt(size - 1) + 1
     right_size = -(-size // left_size)
-    mapped_S = _feistel(values_S.astype(np.uint64), keys_S, left_size, right_size)
+    mapped_S = _feistel(values_S.astype(np.uint64), keys_S, left_size=left_size, right_size=right_size)
     outside = np.flatnonzero(mapped_S >= size)
     while outside.size:
-        mapped_S[outside] = _feistel(mapped_S[outside], keys_S[outside], left_size, right_size)
+        mapped_S[outside] = _feistel(mapped_S[outside], keys_S[outside], left_size=left_size, right_size=right_size)
         outside = outside[mapped_S[outside] >= size]
     return mapped_S.astype(np.int64)
 
 
-def _feistel(values_S: np.ndarray, keys_S: np.ndarray, left_size: int, right_size: int) -> np.ndarray:
+def _feistel(values_S: np.ndarray, keys_S: np.ndarray, *, left_size: int, right_size: int) -> np.ndarray:
     num_left, num_right = np.uint64(left_size), np.uint64(right_size)
     left_S, right_S = values_S // num_right, values_S % num_right
     for round_number in range(0, NUM_ROUNDS, 2):

@@ -102,7 +102,7 @@ def sample_documents(selection: Selection, limit_bytes: int | None) -> np.ndarra
     return np.sort(by_score[before < limit_bytes])
 
 
-def texts_of(workspace: Workspace, selection: Selection, chosen: np.ndarray, limit_bytes: int | None) -> Iterator[str]:
+def texts_of(workspace: Workspace, selection: Selection, chosen: np.ndarray, *, limit_bytes: int | None) -> Iterator[str]:
     """The texts of the chosen documents, `limit_bytes` characters of each at most."""
     for _, document in _documents(workspace, selection, set(chosen.tolist())):
         yield document.text[:limit_bytes]

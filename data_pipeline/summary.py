@@ -11,7 +11,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.workspace import estimated_bytes
 
 
-def print_plan(config: PrepareConfig, inputs: Inputs, workers: int) -> None:
+def print_plan(config: PrepareConfig, inputs: Inputs, *, workers: int) -> None:
     """What will be read, made and written."""
     tokenizer = config.tokenizer
     if inputs.total_bytes:

@@ -149,16 +149,16 @@ class TestEngines:
 
     def test_auto_says_what_it_chose(self, trained: Tokenizer) -> None:
         pytest.importorskip("gigatoken", reason="gigatoken is not installed here")
-        choice = choose_engine(trained, "auto", TEXTS)
+        choice = choose_engine(trained, "auto", sample=TEXTS)
         assert choice.name == "gigatoken" and "ids equal" in choice.reason and choice.megabytes_per_second > 0
-        assert choose_engine(trained, "hf", TEXTS).name == "hf"
+        assert choose_engine(trained, "hf", sample=TEXTS).name == "hf"
 
     def test_not_installed(self, trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "gigatoken", None)
-        choice = choose_engine(trained, "auto", TEXTS)
+        choice = choose_engine(trained, "auto", sample=TEXTS)
         assert choice.name == "hf" and "not installed" in choice.reason
         with pytest.raises(UserError, match="engine=gigatoken: it is not installed"):
-            choose_engine(trained, "gigatoken", TEXTS)
+            choose_engine(trained, "gigatoken", sample=TEXTS)
 
     def test_different_ids(self, trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("gigatoken", reason="gigatoken is not installed here")
@@ -172,15 +172,15 @@ class TestEngines:
                 return ids, counts
 
         monkeypatch.setattr("data_pipeline.engines.GigatokenEngine", Wrong)
-        choice = choose_engine(trained, "auto", TEXTS)
+        choice = choose_engine(trained, "auto", sample=TEXTS)
         assert choice.name == "hf" and repr(TEXTS[1][:40]) in choice.reason
         with pytest.raises(UserError, match="its ids differ from Hugging Face's, first for the text"):
-            choose_engine(trained, "gigatoken", TEXTS)
+            choose_engine(trained, "gigatoken", sample=TEXTS)
 
     def test_a_tokenizer_it_cannot_read(self, trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(self: object, tokenizer: Tokenizer) -> None:
             raise ValueError("unknown pretokenizer")
 
         monkeypatch.setattr(GigatokenEngine, "__init__", refuse)
-        choice = choose_engine(trained, "auto", TEXTS)
+        choice = choose_engine(trained, "auto", sample=TEXTS)
         assert choice.name == "hf" and "cannot work with this tokenizer (ValueError: unknown pretokenizer)" in choice.reason
