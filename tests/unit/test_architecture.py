@@ -7,21 +7,17 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from conf.compose import CONF_FOLDER
 from conf.schema import dataclass_in, element_dataclass
 from data_pipeline.config import PrepareConfig
+from tests.unit.sources import PACKAGES, REPOSITORY, Module, functions, is_below, modules, name_of, names
 from train.config.export import ExportConfig
 from train.config.generate import GenerateConfig
 from train.config.pretrain import PretrainConfig
-
-REPOSITORY = CONF_FOLDER.parent
-PACKAGES = ("conf", "data_pipeline", "train", "slurm", "tools")
 
 # Bottom to top: a module imports from entries below its own, and from its own. The longest prefix that fits decides.
 ORDER = (
@@ -127,53 +123,6 @@ POSITIONAL_EXCEPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Module:
-    """One source file of ours."""
-
-    name: str
-    path: Path
-    tree: ast.Module
-
-    @property
-    def imports(self) -> set[str]:
-        """Dotted names of everything it imports, wherever in the file."""
-        found: set[str] = set()
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0 and node.module, f"{self.path}:{node.lineno}: a relative import"
-                # `from train.model import cost` means the module train.model.cost
-                inner = {f"{node.module}.{alias.name}" for alias in node.names}
-                found |= {name for name in inner if name in names()} or {node.module}
-        return found
-
-
-@cache
-def modules() -> tuple[Module, ...]:
-    """All modules outside tests."""
-    paths = [path for package in PACKAGES for path in sorted((REPOSITORY / package).rglob("*.py"))]
-    return tuple(
-        Module(name=name_of(path), path=path, tree=ast.parse(path.read_text(encoding="utf-8")))
-        for path in paths
-        if "__pycache__" not in path.parts
-    )
-
-
-@cache
-def names() -> frozenset[str]:
-    return frozenset(name_of(path) for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py"))
-
-
-def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
-
-
-def is_below(name: str, package: str) -> bool:
-    return name == package or name.startswith(f"{package}.")
-
-
 def entry_of(name: str) -> str:
     """The entry of ORDER that a module belongs to."""
     fitting = [entry for entry in ORDER if is_below(name, entry)]
@@ -248,16 +197,6 @@ def test_sizes(path: Path) -> None:
         assert total <= MOST_PARAMETERS, f"{name} has {total} parameters"
         if name not in POSITIONAL_EXCEPTIONS and not path.is_relative_to(REPOSITORY / "tests"):
             assert positional <= MOST_POSITIONAL, f"{name} has {positional} positional parameters; make the later keyword-only"
-
-
-def functions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef, bool]]:
-    """(dotted name, function, whether its first parameter is the object or the class)."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef):
-            static = any(isinstance(mark, ast.Name) and mark.id == "staticmethod" for mark in node.decorator_list)
-            yield f"{prefix}.{node.name}", node, isinstance(tree, ast.ClassDef) and not static
-        named = isinstance(node, ast.ClassDef | ast.FunctionDef)
-        yield from functions(node, f"{prefix}.{node.name}" if named else prefix)
 
 
 def test_exceptions_are_needed() -> None:

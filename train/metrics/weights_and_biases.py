@@ -125,7 +125,7 @@ class WandbWriter:
             try:
                 action(run)
                 failures = 0
-            except Exception:
+            except Exception:  # a call that failed now may succeed later; a row of them ends the sending
                 failures += 1
                 if failures >= _FAILURES_IN_A_ROW or self._off.is_set():
                     raise
