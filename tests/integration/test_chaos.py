@@ -1,0 +1,143 @@
+"""The campaign's own senses, on programs that only look like a run: what it must notice, and what it must not start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from conf.errors import ConfigError, UserError
+from tests.integration.runs import WORDS
+from tools import watched_run
+from tools.chaos import ChaosConfig, Kill, Killed, Moment, Shape, chaos, judge, plan_moments
+from tools.watched_run import UnexpectedEnd, WatchedRun
+
+SHAPE = Shape(processes=2, steps=120, save_steps=tuple(range(5, 120, 5)))
+LEAVES_A_CHILD = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"], start_new_session=True)
+"""
+
+
+def program(folder: Path, source: str) -> WatchedRun:
+    return WatchedRun([sys.executable, "-S", "-c", source], folder / "run", patience_seconds=5.0)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watched_run, "END_SECONDS", 0.3)
+
+
+def test_a_process_that_stays_is_an_orphan_and_does_not_stay(tmp_path: Path, impatient: None) -> None:
+    run = program(tmp_path, LEAVES_A_CHILD + "import time; time.sleep(60)")
+    run.start()
+    run.wait(lambda: len(run.supervisor.children()) == 1, "the child was there")
+    child = run.supervisor.children()[0]
+    run.kill_supervisor()
+    assert len(run.orphans) == 1 and run.orphans[0].startswith(f"{child.pid}: ")
+    assert psutil.wait_procs([child], timeout=2.0)[1] == []
+
+
+def test_a_process_that_outlives_a_good_end_is_an_orphan(tmp_path: Path, impatient: None) -> None:
+    run = program(tmp_path, LEAVES_A_CHILD)
+    run.finish()
+    assert len(run.orphans) == 1
+
+
+def test_the_death_of_a_machine_leaves_nothing(tmp_path: Path) -> None:
+    run = program(tmp_path, LEAVES_A_CHILD + "import time; time.sleep(60)")
+    run.start()
+    run.wait(lambda: len(run.supervisor.children()) == 1, "the child was there")
+    child = run.supervisor.children()[0]
+    run.kill_all()
+    assert psutil.wait_procs([child], timeout=2.0)[1] == []
+    assert run.orphans == []
+
+
+def test_other_processes_are_left_alone(tmp_path: Path) -> None:
+    run = program(tmp_path, "import time; time.sleep(60)")
+    environment = {**os.environ, watched_run.MARK: "another campaign"}
+    with subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"], env=environment) as stranger:
+        run.start()
+        run.kill_all()
+        assert stranger.poll() is None
+        stranger.kill()
+
+
+@pytest.mark.parametrize(
+    ("source", "said"), [("import sys; print('why'); sys.exit(93)", "exit code 93"), ("1", "exit code 0 before")]
+)
+def test_an_end_that_nobody_caused_is_told_with_the_log(tmp_path: Path, source: str, said: str) -> None:
+    run = program(tmp_path, source)
+    run.start()
+    with pytest.raises(UnexpectedEnd, match=said) as caught:
+        run.wait(lambda: False, "anything happened")
+    assert ("  | why" in str(caught.value)) == ("why" in source)
+
+
+def test_a_run_that_stands_still_is_given_up(tmp_path: Path) -> None:
+    run = program(tmp_path, "import time; time.sleep(60)")
+    run.patience_seconds = 0.2
+    run.start()
+    with pytest.raises(UnexpectedEnd, match="waited 0.2 s for a step"):
+        run.wait(lambda: False, "a step")
+    run.close()
+
+
+def test_moments_are_seeded_and_rise() -> None:
+    config = ChaosConfig(kills=20, kills_in_save=5, seed=3)
+    moments = plan_moments(config, SHAPE)
+    assert moments == plan_moments(config, SHAPE) != plan_moments(replace(config, seed=4), SHAPE)
+    steps = [moment.step for moment in moments]
+    assert steps == sorted(set(steps)) and len(steps) == 20 and steps[-1] < SHAPE.steps
+    assert sum(moment.in_save for moment in moments) == 5
+    assert all(moment.step in SHAPE.save_steps for moment in moments if moment.in_save)
+    assert {moment.victim for moment in moments} == {"machine", "supervisor", "rank"}
+
+
+def test_a_kill_that_no_attempt_answers_for_fails_the_campaign(tmp_path: Path) -> None:
+    """Two kills make three attempts; a fourth crashed by itself, and its restart must not hide it."""
+    calm, hunted = program(tmp_path / "calm", ""), program(tmp_path / "hunted", "")
+    (hunted.run_dir / "logs" / "attempt-04").mkdir(parents=True)
+    moment = Moment(step=5, in_save=True, victim="machine", fraction=0.0)
+    kills = [Kill(moment=moment, attempt=attempt, seconds=1.0, step=5, save=None) for attempt in (1, 2)]
+    failures = judge(Killed(kills=kills, failures=[]), ChaosConfig(kills=2, kills_in_save=1), calm, hunted)
+    assert any("4 attempts for 2 kills" in line for line in failures)
+    assert any("0 of 1 kills fell inside a save" in line for line in failures)
+    assert any("metrics.jsonl" in line for line in failures), "there is nothing to compare"
+
+
+def test_a_run_that_is_too_short_is_refused() -> None:
+    with pytest.raises(UserError, match="the run has 10 steps and 1 saves"):
+        plan_moments(ChaosConfig(kills=9, kills_in_save=1), Shape(processes=2, steps=10, save_steps=(5,)))
+    with pytest.raises(UserError, match="kills_in_save=2"):
+        plan_moments(ChaosConfig(kills=3, kills_in_save=2), Shape(processes=2, steps=10, save_steps=(5,)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"kills": 0, "kills_in_save": 0}, "kills=0: must be at least 1"),
+        ({"kills": 2, "kills_in_save": 3}, "kills_in_save=3: must lie between 0 and kills=2"),
+        ({"patience_seconds": 0.0}, "patience_seconds=0.0: must be above 0"),
+    ],
+)
+def test_settings_that_make_no_campaign_are_refused(fields: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ChaosConfig(**fields)
+
+
+def test_a_folder_that_exists_is_left_alone(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exists already"):
+        chaos([f"folder={tmp_path}", "kills=2", "kills_in_save=1", f"data.sources=[{{path: {corpus}}}]", *WORDS])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_word_that_neither_knows_is_refused(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="kils"):
+        chaos([f"folder={tmp_path / 'new'}", "kils=2", f"data.sources=[{{path: {corpus}}}]", *WORDS])
