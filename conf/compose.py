@@ -39,10 +39,11 @@ class _Catalog:
     """Groups that the root file names."""
 
 
-def compose(root: str, overrides: Sequence[str], config_dir: str | None = None) -> Composition:
+def compose(root: str, overrides: Sequence[str], config_dir: str | None = None, *, verbatim: Sequence[str] = ()) -> Composition:
     """Compose `root`.yaml with `overrides` into a plain dictionary, interpolations resolved.
 
-    `config_dir` is a folder of the user's own groups; what it holds is found beside ours.
+    `config_dir` is a folder of the user's own groups; what it holds is found beside ours. The values of the `verbatim` fields,
+    which hold prose or code, are taken as they are, without Hydra's grammar; null and quoted values are not.
     Raises ConfigError where the words are too wrong for their values to be checked.
     """
     import hydra
@@ -55,7 +56,12 @@ def compose(root: str, overrides: Sequence[str], config_dir: str | None = None) 
     catalog = _catalog(root, config_dir)
     given = [] if config_dir is None else [f"hydra.searchpath=[{_quoted(f'file://{Path(config_dir).resolve()}')}]"]
     problems: list[str] = []
+    texts: dict[str, str] = {}
     for word in overrides:
+        name, equals, value = word.partition("=")
+        if name in verbatim and equals and not _is_marked(value):
+            texts[name] = value
+            continue
         taken, wrong = _understand(word, catalog)
         given += taken
         problems += wrong
@@ -72,7 +78,7 @@ def compose(root: str, overrides: Sequence[str], config_dir: str | None = None) 
         raise ConfigError([*problems, _one_line(error)]) from None
     finally:
         GlobalHydra.instance().clear()
-    return Composition(tree=typing.cast(dict[str, Any], tree), problems=tuple(problems))
+    return Composition(tree=typing.cast(dict[str, Any], tree) | texts, problems=tuple(problems))
 
 
 def combinations(overrides: Sequence[str]) -> list[list[str]]:
@@ -133,7 +139,7 @@ def _catalog(root: str, config_dir: str | None) -> _Catalog:
     ]
     if hidden:
         raise ConfigError(hidden)
-    return _Catalog(root=root, options={name: options(name, config_dir) for name in names}, drawn=groups(root))
+    return _Catalog(root=root, options={name: options(name, config_dir) for name in names}, drawn=list(groups(root)))
 
 
 def _understand(word: str, catalog: _Catalog) -> tuple[list[str], list[str]]:
@@ -260,17 +266,22 @@ def options(group: str, config_dir: str | None = None) -> list[str]:
     return sorted({file.stem for folder in folders if folder.is_dir() for file in folder.glob("*.yaml")})
 
 
-def groups(root: str) -> list[str]:
-    """Names of the groups that `root`.yaml draws from, in its own order, with the optional ones."""
+def groups(root: str) -> dict[str, str | None]:
+    """The groups that `root`.yaml draws from, in its own order, each with the option it takes unless told otherwise."""
     text = (CONF_FOLDER / f"{root}.yaml").read_text(encoding="utf-8")
-    found = re.findall(r"^\s*-\s+(?:optional\s+)?(?:override\s+)?/?([a-z_]+)(?:@[\w.]+)?:", text, flags=re.M)
-    return list(dict.fromkeys(found))
+    found = re.findall(r"^\s*-\s+(?:optional\s+)?(?:override\s+)?/?([a-z_]+)(?:@[\w.]+)?:\s*(\w+)", text, flags=re.M)
+    return {group: None if option == "null" else option for group, option in found}
 
 
 def _quoted(text: str) -> str:
     """`text` as a quoted value in Hydra's grammar."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def _is_marked(value: str) -> bool:
+    """Whether a text says by itself how it is meant: nothing, or what stands between the quotes."""
+    return value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\"")
 
 
 def _one_line(error: object) -> str:

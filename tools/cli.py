@@ -32,7 +32,7 @@ VERBS: dict[str, Verb] = {
         function="tools.verbs:prepare",
         root="prepare",
         schema="data_pipeline.config:PrepareConfig",
-        examples=("longhaul prepare corpus=stdlib", "longhaul prepare corpus=jsonl corpus.paths=[dump/*.jsonl.zst]"),
+        examples=("longhaul prepare corpus=stdlib", "longhaul prepare corpus=jsonl 'corpus.paths=[dump/*.jsonl.zst]'"),
     ),
     "pretrain": Verb(
         summary="train a model on prepared corpora; started again, it goes on from its newest checkpoint",
@@ -41,7 +41,7 @@ VERBS: dict[str, Verb] = {
         schema="train.config.pretrain:PretrainConfig",
         examples=(
             "longhaul pretrain experiment=quickstart",
-            "longhaul pretrain model=llama_160m data.sources=[{path: data/mine}] budget.tokens=3000000000 run.name=first",
+            "longhaul pretrain model=llama_160m 'data.sources=[{path: data/mine}]' budget.tokens=3000000000 run.name=first",
             "longhaul pretrain experiment=quickstart optim.lr=1e-3,3e-3 -m",
         ),
     ),
@@ -50,7 +50,7 @@ VERBS: dict[str, Verb] = {
         function="train.launch:plan_only",
         root="pretrain",
         schema="train.config.pretrain:PretrainConfig",
-        examples=("longhaul plan model=llama_8b launch.processes=64 parallel=zero3",),
+        examples=("longhaul plan model=llama_8b budget.tokens=15e12 launch.processes=64 parallel=zero3",),
     ),
     "generate": Verb(
         summary="continue a prompt with a trained model",
@@ -93,37 +93,38 @@ VERBS: dict[str, Verb] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    name = " ".join(["longhaul", *words[:1]])
+    try:
+        code = _run(words)
+        sys.stdout.flush()  # here, where a closed pipe is understood
+        return code
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except BrokenPipeError:  # `longhaul ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not written a second time at the exit
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         from tools.help import overview
 
         print(overview(VERBS))
         return 0
     if words[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"longhaul {version('longhaul')}")
+        print(f"longhaul {_version()}")
         return 0
-    name = words.pop(0)
-    try:
-        return _run(name, words)
-    except UserError as error:
-        print(f"longhaul {name}: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except BrokenPipeError:  # `longhaul ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        print(f"longhaul {name}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-
-
-def _run(name: str, words: list[str]) -> int:
+    name = words[0]
     if name not in VERBS:
         from conf.schema import nearest
 
         raise UserError(f"no such verb.{nearest(name, list(VERBS))} `longhaul --help` lists the verbs")
     verb = VERBS[name]
-    overrides, config_dir, options = _split(words)
+    overrides, config_dir, options = _split(words[1:])
     if "help" in options:
         from tools.help import verb_help
 
@@ -132,6 +133,15 @@ def _run(name: str, words: list[str]) -> int:
     if "multirun" in options:
         return run_all(name, overrides, config_dir)
     return int(load(verb.function)(overrides, config_dir))
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("longhaul")
+    except PackageNotFoundError:
+        return "(a source tree that is not installed: pip install -e .)"
 
 
 def load(path: str) -> object:

@@ -8,12 +8,12 @@ import inspect
 import textwrap
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from typing import Any
 
 from conf.compose import groups, options
-from conf.schema import dataclass_in
+from conf.schema import dataclass_in, element_dataclass, shown
 
 WIDTH = 118
 
@@ -37,13 +37,15 @@ def verb_help(name: str, verb: Any, config_dir: str | None) -> str:
     lines = [f"longhaul {name}: {verb.summary}", ""]
     if verb.examples:
         lines += ["examples:", *(f"  {example}" for example in verb.examples), ""]
-    chosen = {group: options(group, config_dir) for group in groups(verb.root)}
-    if chosen:
+    drawn = groups(verb.root)
+    if drawn:
         lines.append("groups (GROUP=OPTION):")
-        for group, names in chosen.items():
-            lines += textwrap.wrap(f"{group:<12} {' | '.join(names)}", WIDTH, initial_indent="  ", subsequent_indent=" " * 15)
-        lines.append("")
-    lines.append("fields (FIELD=VALUE):")
+        for group, default in drawn.items():
+            choices = " | ".join(options(group, config_dir)) + (f"  (default {default})" if default else "")
+            lines += textwrap.wrap(f"{group:<12} {choices}", WIDTH, initial_indent="  ", subsequent_indent=" " * 15)
+        lines += ["", "fields (FIELD=VALUE), with the default where the chosen options say nothing:"]
+    else:
+        lines.append("fields (FIELD=VALUE):")
     lines += _field_lines(schema, "")
     return "\n".join(lines)
 
@@ -62,6 +64,8 @@ def _field_lines(schema: type, prefix: str) -> list[str]:
         lines += textwrap.wrap(head, WIDTH, initial_indent="  ", subsequent_indent=" " * 6)
         indent = " " * 6
         lines += textwrap.wrap(documents.get(field.name, ""), WIDTH, initial_indent=indent, subsequent_indent=indent)
+        if element := element_dataclass(hints[field.name]):
+            lines += _field_lines(element, f"{prefix}{field.name}[].")
     return lines
 
 
@@ -102,6 +106,14 @@ def _default_text(field: Field) -> str:
         value = field.default_factory()
     else:
         return "  (required)"
-    if value is None:
-        return "  = null"
-    return f"  = {value}" if isinstance(value, (str, int, float, bool)) else f"  = {list(value)}"
+    return f"  = {_value_text(value)}"
+
+
+def _value_text(value: Any) -> str:
+    """A default as one would give it on the command line; of a dataclass, what has to be given."""
+    if is_dataclass(value):
+        given = [field for field in fields(value) if getattr(value, field.name) != field.default]
+        return "{" + ", ".join(f"{field.name}: {_value_text(getattr(value, field.name))}" for field in given) + "}"
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_value_text, value)) + "]"
+    return shown(value) or "''"

@@ -84,10 +84,11 @@ def settle(config: PretrainConfig, facts: CorpusFacts) -> PretrainConfig:
     device = config.launch.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"
-    if device == "cuda" and not gpus:
+    here = not config.launch.dry_run  # a plan is made for another machine
+    if device == "cuda" and not gpus and here:
         raise UserError("launch.device=cuda: no NVIDIA GPU is visible on this machine; use launch.device=cpu")
-    processes = config.launch.processes or (gpus if device == "cuda" else 1)
-    if device == "cuda" and processes > gpus:
+    processes = config.launch.processes or (gpus if device == "cuda" else 1) or 1
+    if device == "cuda" and processes > gpus and here:
         raise UserError(f"launch.processes={processes}: this machine shows {gpus} GPUs; a rank needs one of its own")
     return replace(
         config,

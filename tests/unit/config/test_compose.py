@@ -123,6 +123,19 @@ def test_quoted_text_arrives_as_it_is() -> None:
     assert pretrain_config("run.notes='a, b = [c]'").run.notes == "a, b = [c]"
 
 
+@pytest.mark.parametrize(
+    "text", ["def main(", "one, two", "it's", "a=b", "${x}", "[1", "5", " ", 'say "hi"', "two\nlines", "~", ""]
+)
+def test_verbatim_field_takes_any_text(text: str) -> None:
+    words = ["checkpoint=runs/a", f"prompt={text}"]
+    assert compose("generate", words, verbatim=("prompt",)).tree["prompt"] == text
+
+
+@pytest.mark.parametrize(("word", "value"), [("prompt=null", None), ("prompt='5, 6'", "5, 6"), ('prompt="a"', "a")])
+def test_verbatim_field_still_knows_null_and_quotes(word: str, value: str | None) -> None:
+    assert compose("generate", ["checkpoint=runs/a", word], verbatim=("prompt",)).tree["prompt"] == value
+
+
 # --- the user's own groups
 
 
