@@ -34,8 +34,9 @@ def outcome(state, reason="said so"):
 """
 
 SUPERVISOR = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it may be ignored here, as under nohup
 from train.supervisor import supervise
 run = Path(sys.argv[1])
 sys.exit(supervise([sys.executable, "-S", str(run / "rank.py")], processes=int(sys.argv[2]), run_dir=run,
