@@ -28,10 +28,12 @@ def prepare(overrides: Sequence[str], config_dir: str | None = None) -> int:
 
 def generate(overrides: Sequence[str], config_dir: str | None = None) -> int:
     """`longhaul generate`."""
+    from train.checkpoint.manifest import resolve_checkpoint
     from train.config.generate import GenerateConfig
 
     words = [literal(word) if word.startswith("prompt=") else word for word in overrides]
     config = validate(GenerateConfig, compose("generate", words, config_dir))
+    resolve_checkpoint(config.checkpoint)  # a wrong folder is told before seconds go into importing torch
     from train.stages.generate import run
 
     return run(config)
@@ -39,9 +41,11 @@ def generate(overrides: Sequence[str], config_dir: str | None = None) -> int:
 
 def export(overrides: Sequence[str], config_dir: str | None = None) -> int:
     """`longhaul export`."""
+    from train.checkpoint.manifest import resolve_checkpoint
     from train.config.export import ExportConfig
 
     config = validate(ExportConfig, compose("export", overrides, config_dir))
+    resolve_checkpoint(config.checkpoint)  # a wrong folder is told before seconds go into importing torch
     from train.stages.export import run
 
     return run(config)

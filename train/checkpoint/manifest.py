@@ -96,6 +96,22 @@ def _folders(root: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def resolve_checkpoint(text: str) -> Path:
+    """The checkpoint folder that `text` means: itself, or the newest one of a run's folder.
+
+    Raises UserError when there is none.
+    """
+    path = Path(text)
+    if (path / MANIFEST).is_file():
+        return path
+    for root in (path / "checkpoints", path):
+        if found := published(root):
+            return found[-1]
+    if not path.exists():
+        raise UserError(f"checkpoint={text}: no such folder; give the folder of a run or of one of its checkpoints")
+    raise UserError(f"checkpoint={text}: holds no checkpoint; give the folder of a run or of one of its checkpoints")
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of `folder`.
 

@@ -13,26 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from conf.compose import read_config
-from conf.errors import UserError
-from train.checkpoint.manifest import KINDS, CheckpointError, StoredTensor, check_files, published, read_manifest
+from train.checkpoint.manifest import KINDS, CheckpointError, StoredTensor, check_files, read_manifest
 from train.config.pretrain import PretrainConfig
 from train.model.logical import LogicalTensor
-
-
-def resolve_checkpoint(text: str) -> Path:
-    """The checkpoint folder that `text` means: itself, or the newest one of a run's folder.
-
-    Raises UserError when there is none.
-    """
-    path = Path(text)
-    if (path / "manifest.json").is_file():
-        return path
-    for root in (path / "checkpoints", path):
-        if found := published(root):
-            return found[-1]
-    if not path.exists():
-        raise UserError(f"checkpoint={text}: no such folder; give the folder of a run or of one of its checkpoints")
-    raise UserError(f"checkpoint={text}: holds no checkpoint; give the folder of a run or of one of its checkpoints")
 
 
 class CheckpointReader:

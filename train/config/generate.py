@@ -36,6 +36,8 @@ class GenerateConfig:
     """What to compute on; auto: CUDA when this machine has it."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Weights and activations; auto: bf16 on CUDA, fp32 on a CPU."""
+    verify: bool = True
+    """Compare the checkpoint's files with their hashes before they are read (about 1 GB a second)."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.reader import CheckpointReader, resolve_checkpoint
+from train.checkpoint.manifest import resolve_checkpoint
+from train.checkpoint.reader import CheckpointReader
 from train.config.export import ExportConfig
 from train.convert.card import model_card
 from train.convert.hf_export import resolve_export_dtype, write_model

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from conf.errors import UserError
 from data_pipeline.tokenizer import Tokenizer
-from train.checkpoint.reader import CheckpointReader, resolve_checkpoint
+from train.checkpoint.manifest import resolve_checkpoint
+from train.checkpoint.reader import CheckpointReader
 from train.config.generate import GenerateConfig
 from train.inference.cached import CachedDecoder
 from train.inference.generation import Continuation, Request, generate_ids
@@ -19,10 +20,15 @@ from train.inference.text import Console
 
 
 def run(config: GenerateConfig) -> int:
-    """Continue the prompt on stdout; a summary goes to stderr. Returns the exit code."""
+    """Continue the prompt on stdout; a summary goes to stderr. Returns the exit code.
+
+    Raises UserError for a prompt or a checkpoint that cannot be read or trusted.
+    """
     prompt = read_prompt(config)
     device = resolve_device(config.device)
     reader = CheckpointReader(resolve_checkpoint(config.checkpoint))
+    if config.verify:
+        reader.verify()
     tokenizer = Tokenizer(reader.tokenizer_folder)
     request = Request(
         prompt=tuple(tokenizer.encode(prompt)),
