@@ -140,9 +140,9 @@ def check_epochs(config: DataConfig, facts: CorpusFacts, *, total_samples: int) 
     epochs = {source.name: source.epochs(total_samples) for source in facts.sources}
     if config.max_epochs is not None:
         problems = [
-            f"max_epochs={config.max_epochs:g}: the run reads {source.name} {epochs[source.name]:.2f} times "
+            f"data.max_epochs={config.max_epochs:g}: the run reads {source.name} {epochs[source.name]:.2f} times "
             f"({total_samples} samples, {source.share:.2%} of them from its {source.train_windows}); train on fewer tokens, "
-            "prepare more text, lower its weight or raise max_epochs"
+            "prepare more text, lower its weight or raise data.max_epochs"
             for source in facts.sources
             if epochs[source.name] > config.max_epochs
         ]
@@ -157,8 +157,8 @@ def train_windows(manifest: Manifest, sequence_length: int) -> int:
     windows = (tokens - 1) // sequence_length
     if windows < 1:
         raise UserError(
-            f"{manifest.folder}: its {tokens} training tokens make no sample of sequence_length={sequence_length} tokens and "
-            "one more; shorten sequence_length or prepare more text"
+            f"{manifest.folder}: its {tokens} training tokens make no sample of data.sequence_length={sequence_length} tokens "
+            "and one more; shorten data.sequence_length or prepare more text"
         )
     return windows
 

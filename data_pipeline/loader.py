@@ -206,7 +206,9 @@ class Loader:
         raise UserError(self._unknown_id(int(tokens_BS1[row, column]), where))
 
     def _unknown_id(self, token_id: int, where: str) -> str:
-        return (
-            f"{where}: token id {token_id}, but the model's vocab_size={self.vocab_size}; give the model the tokenizer's "
-            f"vocab_size={self._manifests[0].vocab_size}, or check the shards with verify=full"
-        )
+        known = self._manifests[0].vocab_size
+        if token_id < known:
+            way_out = f"give model.vocab_size={known}, the tokenizer's, or null"
+        else:
+            way_out = f"the tokenizer has {known} ids, so the shard is damaged: data.verify=full tells what has changed"
+        return f"{where}: token id {token_id} is beyond model.vocab_size={self.vocab_size}; {way_out}"

@@ -168,7 +168,9 @@ def test_fingerprint_changes_with_what_changes_the_batches(tiny: Manifest, tiny_
 
 
 def test_id_beyond_the_models_vocabulary(tiny: Manifest) -> None:
-    with pytest.raises(UserError, match=r"train-00000.bin: token id \d+, but the model's vocab_size=200; .*vocab_size=300"):
+    with pytest.raises(
+        UserError, match=r"train-00000.bin: token id \d+ is beyond model.vocab_size=200; give model.vocab_size=300"
+    ):
         Loader(data(tiny), split="train", seed=0, vocab_size=200)
 
 
@@ -179,7 +181,10 @@ def test_id_that_appears_after_the_manifest(own_copy: Path, tiny: Manifest) -> N
     tokens.tofile(path)
     config = DataConfig(sources=(SourceConfig(path=str(own_copy)),), sequence_length=48)
     loader = Loader(config, split="train", seed=0, vocab_size=tiny.vocab_size)
-    with pytest.raises(UserError, match=r"train-00001.bin, token \d+ of train: token id 60000, but the model's vocab_size=300"):
+    expected = (
+        r"train-00001.bin, token \d+ of train: token id 60000 is beyond model.vocab_size=300; .* damaged: data.verify=full"
+    )
+    with pytest.raises(UserError, match=expected):
         for first in range(0, 2000, 8):
             loader.micro_batch(range(first, first + 8))
 

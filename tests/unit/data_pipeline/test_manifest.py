@@ -151,14 +151,14 @@ class TestFacts:
         facts = inspect_sources(config)
         windows = facts.sources[0].train_windows
         assert check_epochs(config, facts, total_samples=2 * windows) == {"a": 2.0}
-        with pytest.raises(ConfigError, match=r"max_epochs=2: the run reads a 2.00 times"):
+        with pytest.raises(ConfigError, match=r"data.max_epochs=2: the run reads a 2.00 times"):
             check_epochs(config, facts, total_samples=2 * windows + 1)
         unlimited = dataclasses.replace(config, max_epochs=None)
         assert check_epochs(unlimited, facts, total_samples=100 * windows) == {"a": 100.0}
 
     def test_too_short_for_one_sample(self, tiny: Manifest) -> None:
         config = DataConfig(sources=(SourceConfig(path=str(tiny.folder)),), sequence_length=10**6)
-        with pytest.raises(UserError, match="training tokens make no sample of sequence_length=1000000"):
+        with pytest.raises(UserError, match="training tokens make no sample of data.sequence_length=1000000"):
             inspect_sources(config)
 
     def test_different_tokenizers(self, tiny: Manifest, tmp_path: Path) -> None:
