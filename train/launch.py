@@ -120,6 +120,8 @@ def is_finished(run_dir: Path, plan: RunPlan) -> bool:
         return json.loads(path.read_text(encoding="utf-8"))["step"] >= plan.total_steps
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check run.folder and run.name") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{path}: does not hold the step of the run's end; remove it to go on from the newest checkpoint"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.runs import WORDS
+from tests.unit.data_pipeline.corpora import prepared, some_texts
+from train.launch import visible_gpus
 
 REFUSED = 93
 
@@ -22,12 +25,20 @@ def longhaul(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def refused(result: subprocess.CompletedProcess[str], *expected: str) -> None:
-    """The command ended as refused, and its one message names all of `expected`."""
+    """The command ended as refused, and the message that it ends with is short and names all of `expected`."""
     said = result.stdout + result.stderr
     assert result.returncode == REFUSED, said
     assert "Traceback" not in said
+    lines = [line for line in result.stderr.splitlines() if line.startswith(("longhaul", "  - "))]
+    assert 1 <= len(lines) <= 8, result.stderr
     for text in expected:
-        assert text in result.stderr, result.stderr
+        assert text in "\n".join(lines), result.stderr
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name, size and time of everything in a folder, so that whatever was written shows."""
+    found = {str(path.relative_to(folder)): path.lstat() for path in folder.rglob("*")}
+    return {name: (status.st_size, status.st_mtime_ns) for name, status in found.items()}
 
 
 def pretrain(corpus: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -77,6 +88,17 @@ def flip_byte(path: Path) -> None:
         (["data.sources=[{path: nowhere}]"], ["nowhere", "longhaul prepare"]),
         (["model.vocab_size=100"], ["model.vocab_size=100", "300"]),
         (["launch.processes=3"], ["batch.sequences", "3 data-parallel ranks"]),
+        (["model=gpt3"], ["model=gpt3: no such option", "gpt2_124m"]),
+        (["optim.lr=nan"], ["optim.lr=nan: must be a finite number"]),
+        (["optim.lr=1e-3,3e-3"], ["optim.lr=1e-3,3e-3: several values need -m"]),
+        (["data.sequence_length=100000", "model.max_positions=100000"], ["no sample of data.sequence_length=100000"]),
+        (["data.max_epochs=0.001"], ["data.max_epochs=0.001: the run reads"]),
+        (["--config-dir=nowhere"], ["--config-dir=nowhere: no such folder"]),
+        (["run.folder=/dev/null"], ["/dev/null/bad", "cannot be read (Not a directory); check run.folder"]),
+        (
+            ["optim.lrr=1", "batch.sequences=-8", "parallel.zero=0", "precision=fp8"],
+            ["4 problems", "optim.lrr", "batch.sequences=-8", "zero=1", "precision=fp8: must be bf16 or fp32"],
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -105,37 +127,106 @@ def test_a_token_id_beyond_the_vocabulary(copied: Path, tmp_path: Path) -> None:
     shard = copied / "train-00000.bin"
     shard.write_bytes(b"\xff\x7f" * (shard.stat().st_size // 2))  # ids of 32,767; the size is that of the manifest
     result = pretrain(copied, tmp_path, "data.verify=sizes")
-    refused(result, "32767", "train-00000")
+    refused(result, "train-00000.bin, token", "of train: token id 32767 is beyond model.vocab_size=300", "data.verify=full")
     assert not list((tmp_path / "runs/bad/checkpoints").iterdir())
 
 
+@pytest.mark.skipif(visible_gpus() > 0, reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there(corpus: Path, tmp_path: Path) -> None:
+    words = [*WORDS, f"data.sources=[{{path: {corpus}}}]", "launch.device=cuda"]
+    refused(longhaul("pretrain", *words, folder=tmp_path), "launch.device=cuda: no NVIDIA GPU", "use launch.device=cpu")
+    planned = longhaul("plan", *words, "launch.processes=4", "batch.ramp_start=8", folder=tmp_path)
+    assert planned.returncode == 0, "a plan is made for another machine"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["stopped", "finished"])
 @pytest.mark.parametrize("words", [["model.num_layers=3"], ["run.seed=5"], ["model=llama_tiny"]], ids=lambda words: words[0])
-def test_a_checkpoint_of_another_model(corpus: Path, stopped: Path, words: list[str]) -> None:
-    before = sorted(path for path in stopped.rglob("*"))
-    result = pretrain(corpus, stopped, *words)
-    refused(result, "step-00000005", "another run.name")
-    assert sorted(path for path in stopped.rglob("*")) == before
+def test_a_checkpoint_of_another_model(corpus: Path, stopped: Path, tmp_path: Path, words: list[str], finished: bool) -> None:
+    folder = Path(shutil.copytree(stopped, tmp_path / "copy"))
+    if finished:
+        (folder / "runs/bad/FINISHED").write_text('{"step": 16}\n')
+    before = snapshot(folder)
+    refused(pretrain(corpus, folder, *words), "step-00000005 was trained with", "give another run.name")
+    assert snapshot(folder) == before
+
+
+def test_a_finished_run_has_nothing_to_do(corpus: Path, stopped: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(stopped, tmp_path / "copy"))
+    (folder / "runs/bad/FINISHED").write_text('{"step": 16}\n')
+    before = snapshot(folder)
+    result = pretrain(corpus, folder)
+    assert result.returncode == 0 and "is finished: its budget of 16 steps is used up; nothing to do" in result.stdout
+    (folder / "runs/bad/FINISHED").write_text("")
+    refused(pretrain(corpus, folder), "FINISHED: does not hold the step of the run's end; remove it")
+    (folder / "runs/bad/FINISHED").write_text('{"step": 16}\n')
+    assert snapshot(folder).keys() == before.keys()
+
+
+def test_other_data_under_the_same_name(stopped: Path, tmp_path: Path) -> None:
+    other = prepared(tmp_path, some_texts(300, seed=3)).folder
+    before = snapshot(stopped)
+    refused(pretrain(other, stopped), f"data.sources={other}", "was trained on other data", "run.name=")
+    assert snapshot(stopped) == before
+
+
+def test_data_that_was_moved_is_the_same_data(copied: Path, stopped: Path, tmp_path: Path) -> None:
+    """Its name is part of the sample order; the run is made to look finished, so that nothing has to start."""
+    folder = Path(shutil.copytree(stopped, tmp_path / "copy"))
+    (folder / "runs/bad/FINISHED").write_text('{"step": 16}\n')
+    words = [*WORDS, "run.name=bad"]
+    renamed = longhaul("pretrain", *words, f"data.sources=[{{path: {copied}}}]", folder=folder)
+    refused(renamed, "a corpus that was renamed also needs name=OLD_NAME")
+    named = longhaul("pretrain", *words, f"data.sources=[{{path: {copied}, name: out}}]", folder=folder)
+    assert named.returncode == 0 and "is finished" in named.stdout, named.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("config.yaml", b"model: [", "config.yaml: damaged, it is not YAML"),
+        ("config.yaml", b"model: 3\n", "config.yaml: model=3: is a section"),
+        ("manifest.json", b"{}", "manifest.json: not the manifest of a Longhaul checkpoint"),
+        ("manifest.json", b'{"format": "longhaul-checkpoint", "ver', "manifest.json: damaged"),
+    ],
+)
+def test_a_damaged_small_file_of_a_checkpoint(
+    corpus: Path, stopped: Path, tmp_path: Path, file: str, content: bytes, expected: str
+) -> None:
+    folder = Path(shutil.copytree(stopped, tmp_path / "copy"))
+    (folder / "runs/bad/checkpoints/step-00000005" / file).write_bytes(content)
+    before = snapshot(folder)
+    refused(pretrain(corpus, folder), "step-00000005", expected)
+    assert snapshot(folder) == before
 
 
 def test_a_flipped_byte_in_a_checkpoint(corpus: Path, stopped: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(stopped, tmp_path / "copy"))
     weights = folder / "runs/bad/checkpoints/step-00000005/rank-00000.safetensors"
     flip_byte(weights)
-    refused(pretrain(corpus, folder), weights.name, "SHA-256")
+    before = snapshot(folder)
+    refused(longhaul("export", "checkpoint=runs/bad", "out=model", folder=folder), weights.name, "SHA-256")
+    refused(longhaul("generate", "checkpoint=runs/bad", "prompt=x", folder=folder), weights.name, "SHA-256")
+    assert snapshot(folder) == before
+    refused(pretrain(corpus, folder), weights.name, "SHA-256", "to go on from the checkpoint before it")
     assert [path.name for path in (folder / "runs/bad/checkpoints").iterdir()] == ["step-00000005"]
-    refused(longhaul("export", "checkpoint=runs/bad", "out=model", folder=folder), weights.name)
-    assert not list(folder.glob("model*"))
 
 
 @pytest.mark.parametrize("verb", ["generate", "export"])
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path, verb: str) -> None:
     words = {"generate": ["prompt=x"], "export": ["out=model"]}[verb]
-    refused(longhaul(verb, "checkpoint=nowhere", *words, folder=tmp_path), "nowhere", "no such folder")
-    assert list(tmp_path.iterdir()) == []
+    refused(
+        longhaul(verb, "checkpoint=nowhere", *words, folder=tmp_path), "checkpoint=nowhere: no such folder; give the folder"
+    )
+    (tmp_path / "empty").mkdir()
+    refused(
+        longhaul(verb, "checkpoint=empty", *words, folder=tmp_path), "checkpoint=empty: holds no checkpoint; give the folder"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
 def test_a_full_disk_during_a_save(corpus: Path, tmp_path: Path, small_disk: Path) -> None:
-    result = pretrain(corpus, tmp_path, "model.hidden_size=128", f"run.folder={small_disk}", "budget.stop_at_step=5")
+    result = pretrain(corpus, tmp_path, "model.hidden_size=128", f"run.folder={small_disk}", "budget.stop_at_step=1")
     refused(result, str(small_disk), "MiB free")
     assert not list((small_disk / "bad").glob("checkpoints/*")), "half a checkpoint would keep the disk full"
 
@@ -156,7 +247,7 @@ def test_an_unreadable_file_is_counted_and_set_aside(tmp_path: Path) -> None:
     text.mkdir()
     for number in range(30):
         (text / f"{number}.txt").write_text(f"document number {number} " * 40)
-    (text / "broken.txt").write_bytes(b"\xff\xfe\x00 no text")
+    (text / "broken.txt").write_bytes(b"\xff\xfe no text")
     (text / "gone.txt").symlink_to("nowhere")
     words = ["corpus=text", f"corpus.paths=[{text}]", "tokenizer.vocab_size=300", "held_out_fraction=0.1", "output=out"]
     result = longhaul("prepare", *words, folder=tmp_path)
@@ -164,3 +255,5 @@ def test_an_unreadable_file_is_counted_and_set_aside(tmp_path: Path) -> None:
     rejected = (tmp_path / "out" / "rejected.jsonl").read_text()
     assert "broken.txt" in rejected
     assert "gone.txt" in rejected
+    funnel = {row["step"]: row["documents"] for row in json.loads((tmp_path / "out/manifest.json").read_text())["funnel"]}
+    assert {name: count for name, count in funnel.items() if count == 1}.keys() >= {"undecodable", "unreadable"}, funnel
