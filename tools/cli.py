@@ -50,7 +50,7 @@ VERBS: dict[str, Verb] = {
         function="train.launch:plan_only",
         root="pretrain",
         schema="train.config.pretrain:PretrainConfig",
-        examples=("longhaul plan model=llama_8b budget.tokens=15e12 launch.processes=64 parallel=zero3",),
+        examples=("longhaul plan model=llama_8b budget.tokens=15e12 batch.sequences=512 launch.processes=64 parallel=zero3",),
     ),
     "generate": Verb(
         summary="continue a prompt with a trained model",
