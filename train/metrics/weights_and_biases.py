@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -101,7 +102,15 @@ class WandbWriter:
         if self._thread.is_alive():
             self._turn_off(f"did not end within {self._config.finish_timeout_seconds:g} s")
             _kill_service()
+            self._ask_to_end()
             self._thread.join(_TEARDOWN_SECONDS)
+
+    def _ask_to_end(self) -> None:
+        """Empty the queue, which nobody fills any more, so that the thread finds its end and not one value more."""
+        with suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+        self._queue.put_nowait(None)
 
     def _work(self) -> None:
         # The broad excepts in this thread are its purpose: whatever a service and its client come up with, from a

@@ -179,22 +179,27 @@ def test_failures_in_a_row_turn_it_off_and_single_ones_do_not(client: Client, tm
     ]
 
 
-def test_a_service_that_hangs_neither_slows_nor_holds(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    release = threading.Event()
+@pytest.mark.parametrize("full", [True, False], ids=["queue full", "a place free"])
+def test_a_service_that_hangs_neither_slows_nor_holds(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    release, hangs = threading.Event(), threading.Event()
     killed: list[bool] = []
-    client.on_log = lambda: (release.wait(10), None)[1]
+    client.on_log = lambda: (hangs.set(), release.wait(10), None)[2]
     monkeypatch.setattr(weights_and_biases, "_kill_service", lambda: (killed.append(True), release.set()))
     monkeypatch.setattr(weights_and_biases, "QUEUE_RECORDS", 50)
     said: list[str] = []
     run = writer(tmp_path, said, finish_timeout_seconds=0.3)
     began = time.monotonic()
-    for _ in range(1000):
+    run.write(RECORD)
+    assert hangs.wait(5)
+    for _ in range(1000 if full else 49):
         run.write(RECORD)
     assert time.monotonic() - began < 0.5
     run.close("finished")
     assert time.monotonic() - began < 3.0
     assert killed == [True]
-    assert sum("does not keep up" in line for line in said) == 1
+    assert sum("does not keep up" in line for line in said) == full
     assert sum("did not end within 0.3 s" in line for line in said) == 1
 
 
