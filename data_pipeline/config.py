@@ -44,17 +44,17 @@ class CorpusConfig:
     """Field or column that holds the text (jsonl, parquet, hf)."""
     document_separator: str | None = None
     """Text that parts a file into documents (text reader); a spelled-out `\\n` is a line end, so `\\n\\n` is a blank line.
-    None: one file is one document."""
+    null: one file is one document."""
     encoding: str = "utf-8"
     """Encoding of text files; a byte-order mark of UTF-8 is removed. JSONL is UTF-8 by its definition."""
     undecodable: Literal["reject", "replace"] = "reject"
     """What happens to a file that breaks its encoding: set it aside, or put U+FFFD where bytes make no sense."""
     hf_config: str | None = None
-    """Configuration of the hf data set; None: its default."""
+    """Configuration of the hf data set; null: its default."""
     hf_split: str = "train"
     """Split of the hf data set to read; Longhaul holds out its own validation documents."""
     hf_revision: str | None = None
-    """Commit or tag of the hf data set; None: the newest."""
+    """Commit or tag of the hf data set; null: the newest."""
     hf_streaming: bool = True
     """Read the hf data set as a stream, without a full local copy first."""
 
@@ -93,17 +93,17 @@ class TokenizerConfig:
     """Which tokenizer: an existing one, or a byte-level BPE trained on the corpus."""
 
     path: str | None = None
-    """Folder of a Hugging Face tokenizer to use as it is; None: train one, with the settings below."""
+    """Folder of a Hugging Face tokenizer to use as it is; null: train one, with the settings below."""
     vocab_size: int = 8192
     """Entries of the vocabulary to train, special tokens included."""
     end_of_document: str | None = None
-    """Token appended to every document; None: `<|endoftext|>` when training, the tokenizer's own `eos_token` with `path`."""
+    """Token appended to every document; null: `<|endoftext|>` when training, the tokenizer's own `eos_token` with `path`."""
     extra_special_tokens: tuple[str, ...] = ()
     """Further special tokens to reserve when training, such as the marks of a chat template."""
     min_frequency: int = 2
     """Occurrences that a pair needs to be merged, when training."""
     training_bytes: int | None = 32 * 2**20
-    """Bytes of text to train on, drawn evenly over the documents; None: all of it."""
+    """Bytes of text to train on, drawn evenly over the documents; null: all of it."""
     pretokenizer: Literal["gpt2", "llama3"] = "llama3"
     """Rule that cuts text into words before merging. llama3: digits in groups of three, apostrophes in any case; gpt2: digits
     in runs of any length."""
@@ -158,7 +158,7 @@ class PrepareConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The tokenizer."""
     output: str | None = None
-    """Folder of the prepared corpus; None: data/<corpus.name>."""
+    """Folder of the prepared corpus; null: data/<corpus.name>."""
     deduplicate: bool = True
     """Drop documents whose text is equal to an earlier one."""
     held_out_fraction: float = 0.01
@@ -168,7 +168,7 @@ class PrepareConfig:
     min_document_bytes: int = 1
     """UTF-8 bytes below which a document is set aside."""
     workers: int | None = None
-    """Processes that read and encode; None: one for every core this process may use. The result does not depend on it."""
+    """Processes that read and encode; null: one for every core this process may use. The result does not depend on it."""
     seed: int = 0
     """Seed of the choice of held-out documents and of the text to train the tokenizer on."""
     dry_run: bool = False
@@ -203,7 +203,7 @@ class SourceConfig:
     weight: float = 1.0
     """Share of the samples drawn from it, relative to the other sources' weights."""
     name: str | None = None
-    """Name in metrics and in the key of the sample order; None: the folder's last part."""
+    """Name in metrics and in the key of the sample order; null: the folder's last part."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -233,7 +233,7 @@ class DataConfig:
     """Keep documents apart within a sample: positions restart, attention stays inside, the first token of a document is no
     target. False: one run of text, as in GPT-3."""
     max_epochs: float | None = None
-    """Times that a source's text may be repeated in the planned run before it is an error; None: no limit."""
+    """Times that a source's text may be repeated in the planned run before it is an error; null: no limit."""
     verify: Literal["full", "sizes"] = "full"
     """What is checked before a run. full: the hash of every shard (about 1 GB a second); sizes: only the files' sizes."""
 
