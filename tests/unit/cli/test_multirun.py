@@ -96,8 +96,9 @@ print(json.dumps(seen), flush=True)
 sys.exit(85)
 """
 SWEEP = """
-import sys
+import signal, sys
 from tools import multirun
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored here, as in a shell's background job
 real = multirun.subprocess.Popen
 multirun.subprocess.Popen = lambda command, **settings: real([sys.executable, "-c", sys.argv[1]], **settings)
 sys.exit(multirun.run_all("plan", ["a=1,2,3"], None))

@@ -36,7 +36,8 @@ def outcome(state, reason="said so"):
 SUPERVISOR = """
 import signal, sys
 from pathlib import Path
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it may be ignored here, as under nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # both may be ignored here, as under nohup
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from train.supervisor import supervise
 run = Path(sys.argv[1])
 sys.exit(supervise([sys.executable, "-S", str(run / "rank.py")], processes=int(sys.argv[2]), run_dir=run,
