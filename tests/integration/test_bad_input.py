@@ -128,6 +128,7 @@ def test_a_token_id_beyond_the_vocabulary(copied: Path, tmp_path: Path) -> None:
     shard.write_bytes(b"\xff\x7f" * (shard.stat().st_size // 2))  # ids of 32,767; the size is that of the manifest
     result = pretrain(copied, tmp_path, "data.verify=sizes")
     refused(result, "train-00000.bin, token", "of train: token id 32767 is beyond model.vocab_size=300", "data.verify=full")
+    assert "run refused" in result.stdout + result.stderr and "run crashed" not in result.stdout + result.stderr
     assert not list((tmp_path / "runs/bad/checkpoints").iterdir())
 
 

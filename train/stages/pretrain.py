@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from conf.compose import to_plain
+from conf.errors import UserError
 from data_pipeline.facts import inspect_sources
 from data_pipeline.loader import Loader
 from train.checkpoint.manifest import write_durably
@@ -122,5 +123,8 @@ def pretrain(config: PretrainConfig, context: ParallelContext, run_dir: Path, *,
         ending = trainer.run()
         outcome, reason = ending.state, ending.reason
         return ending, trainer.state.step
+    except UserError as error:
+        outcome, reason = "refused", str(error)
+        raise
     finally:
         metrics.close(outcome, reason)
