@@ -104,7 +104,7 @@ def make_plan(config: PretrainConfig, world_size: int) -> RunPlan:
             data_parallel=data_parallel,
             zero=config.parallel.zero,
             bytes_per_value=2 if config.precision == "bf16" else 4,
-            recompute=config.parallel.recompute,
+            recompute=config.kernels.recompute,
         ),
     )
 

@@ -12,6 +12,7 @@ from tests.distributed.test_zero_parity import reference
 from train.config.model import ModelConfig
 from train.config.training import OptimConfig, ParallelConfig
 from train.engine.engine import deepspeed_config
+from train.model.blueprint import Blueprint
 from train.model.transformer import Layer, Reading, build_layers
 from train.optim import parameter_groups
 from train.parallel import ParallelContext
@@ -39,7 +40,7 @@ def train(context: ParallelContext, model: ModelConfig) -> list[tuple[float, flo
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", dist_init_required=False)
-    layers = build_layers(model, Reading(sequence_length=uneven.SEQUENCE, document_mask=True), seed=7)
+    layers = build_layers(Blueprint(model=model), Reading(sequence_length=uneven.SEQUENCE, document_mask=True), seed=7)
     specs = [
         TiedLayerSpec(layer.tied_key, Stage, layer, tied_weight_attr="weight") if layer.tied_key else LayerSpec(Stage, layer)
         for layer in layers

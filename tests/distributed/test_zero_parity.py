@@ -8,6 +8,7 @@ import torch
 from tests.dist import run_ranks
 from tests.distributed import uneven
 from train.config.model import ModelConfig
+from train.model.blueprint import Blueprint
 from train.model.logical import logical_parameters
 from train.model.transformer import Decoder, Reading, build_layers
 from train.parallel import ParallelContext
@@ -18,7 +19,7 @@ STEPS = uneven.STEPS
 def reference(model: ModelConfig) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     """The same training with torch alone: (loss, grad norm) of each step, and the final state by logical name."""
     reading = Reading(sequence_length=uneven.SEQUENCE, document_mask=True)
-    module = Decoder(build_layers(model, reading, seed=7))
+    module = Decoder(build_layers(Blueprint(model=model), reading, seed=7))
     named = logical_parameters(module)
     norms = [p for n, p in named.items() if n.endswith("bias") or "norm" in n]
     matrices = [p for n, p in named.items() if not (n.endswith("bias") or "norm" in n)]

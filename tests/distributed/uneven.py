@@ -10,6 +10,7 @@ from torch import Tensor
 from train.config.model import ModelConfig
 from train.config.training import OptimConfig, ParallelConfig
 from train.engine import Engine
+from train.model.blueprint import Blueprint
 from train.model.transformer import Reading, build_layers
 from train.parallel import ParallelContext
 
@@ -83,7 +84,7 @@ def make_engine(context: ParallelContext, *, zero: int, precision: str, model: M
     """A fresh engine for `model`; clipping is tight enough to be active."""
     reading = Reading(sequence_length=SEQUENCE, document_mask=True)
     return Engine(
-        build_layers(model, reading, seed=7),
+        build_layers(Blueprint(model=model), reading, seed=7),
         optim=OptimConfig(lr=LR, epsilon=EPSILON, grad_clip=0.5, weight_decay=0.1),
         parallel=ParallelConfig(zero=zero, bucket_elements=5000),
         precision=precision,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig, RopeConfig
 from train.convert.keymap import KeyMap
 from train.inference.load import assemble_decoder
@@ -129,16 +130,17 @@ class Pair:
     theirs: PreTrainedModel
     keymap: KeyMap
 
-    def ours(self, sequence_length: int, *, document_mask: bool = False, recompute: bool = False) -> Decoder:
+    def ours(self, sequence_length: int, *, document_mask: bool = False, recompute: str = "none") -> Decoder:
         """Our decoder, reading sequences of `sequence_length`; in evaluation mode, every parameter with a gradient."""
         weights = {name: tensor.detach() for name, tensor in self.named_weights().items()}
-        reading = Reading(sequence_length=sequence_length, document_mask=document_mask, recompute=recompute)
+        reading = Reading(sequence_length=sequence_length, document_mask=document_mask)
         decoder = assemble_decoder(
             self.model,
             lambda name: self.keymap.to_logical(name, weights.__getitem__),
             dtype=torch.float32,
             device=torch.device("cpu"),
             reading=reading,
+            kernels=KernelsConfig(recompute=recompute),
         )
         return decoder.requires_grad_()
 

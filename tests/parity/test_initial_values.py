@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.parity.pairs import CASES
+from train.model.blueprint import Blueprint
 from train.model.cost import parameter_shapes
 from train.model.init import initial_value
 from train.model.logical import LogicalTensor, logical_parameters
@@ -29,7 +30,7 @@ def _expected_std(name: str) -> float:
 
 @pytest.mark.parametrize("case", ["gpt2", "gpt2-untied", "llama-gqa", "llama-mha-biases"])
 def test_spread_of_every_tensor(case):
-    decoder = Decoder(build_layers(_model(case), READING, seed=1))
+    decoder = Decoder(build_layers(Blueprint(model=_model(case)), READING, seed=1))
     for name, parameter in logical_parameters(decoder).items():
         values = parameter.detach().double()
         if name.endswith("bias"):
@@ -46,7 +47,7 @@ def test_spread_of_every_tensor(case):
 @pytest.mark.parametrize("case", ["gpt2", "llama-gqa"])
 def test_seed_and_name_decide_alone(case):
     model = _model(case)
-    build = lambda seed: logical_parameters(Decoder(build_layers(model, READING, seed=seed)))  # noqa: E731
+    build = lambda seed: logical_parameters(Decoder(build_layers(Blueprint(model=model), READING, seed=seed)))  # noqa: E731
     torch.manual_seed(0)
     first = build(5)
     torch.manual_seed(1)  # the global generator has no say

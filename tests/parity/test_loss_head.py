@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.parity.pairs import CASES, VOCAB_SIZE, gradients_of, make_pair, whole_sequence_inputs
+from train.model.blueprint import Blueprint
 from train.model.heads import IGNORE, LossHead
 from train.model.transformer import initialise
 
@@ -16,7 +17,7 @@ TOLERANCE = 1e-5
 
 def _head_and_inputs(z_loss: float):
     model = replace(CASES["llama-gqa"], z_loss=z_loss, init_std=0.1)
-    head = initialise(LossHead(model), model, seed=3)
+    head = initialise(LossHead(Blueprint(model=model)), model, seed=3)
     generator = torch.Generator().manual_seed(5)
     hidden_TH = torch.randn(40, model.hidden_size, generator=generator)
     labels_T = torch.randint(VOCAB_SIZE, (40,), generator=generator)

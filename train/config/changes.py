@@ -32,6 +32,7 @@ KINDS: dict[str, Kind] = {
     "optim": "adjustable",
     "schedule": "adjustable",
     "parallel": "layout",
+    "kernels": "layout",
     "precision": "adjustable",
     "checkpoint": "free",
     "evaluate": "free",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from conf.errors import ConfigError
 from data_pipeline.config import DataConfig
+from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
 from train.config.monitor import MonitorConfig
 from train.config.training import (
@@ -40,6 +41,8 @@ class PretrainConfig:
     """Learning rate over the run."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How the state lies on the ranks."""
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    """How the arithmetic is carried out."""
     precision: Precision = "bf16"
     """bf16: weights and activations in bf16, master weights and moments in fp32; fp32: all in fp32."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -131,8 +131,6 @@ class ParallelConfig:
     """What ZeRO shards over the data-parallel ranks: 1 optimizer state, 2 and gradients, 3 and weights."""
     bucket_elements: int = 50_000_000
     """Elements that ZeRO reduces or gathers in one collective."""
-    recompute: Literal["none", "full"] = "none"
-    """Activations kept for the backward pass: all of them, or one per block and the rest computed again."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
+from train.model.blueprint import Blueprint
 from train.model.logical import logical_of, tag
 from train.model.transformer import Decoder, Reading, build_layers
 
@@ -57,10 +59,18 @@ def load_decoder(reader: WeightReader, dtype: torch.dtype, *, device: torch.devi
 
 
 def assemble_decoder(
-    model: ModelConfig, read: Callable[[str], Tensor], *, dtype: torch.dtype, device: torch.device, reading: Reading
+    model: ModelConfig,
+    read: Callable[[str], Tensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    reading: Reading,
+    kernels: KernelsConfig | None = None,
 ) -> Decoder:
     """A decoder whose weights come from `read(logical name)`; holds one fp32 tensor beside the model at a time."""
-    layers = build_layers(model, reading, seed=None)  # outside: the rotary frequencies are real
+    layers = build_layers(
+        Blueprint(model=model, kernels=kernels or KernelsConfig(), device=device), reading, seed=None
+    )  # outside: the rotary frequencies are real
     with torch.device("meta"):  # neither memory nor time for values that are replaced at once
         decoder = Decoder(layers)
     loaded: dict[str, nn.Parameter] = {}

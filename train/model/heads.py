@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.config.model import ModelConfig
+from train.model.blueprint import Blueprint
 from train.model.tensor_parallel import vocab_embedding, vocab_linear
 
 IGNORE = -100  # label of a position without a target; torch's and the loader's
@@ -18,12 +18,13 @@ IGNORE = -100  # label of a position without a target; torch's and the loader's
 class LossHead(nn.Module):
     """Output matrix, own or tied to the embedding, and the loss."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, blueprint: Blueprint) -> None:
         super().__init__()
+        model = blueprint.model
         self.vocab_size = model.vocab_size
         self.z_loss = model.z_loss
         # A tied head has a weight of the embedding's logical name; the caller puts the embedding's own in its place.
-        self.output = vocab_embedding("embedding.tokens", model) if model.tied_head else vocab_linear("head", model)
+        self.output = vocab_embedding("embedding.tokens", blueprint) if model.tied_head else vocab_linear("head", blueprint)
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """[T, V] in the model's dtype; the columns beyond the real vocabulary hold -inf."""

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.config.model import ModelConfig, RopeConfig
+from train.config.model import RopeConfig
+from train.model.blueprint import Blueprint
 from train.model.logical import LogicalTensor, tag
 from train.model.tensor_parallel import expand_linear, reduce_linear
 
@@ -19,8 +20,9 @@ from train.model.tensor_parallel import expand_linear, reduce_linear
 class Norm(nn.Module):
     """LayerNorm with bias, or RMSNorm; the statistics are taken in fp32."""
 
-    def __init__(self, name: str, model: ModelConfig) -> None:
+    def __init__(self, name: str, blueprint: Blueprint) -> None:
         super().__init__()
+        model = blueprint.model
         self.epsilon = model.norm_epsilon
         self.weight = nn.Parameter(torch.empty(model.hidden_size))
         tag(self.weight, LogicalTensor(name=f"{name}.weight", shape=(model.hidden_size,)))
@@ -69,10 +71,10 @@ def rotate(states_TND: Tensor, cosine_T1D: Tensor, sine_T1D: Tensor) -> Tensor:
 class GeluMLP(nn.Module):
     """down(gelu(up(x))), tanh form as GPT-2."""
 
-    def __init__(self, name: str, model: ModelConfig) -> None:
+    def __init__(self, name: str, blueprint: Blueprint) -> None:
         super().__init__()
-        self.up = expand_linear(f"{name}.up", (model.ffn_size,), model)
-        self.down = reduce_linear(f"{name}.down", model.ffn_size, model)
+        self.up = expand_linear(f"{name}.up", (blueprint.model.ffn_size,), blueprint)
+        self.down = reduce_linear(f"{name}.down", blueprint.model.ffn_size, blueprint)
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
@@ -82,10 +84,10 @@ class GeluMLP(nn.Module):
 class SwiGluMLP(nn.Module):
     """down(silu(gate(x)) * up(x)); gate and up are one matrix."""
 
-    def __init__(self, name: str, model: ModelConfig) -> None:
+    def __init__(self, name: str, blueprint: Blueprint) -> None:
         super().__init__()
-        self.gate_up = expand_linear(f"{name}.gate_up", (2, model.ffn_size), model)
-        self.down = reduce_linear(f"{name}.down", model.ffn_size, model)
+        self.gate_up = expand_linear(f"{name}.gate_up", (2, blueprint.model.ffn_size), blueprint)
+        self.down = reduce_linear(f"{name}.down", blueprint.model.ffn_size, blueprint)
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""

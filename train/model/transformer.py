@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from train.config.model import ModelConfig
 from train.model.attention import Mask, attend, causal_mask
+from train.model.blueprint import Blueprint
 from train.model.heads import LossHead
 from train.model.init import initial_value
 from train.model.layers import MLPS, Norm, rotary_frequencies, rotary_tables, rotate
@@ -32,11 +33,10 @@ State: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How a micro-batch is to be read: sequences of one length, documents kept apart or not, recompute or not."""
+    """How a micro-batch is to be read: sequences of one length, documents kept apart or not."""
 
     sequence_length: int
     document_mask: bool
-    recompute: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +82,11 @@ class Deriver:
 class Embedding(nn.Module):
     """Token embedding, and the learned positions of models that have them."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, blueprint: Blueprint) -> None:
         super().__init__()
+        model = blueprint.model
         self.dropout = model.dropout
-        self.tokens = vocab_embedding("embedding.tokens", model)
+        self.tokens = vocab_embedding("embedding.tokens", blueprint)
         self.positions = None
         if model.positions == "learned":
             self.positions = nn.Embedding(model.max_positions, model.hidden_size)
@@ -108,13 +109,14 @@ class Embedding(nn.Module):
 class Attention(nn.Module):
     """Self-attention with fused query-key-value rows, grouped by key-value head: [K, N/K queries, key, value, D]."""
 
-    def __init__(self, name: str, model: ModelConfig) -> None:
+    def __init__(self, name: str, blueprint: Blueprint) -> None:
         super().__init__()
+        model = blueprint.model
         self.kv_heads, self.head_dim = model.kv_heads, model.head_dim
         self.queries_per_kv = model.num_heads // model.kv_heads
         self.dropout = model.dropout
-        self.qkv = expand_linear(f"{name}.qkv", (model.kv_heads, self.queries_per_kv + 2, model.head_dim), model)
-        self.output = reduce_linear(f"{name}.output", model.num_heads * model.head_dim, model)
+        self.qkv = expand_linear(f"{name}.qkv", (model.kv_heads, self.queries_per_kv + 2, model.head_dim), blueprint)
+        self.output = reduce_linear(f"{name}.output", model.num_heads * model.head_dim, blueprint)
 
     def project(self, hidden_TH: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, N, D], keys and values [T, K, D], turned by their positions."""
@@ -137,15 +139,16 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm decoder block: attention, then MLP, each added to the residual stream."""
 
-    def __init__(self, number: int, model: ModelConfig, deriver: Deriver) -> None:
+    def __init__(self, number: int, blueprint: Blueprint, deriver: Deriver) -> None:
         super().__init__()
-        name = f"blocks.{number}"
+        name, model = f"blocks.{number}", blueprint.model
         self.dropout = model.dropout
+        self.recompute = blueprint.kernels.recompute
         self.deriver = deriver
-        self.attention_norm = Norm(f"{name}.attention_norm", model)
-        self.attention = Attention(f"{name}.attention", model)
-        self.mlp_norm = Norm(f"{name}.mlp_norm", model)
-        self.mlp = MLPS[model.mlp](f"{name}.mlp", model)
+        self.attention_norm = Norm(f"{name}.attention_norm", blueprint)
+        self.attention = Attention(f"{name}.attention", blueprint)
+        self.mlp_norm = Norm(f"{name}.mlp_norm", blueprint)
+        self.mlp = MLPS[model.mlp](f"{name}.mlp", blueprint)
 
     def body(self, hidden_TH: Tensor, derived: Derived) -> Tensor:
         """The block's arithmetic in training: [T, H] -> [T, H]."""
@@ -160,7 +163,7 @@ class Block(nn.Module):
         """Advance the hidden states of the tuple by one block."""
         hidden_TH, labels_T, positions_T, bounds = state
         derived = self.deriver.derive(positions_T, bounds, hidden_TH.dtype)
-        if self.deriver.reading.recompute and torch.is_grad_enabled():
+        if self.recompute == "full" and torch.is_grad_enabled():
             hidden_TH = checkpoint(self.body, hidden_TH, derived, use_reentrant=False)
         else:
             hidden_TH = self.body(hidden_TH, derived)
@@ -189,11 +192,12 @@ class Layer:
     tied_weight: str | None = None
 
 
-def build_layers(model: ModelConfig, reading: Reading, *, seed: int | None) -> list[Layer]:
+def build_layers(blueprint: Blueprint, reading: Reading, *, seed: int | None) -> list[Layer]:
     """THE model: its layers in order, each built and initialised when asked, so that a stage builds only its own.
 
     `seed` None leaves the values unset, for a caller that puts others in their place.
     """
+    model = blueprint.model
     deriver = Deriver(model, reading)
 
     def made(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -201,12 +205,14 @@ def build_layers(model: ModelConfig, reading: Reading, *, seed: int | None) -> l
 
     tied = "embedding" if model.tied_head else None
     layers = [
-        Layer(name="embedding", build=made(lambda: Embedding(model)), tied_key=tied, tied_weight=tied and "tokens.weight")
+        Layer(name="embedding", build=made(lambda: Embedding(blueprint)), tied_key=tied, tied_weight=tied and "tokens.weight")
     ]
     for number in range(model.num_layers):
-        layers.append(Layer(name=f"blocks.{number}", build=made(lambda number=number: Block(number, model, deriver))))
-    layers.append(Layer(name="final_norm", build=made(lambda: FinalNorm("final_norm", model))))
-    layers.append(Layer(name="head", build=made(lambda: LossHead(model)), tied_key=tied, tied_weight=tied and "output.weight"))
+        layers.append(Layer(name=f"blocks.{number}", build=made(lambda number=number: Block(number, blueprint, deriver))))
+    layers.append(Layer(name="final_norm", build=made(lambda: FinalNorm("final_norm", blueprint))))
+    layers.append(
+        Layer(name="head", build=made(lambda: LossHead(blueprint)), tied_key=tied, tied_weight=tied and "output.weight")
+    )
     return layers
 
 

@@ -18,6 +18,7 @@ from train.engine import Engine
 from train.health.stop import StopSignal
 from train.loop import Ending, Trainer, TrainState
 from train.metrics import Metrics, NullMetrics, RunIdentity, Throughput
+from train.model.blueprint import Blueprint
 from train.model.transformer import Reading, build_layers
 from train.parallel import ParallelContext
 from train.plan import RunPlan, make_plan
@@ -27,13 +28,10 @@ def build(config: PretrainConfig, context: ParallelContext, run_dir: Path, metri
     """Assemble a run at its newest checkpoint, or at its beginning."""
     plan = make_plan(config, context.world_size)
     corpus = inspect_sources(config.data)
-    reading = Reading(
-        sequence_length=config.data.sequence_length,
-        document_mask=config.data.document_mask,
-        recompute=config.parallel.recompute == "full",
-    )
+    reading = Reading(sequence_length=config.data.sequence_length, document_mask=config.data.document_mask)
+    blueprint = Blueprint(model=config.model, kernels=config.kernels, device=context.device)
     engine = Engine(
-        build_layers(config.model, reading, seed=config.run.seed),
+        build_layers(blueprint, reading, seed=config.run.seed),
         optim=config.optim,
         parallel=config.parallel,
         precision=config.precision,

@@ -1,0 +1,20 @@
+"""What layers are built from: the model's shape, the kernels that compute it, the ranks that share it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from train.config.kernels import KernelsConfig
+from train.config.model import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """Handed to every layer; a layer reads its sizes from `model`, and never asks for a mode."""
+
+    model: ModelConfig
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    device: torch.device = torch.device("cpu")
+    """What the layers will compute on, wherever they are built."""
