@@ -1,14 +1,34 @@
-"""ParallelContext: which rank this is, on which device, and the seeds that follow from it."""
+"""ParallelContext: which rank this is, on which device, and with which ranks it shares a model or splits the data.
+
+Tensor-parallel ranks are neighbours (0..t-1 hold one model), data-parallel ranks are t apart: megatron-core's order.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRanks:
+    """The ranks that hold one model together; `rank` is this one's place among the `size` of them.
+
+    `sequence_parallel`: between the split layers each rank holds its own rows of the hidden states, not all of them.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+    sequence_parallel: bool = False
+
+
+ALONE = TensorRanks()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,16 +39,19 @@ class ParallelContext:
     world_size: int
     local_rank: int
     device: torch.device
+    tensor: TensorRanks = ALONE
+    data_group: Any = field(default=None, repr=False)
+    """Process group of the ranks that hold the same slice of the model; None: all ranks."""
 
     @property
     def data_rank(self) -> int:
         """Position among the data-parallel ranks."""
-        return self.rank
+        return self.rank // self.tensor.size
 
     @property
     def data_parallel(self) -> int:
         """Number of data-parallel ranks."""
-        return self.world_size
+        return self.world_size // self.tensor.size
 
     @property
     def is_first(self) -> bool:
@@ -37,8 +60,8 @@ class ParallelContext:
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         """Sum `values` over the data-parallel ranks, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
+        if self.data_parallel > 1:
+            dist.all_reduce(values, group=self.data_group)
         return values
 
     def any_rank(self, flag: bool) -> bool:
@@ -70,13 +93,55 @@ class ParallelContext:
         if self.world_size > 1:
             dist.barrier()
 
+    @property
+    def mpu(self) -> DeepSpeedView | None:
+        """The groups in the words of DeepSpeed; None when all ranks are data-parallel, which is what it assumes."""
+        return DeepSpeedView(self) if self.tensor.size > 1 else None
+
+
+class DeepSpeedView:
+    """A `ParallelContext` under the names by which DeepSpeed asks its `mpu`; megatron-core dropped some of them."""
+
+    def __init__(self, context: ParallelContext) -> None:
+        self._context = context
+
+    def get_data_parallel_group(self) -> Any:
+        """Ranks that ZeRO shards over."""
+        return self._context.data_group
+
+    def get_data_parallel_world_size(self) -> int:
+        """Number of those ranks."""
+        return self._context.data_parallel
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank's place among them."""
+        return self._context.data_rank
+
+    def get_model_parallel_group(self) -> Any:
+        """Ranks that hold one model together."""
+        return self._context.tensor.group
+
+    def get_model_parallel_world_size(self) -> int:
+        """Number of those ranks."""
+        return self._context.tensor.size
+
+    def get_model_parallel_rank(self) -> int:
+        """This rank's place among them."""
+        return self._context.tensor.rank
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+
 
 def single_process(device: str = "cpu") -> ParallelContext:
     """The context of a process on its own: no group, no environment."""
     return ParallelContext(rank=0, world_size=1, local_rank=0, device=torch.device(device))
 
 
-def start_rank(device: str, timeout_seconds: float) -> ParallelContext:
+def start_rank(
+    device: str, timeout_seconds: float, *, tensor_parallel: int = 1, sequence_parallel: bool = False
+) -> ParallelContext:
     """Join the group that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
     A rank started by srun has SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID in their place.
@@ -88,6 +153,9 @@ def start_rank(device: str, timeout_seconds: float) -> ParallelContext:
     world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     place = torch.device("cpu")
+    if tensor_parallel > 1:
+        # One hardware queue: kernels start in the order of the calls, so that a reduction overlaps the product after it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if device == "cuda":
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
@@ -99,4 +167,33 @@ def start_rank(device: str, timeout_seconds: float) -> ParallelContext:
         world_size=world_size,
         timeout=timedelta(seconds=timeout_seconds),
     )
-    return ParallelContext(rank=rank, world_size=world_size, local_rank=local_rank, device=place)
+    return split_ranks(
+        ParallelContext(rank=rank, world_size=world_size, local_rank=local_rank, device=place),
+        tensor_parallel=tensor_parallel,
+        sequence_parallel=sequence_parallel,
+    )
+
+
+def split_ranks(context: ParallelContext, *, tensor_parallel: int, sequence_parallel: bool = False) -> ParallelContext:
+    """`context` with its ranks divided into tensor-parallel and data-parallel groups; all ranks together."""
+    if tensor_parallel == 1:
+        return context
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    if context.device.type == "cpu":
+        # megatron-core makes its buffers on "the current CUDA device", also where there is none.
+        torch.cuda.current_device = lambda: context.device
+    return ParallelContext(
+        rank=context.rank,
+        world_size=context.world_size,
+        local_rank=context.local_rank,
+        device=context.device,
+        tensor=TensorRanks(
+            rank=parallel_state.get_tensor_model_parallel_rank(),
+            size=tensor_parallel,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            sequence_parallel=sequence_parallel,
+        ),
+        data_group=parallel_state.get_data_parallel_group(),
+    )

@@ -71,7 +71,10 @@ def make_plan(config: PretrainConfig, world_size: int) -> RunPlan:
 
     Raises ConfigError when a batch cannot be divided among the ranks, or the schedule's parts do not fit into the budget.
     """
-    data_parallel = world_size
+    tensor = config.parallel.tensor
+    if world_size % tensor:
+        raise ConfigError([f"parallel.tensor={tensor}: must divide the {world_size} processes; change it or launch.processes"])
+    data_parallel = world_size // tensor
     batch = config.batch
     ramp = BatchRamp(
         full=batch.sequences,
@@ -102,9 +105,10 @@ def make_plan(config: PretrainConfig, world_size: int) -> RunPlan:
             config.model,
             micro_tokens=batch.micro_batch * sequence_length,
             data_parallel=data_parallel,
+            tensor_parallel=tensor,
             zero=config.parallel.zero,
             bytes_per_value=2 if config.precision == "bf16" else 4,
-            recompute=config.kernels.recompute,
+            kernels=config.kernels,
         ),
     )
 
@@ -180,7 +184,8 @@ def describe(plan: RunPlan, config: PretrainConfig, *, train_tokens: int | None 
     passes = plan.micro_batches_at(plan.total_samples)
     memory, gib = plan.memory, cost.GIB
     lines = [
-        f"ranks            {plan.world_size} ({plan.data_parallel} data-parallel), ZeRO {config.parallel.zero}, "
+        f"ranks            {plan.world_size} ({plan.data_parallel} data-parallel x {config.parallel.tensor} tensor-parallel"
+        f"{' with rows split' if config.parallel.sequence_parallel else ''}), ZeRO {config.parallel.zero}, "
         f"{config.precision}",
         f"model            {plan.parameters:,} parameters",
         f"step             {plan.ramp.full} sequences x {plan.sequence_length} = {plan.tokens_per_step:,} tokens; "

@@ -61,7 +61,12 @@ def run(config: PretrainConfig, run_dir: Path, attempt: int) -> tuple[State, str
     from train.parallel import start_rank
     from train.stages.pretrain import pretrain
 
-    context = start_rank(config.launch.device, config.launch.collective_timeout_seconds)
+    context = start_rank(
+        config.launch.device,
+        config.launch.collective_timeout_seconds,
+        tensor_parallel=config.parallel.tensor,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
     record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     ending, step = pretrain(config, context, run_dir, attempt=attempt, run=record)
     if context.is_first and ending.state == "finished":

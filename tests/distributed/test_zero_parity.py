@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from train.parallel import ParallelContext
 STEPS = uneven.STEPS
 
 
+@cache
 def reference(model: ModelConfig) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     """The same training with torch alone: (loss, grad norm) of each step, and the final state by logical name."""
     reading = Reading(sequence_length=uneven.SEQUENCE, document_mask=True)

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
 from train.config.training import OptimConfig, ParallelConfig
 from train.engine import Engine
 from train.model.blueprint import Blueprint
+from train.model.cost import parameter_shapes
+from train.model.logical import LogicalTensor
 from train.model.transformer import Reading, build_layers
 from train.parallel import ParallelContext
 
@@ -18,6 +21,7 @@ SEQUENCE, SEQUENCES, MICRO = 16, 8, 2
 # The gradient of a key bias is zero in theory: without a floor Adam would blow its rounding noise up to full steps.
 LR, EPSILON = 3e-3, 1e-5
 STEPS = 20
+PLAIN = KernelsConfig()
 
 TINY = ModelConfig(
     family="llama", num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=48, max_positions=SEQUENCE,
@@ -80,30 +84,48 @@ def batches_of_step(step: int, context: ParallelContext) -> list[Batch]:
     return [micro_batch(chunks[index * context.data_parallel + context.data_rank]) for index in range(passes)]
 
 
-def make_engine(context: ParallelContext, *, zero: int, precision: str, model: ModelConfig = TINY) -> Engine:
+def make_engine(
+    context: ParallelContext,
+    *,
+    zero: int,
+    precision: str,
+    model: ModelConfig = TINY,
+    kernels: KernelsConfig = PLAIN,
+    dropout_seed: int = 3,
+) -> Engine:
     """A fresh engine for `model`; clipping is tight enough to be active."""
+    blueprint = Blueprint(model=model, kernels=kernels, tensor=context.tensor)
     reading = Reading(sequence_length=SEQUENCE, document_mask=True)
     return Engine(
-        build_layers(Blueprint(model=model), reading, seed=7),
+        build_layers(blueprint, reading, seed=7),
         optim=OptimConfig(lr=LR, epsilon=EPSILON, grad_clip=0.5, weight_decay=0.1),
         parallel=ParallelConfig(zero=zero, bucket_elements=5000),
         precision=precision,
         micro_batch=MICRO,
-        dropout_seed=3,
+        dropout_seed=dropout_seed,
         context=context,
     )
 
 
 def logical_state(engine: Engine, context: ParallelContext) -> dict[str, Tensor]:
-    """Every weight and moment, whole, by 'kind/logical name', on every rank."""
+    """Every weight and moment, whole, by 'kind/logical name', on every rank; copies on several ranks are compared."""
     pieces = [
-        (kind, piece.logical.name, piece.logical.shape, piece.start, tensor.clone())
+        (kind, piece.logical, piece.start, tensor.clone())
         for piece in engine.fragments()
         for kind, tensor in piece.tensors.items()
     ]
     whole: dict[str, Tensor] = {}
     for rank_pieces in context.gather_to_all(pieces):
-        for kind, name, shape, start, tensor in rank_pieces:
-            target = whole.setdefault(f"{kind}/{name}", torch.full(shape, float("nan")))
-            target.view(-1)[start : start + tensor.numel()] = tensor
+        for kind, logical, start, tensor in rank_pieces:
+            target = whole.setdefault(f"{kind}/{logical.name}", torch.full(logical.shape, float("nan")))
+            part = logical.cut(target).reshape(-1)  # a copy where the slice is not contiguous
+            place = part[start : start + tensor.numel()]
+            assert place.isnan().all() or torch.equal(place, tensor), f"copies of {kind}/{logical.name} differ"
+            place.copy_(tensor)
+            logical.cut(target).copy_(part.view(logical.local_shape))
     return whole
+
+
+def whole(name: str, model: ModelConfig) -> LogicalTensor:
+    """A logical tensor as one process holds it."""
+    return LogicalTensor(name=name, shape=parameter_shapes(model)[name])

@@ -59,7 +59,7 @@ ONLY = {
 # Third-party modules and their owners; everything imported from outside is in here. () is: whoever likes.
 OWNERS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("train.engine",),
-    "megatron": ("data_pipeline.corpus", "train.parallel", "train.model.tensor_parallel"),
+    "megatron": ("data_pipeline.corpus", "train.parallel", "train.model.split_layers", "train.model.tensor_parallel"),
     "flash_attn": ("train.model.attention",),
     "wandb": ("train.metrics",),
     "tensorboard": ("train.metrics",),

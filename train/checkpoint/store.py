@@ -68,7 +68,8 @@ class CheckpointStore:
         folder = folder_of(self.root, step)
         try:
             self._together(lambda: self._begin(folder), only_first=True)
-            fragments = engine.fragments()
+            # What every tensor rank holds whole is written by the first of them.
+            fragments = [piece for piece in engine.fragments() if piece.logical.parts > 1 or self.context.tensor.rank == 0]
             file = f"rank-{self.context.rank:05d}.safetensors"
             reports = self._together(lambda: (file, _write_fragments(folder / file, fragments), _index(fragments, file)))
             self._together(lambda: self._publish(folder, reports, step, tokens, state), only_first=True)
@@ -121,7 +122,11 @@ class CheckpointStore:
         manifest = Manifest(
             step=step,
             tokens=tokens,
-            layout={"world_size": self.context.world_size, "zero": self.run_config.parallel.zero},
+            layout={
+                "world_size": self.context.world_size,
+                "tensor": self.context.tensor.size,
+                "zero": self.run_config.parallel.zero,
+            },
             data_fingerprint=self.data_fingerprint,
             files=files,
             tensors=tensors,

@@ -72,5 +72,27 @@ class PretrainConfig:
             )
         if self.schedule.kind == "inverse_sqrt" and self.schedule.warmup_steps == 0:
             problems.append("schedule.warmup_steps=0: inverse_sqrt starts from the end of a warm-up; give at least 1")
+        problems += self._tensor_problems()
         if problems:
             raise ConfigError(problems)
+
+    def _tensor_problems(self) -> list[str]:
+        """What does not come out even over the tensor-parallel ranks."""
+        size, model = self.parallel.tensor, self.model
+        problems = []
+        for name, amount in (("num_kv_heads", model.kv_heads), ("ffn_size", model.ffn_size)):
+            if amount % size:
+                problems.append(f"parallel.tensor={size}: must divide model.{name}={amount}; take another tensor")
+        if model.vocab_multiple % size:
+            problems.append(
+                f"parallel.tensor={size}: must divide model.vocab_multiple={model.vocab_multiple}, so that every rank has "
+                f"as many rows of the vocabulary; take another tensor"
+            )
+        tokens = self.batch.micro_batch * self.data.sequence_length
+        evaluated = (self.evaluate.micro_batch or self.batch.micro_batch) * self.data.sequence_length
+        if self.parallel.sequence_parallel and (tokens % size or evaluated % size):
+            problems.append(
+                f"parallel.sequence_parallel=true: a micro-batch of {tokens if tokens % size else evaluated} tokens does not "
+                f"divide by parallel.tensor={size}; change data.sequence_length or the micro-batch"
+            )
+        return problems

@@ -129,6 +129,10 @@ class BudgetConfig:
 class ParallelConfig:
     zero: int = 1
     """What ZeRO shards over the data-parallel ranks: 1 optimizer state, 2 and gradients, 3 and weights."""
+    tensor: int = 1
+    """Ranks that hold one model together, each its heads, its part of the MLP, its rows of the vocabulary."""
+    sequence_parallel: bool = False
+    """Also split the hidden states between those layers by rows, which saves activation memory; needs tensor above 1."""
     bucket_elements: int = 50_000_000
     """Elements that ZeRO reduces or gathers in one collective."""
 
@@ -137,6 +141,10 @@ class ParallelConfig:
         if self.zero not in (1, 2, 3):
             way_out = "stage 0 is a different trainer without fp32 accumulation and NaN guard; use zero=1"
             problems.append(f"zero={self.zero}: must be 1, 2 or 3; {way_out if self.zero == 0 else 'use zero=1'}")
+        if self.tensor < 1:
+            problems.append(f"tensor={self.tensor}: must be at least 1")
+        if self.sequence_parallel and self.tensor == 1:
+            problems.append("sequence_parallel=true: splits rows over tensor-parallel ranks, but tensor=1; raise tensor")
         if self.bucket_elements < 1:
             problems.append(f"bucket_elements={self.bucket_elements}: must be at least 1")
         _raise_if(problems)

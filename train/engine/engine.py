@@ -96,6 +96,7 @@ class Engine:
                 model=module,
                 optimizer=optimizer,
                 config=deepspeed_config(optim, parallel, precision, micro_batch),
+                mpu=context.mpu,
                 dist_init_required=False,
             )
         fragments.create_moments(self._optimizer, self.zero)
@@ -158,8 +159,13 @@ class Engine:
         return fragments.update_count(self._optimizer, self.zero)
 
     def _seed_dropout(self, step: int, micro_batch: int) -> None:
-        """Dropout depends on the position in the run alone, so a resumed run draws what the undisturbed one drew."""
-        torch.manual_seed(keyed_seed(self.dropout_seed, "dropout", step, micro_batch, self.context.data_rank))
+        """Dropout depends on the position in the run alone, so a resumed run draws what the undisturbed one drew.
+
+        Ranks with other rows of the hidden states draw for themselves; ranks that hold the same rows drop the same.
+        """
+        tensor = self.context.tensor
+        rows = tensor.rank if tensor.sequence_parallel else 0
+        torch.manual_seed(keyed_seed(self.dropout_seed, "dropout", step, micro_batch, self.context.data_rank, rows))
 
     def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tensors = (batch.tokens, batch.labels, batch.positions, batch.document_bounds)

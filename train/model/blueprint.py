@@ -8,6 +8,7 @@ import torch
 
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
+from train.parallel import ALONE, TensorRanks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,5 +17,6 @@ class Blueprint:
 
     model: ModelConfig
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    tensor: TensorRanks = ALONE
     device: torch.device = torch.device("cpu")
     """What the layers will compute on, wherever they are built."""

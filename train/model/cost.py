@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
 
 GIB = 1024**3
@@ -57,6 +58,13 @@ def num_parameters(model: ModelConfig) -> int:
     return sum(prod(shape) for shape in parameter_shapes(model).values())
 
 
+def parameters_per_rank(model: ModelConfig, tensor_parallel: int) -> int:
+    """Number of parameters that one of `tensor_parallel` ranks holds: norms, positions and reduced biases whole."""
+    whole = ("norm.weight", "norm.bias", "positions.weight", "attention.output.bias", "mlp.down.bias")
+    counts = {name: prod(shape) for name, shape in parameter_shapes(model).items()}
+    return sum(count if name.endswith(whole) else count // tensor_parallel for name, count in counts.items())
+
+
 def num_matmul_parameters(model: ModelConfig) -> int:
     """Number of parameters that every token is multiplied with: all matrices but the lookup tables, the head always."""
     shapes = parameter_shapes(model)
@@ -72,6 +80,11 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> tuple[int, int]
     matmul = 6 * num_matmul_parameters(model)
     attention = 6 * model.num_layers * model.num_heads * model.head_dim * sequence_length
     return matmul + 2 * attention, matmul + attention
+
+
+def _logits_bytes(model: ModelConfig, tokens: int, tensor_parallel: int, limit: int) -> int:
+    """Bytes of fp32 logits that exist together on a rank."""
+    return min(limit, 4 * tokens * model.padded_vocab_size // tensor_parallel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,24 +104,32 @@ class MemoryEstimate:
 
 
 def memory_per_rank(
-    model: ModelConfig, *, micro_tokens: int, data_parallel: int, zero: int, bytes_per_value: int, recompute: str
+    model: ModelConfig,
+    *,
+    micro_tokens: int,
+    data_parallel: int,
+    tensor_parallel: int,
+    zero: int,
+    bytes_per_value: int,
+    kernels: KernelsConfig,
 ) -> MemoryEstimate:
     """Estimate the bytes that one rank holds, for `micro_tokens` tokens at a time.
 
     bf16 keeps fp32 gradient accumulators, fp32 master weights and both moments; fp32 the same without a bf16 copy.
     """
-    parameters = num_parameters(model)
+    parameters = parameters_per_rank(model, tensor_parallel)
     shard = -(-parameters // data_parallel)
     attention_width = (model.num_heads + 2 * model.kv_heads) * model.head_dim
     mlp_width = model.ffn_size * (4 if model.mlp == "swiglu" else 2)
-    per_block = 6 * model.hidden_size + attention_width + model.num_heads * model.head_dim + mlp_width
-    held_blocks = model.num_layers if recompute == "none" else 1
-    kept_inputs = 0 if recompute == "none" else model.num_layers * model.hidden_size
+    split = attention_width + model.num_heads * model.head_dim + mlp_width
+    per_block = 6 * model.hidden_size + split // tensor_parallel
+    held_blocks = 1 if kernels.recompute == "full" else model.num_layers
+    kept_inputs = model.num_layers * model.hidden_size if kernels.recompute == "full" else 0
     activations = micro_tokens * bytes_per_value * (held_blocks * per_block + kept_inputs + 2 * model.hidden_size)
     return MemoryEstimate(
         weights=bytes_per_value * (shard if zero == 3 else parameters),
         gradients=4 * (shard if zero >= 2 else parameters),
         optimizer=12 * shard,
         activations=activations,
-        logits=micro_tokens * model.padded_vocab_size * (2 * 4 + bytes_per_value),
+        logits=_logits_bytes(model, micro_tokens, tensor_parallel, kernels.logits_bytes) * (8 + bytes_per_value) // 4,
     )

@@ -1,18 +1,29 @@
 """The loss head: logits of the padded vocabulary, cross-entropy summed over the targets.
 
-Shapes: T tokens, H hidden, V padded vocabulary.
+Shapes: T tokens, C tokens of a chunk, H hidden, V padded vocabulary (on several tensor ranks: this rank's rows of it).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.model.blueprint import Blueprint
-from train.model.tensor_parallel import vocab_embedding, vocab_linear
+from train.model.tensor_parallel import (
+    all_columns,
+    all_rows,
+    sum_of_parts,
+    vocab_embedding,
+    vocab_linear,
+    vocab_parallel_loss,
+)
 
 IGNORE = -100  # label of a position without a target; torch's and the loader's
+LOGIT_BYTES = 4  # the loss is taken in fp32
 
 
 class LossHead(nn.Module):
@@ -23,15 +34,17 @@ class LossHead(nn.Module):
         model = blueprint.model
         self.vocab_size = model.vocab_size
         self.z_loss = model.z_loss
+        self.tensor = blueprint.tensor
+        rows = model.padded_vocab_size // self.tensor.size
+        self.first_id = self.tensor.rank * rows
+        self.chunk_tokens = max(1, blueprint.kernels.logits_bytes // (LOGIT_BYTES * rows))
         # A tied head has a weight of the embedding's logical name; the caller puts the embedding's own in its place.
         self.output = vocab_embedding("embedding.tokens", blueprint) if model.tied_head else vocab_linear("head", blueprint)
+        self.chunk_loss: Callable[..., tuple[Tensor, Tensor]] = self._loss
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
-        """[T, V] in the model's dtype; the columns beyond the real vocabulary hold -inf."""
-        logits_TV = F.linear(hidden_TH, self.output.weight)
-        if self.vocab_size < logits_TV.shape[1]:
-            logits_TV[:, self.vocab_size :] = float("-inf")
-        return logits_TV
+        """[T, whole V] in the model's dtype; the columns beyond the real vocabulary hold -inf."""
+        return all_columns(self._logits(all_rows(hidden_TH, self.tensor), self.output.weight), self.tensor)
 
     def forward(self, state: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(objective, loss, targets): sums over the targets, fp32, and their number, int64; each a scalar.
@@ -39,11 +52,82 @@ class LossHead(nn.Module):
         The objective is what is differentiated: the loss, and the z-loss when it is on.
         """
         hidden_TH, labels_T, _, _ = state
-        logits_TV = self.logits(hidden_TH).float()
-        loss = F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE, reduction="sum")
-        targets = (labels_T != IGNORE).sum()
-        objective = loss
-        if self.z_loss:
-            square_T = torch.logsumexp(logits_TV, dim=-1).square()
-            objective = loss + self.z_loss * (square_T * (labels_T != IGNORE)).sum()
-        return objective, loss.detach(), targets
+        hidden_TH, weight_VH = all_rows(hidden_TH, self.tensor), self.output.weight
+        if labels_T.shape[0] <= self.chunk_tokens:
+            objective, loss = self.chunk_loss(hidden_TH, weight_VH, labels_T)
+        elif torch.is_grad_enabled():
+            objective, loss = _ChunkedLoss.apply(hidden_TH, weight_VH, labels_T, self.chunk_tokens, self.chunk_loss)
+        else:
+            chunks = zip(hidden_TH.split(self.chunk_tokens), labels_T.split(self.chunk_tokens), strict=True)
+            parts = [torch.stack(self.chunk_loss(hidden_CH, weight_VH, labels_C)) for hidden_CH, labels_C in chunks]
+            objective, loss = torch.stack(parts).sum(dim=0).unbind()
+        return objective, loss.detach(), (labels_T != IGNORE).sum()
+
+    def _logits(self, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
+        """[C, V] in the model's dtype, the padded columns -inf."""
+        logits_CV = F.linear(hidden_CH, weight_VH)
+        real = max(0, self.vocab_size - self.first_id)
+        if real < logits_CV.shape[1]:
+            logits_CV[:, real:] = float("-inf")
+        return logits_CV
+
+    def _loss(self, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
+        """(objective, loss) of some tokens: sums over their targets, fp32."""
+        logits_CV = self._logits(hidden_CH, weight_VH).float()
+        if self.tensor.size == 1:
+            loss = F.cross_entropy(logits_CV, labels_C, ignore_index=IGNORE, reduction="sum")
+            if not self.z_loss:
+                return loss, loss
+            normaliser_C = torch.logsumexp(logits_CV, dim=-1)
+            return loss + self.z_loss * (normaliser_C.square() * (labels_C != IGNORE)).sum(), loss
+        counts_C = labels_C != IGNORE
+        target_logit_C = self._target_logits(logits_CV, labels_C) if self.z_loss else None
+        loss_C = vocab_parallel_loss(logits_CV, labels_C)
+        loss = (loss_C * counts_C).sum()
+        if target_logit_C is None:
+            return loss, loss
+        normaliser_C = loss_C + target_logit_C  # the loss is the log of the softmax's denominator less the target's logit
+        return loss + self.z_loss * (normaliser_C.square() * counts_C).sum(), loss
+
+    def _target_logits(self, logits_CV: Tensor, labels_C: Tensor) -> Tensor:
+        """[C]: the logit of each target, wherever its column lies; 0 without a target."""
+        local_C = labels_C - self.first_id
+        here_C = (local_C >= 0) & (local_C < logits_CV.shape[1]) & (labels_C != IGNORE)
+        found_C = logits_CV.gather(1, local_C.where(here_C, 0).unsqueeze(1)).squeeze(1)
+        return sum_of_parts(found_C.where(here_C, 0.0), self.tensor)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Head and loss over chunks of tokens, so that the logits of all of them never exist together.
+
+    The gradients are made at once, chunk by chunk, while its logits are there: nothing is computed twice, as it would
+    be if chunks were recomputed in the backward pass; the price is the head's gradient, held from the forward pass on.
+    Idea: Liger Kernel's fused linear cross-entropy (Hsu et al. 2024).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, chunk: int, chunk_loss: Callable
+    ) -> tuple[Tensor, Tensor]:
+        grad_hidden_TH = torch.empty_like(hidden_TH)
+        grad_weight_VH = torch.zeros(weight_VH.shape, dtype=torch.float32, device=weight_VH.device)
+        sums = torch.zeros(2, dtype=torch.float32, device=hidden_TH.device)
+        weight_VH = weight_VH.detach().requires_grad_()
+        for first in range(0, hidden_TH.shape[0], chunk):
+            rows = slice(first, first + chunk)
+            hidden_CH = hidden_TH[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                objective, loss = chunk_loss(hidden_CH, weight_VH, labels_T[rows])
+                grad_hidden_CH, grad_VH = torch.autograd.grad(objective, (hidden_CH, weight_VH))
+            grad_hidden_TH[rows] = grad_hidden_CH
+            grad_weight_VH += grad_VH
+            sums += torch.stack((objective.detach(), loss.detach()))
+        ctx.save_for_backward(grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype))
+        objective, loss = sums.unbind()
+        ctx.mark_non_differentiable(loss)
+        return objective, loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_objective: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden_TH, grad_weight_VH = ctx.saved_tensors
+        return grad_hidden_TH * grad_objective, grad_weight_VH * grad_objective, None, None, None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from train.config.model import RopeConfig
 from train.model.blueprint import Blueprint
 from train.model.logical import LogicalTensor, tag
-from train.model.tensor_parallel import expand_linear, reduce_linear
+from train.model.tensor_parallel import expand_linear, reduce_linear, replicated
 
 
 class Norm(nn.Module):
@@ -24,6 +24,7 @@ class Norm(nn.Module):
         super().__init__()
         model = blueprint.model
         self.epsilon = model.norm_epsilon
+        self.tensor = blueprint.tensor
         self.weight = nn.Parameter(torch.empty(model.hidden_size))
         tag(self.weight, LogicalTensor(name=f"{name}.weight", shape=(model.hidden_size,)))
         self.register_parameter("bias", None)
@@ -33,9 +34,11 @@ class Norm(nn.Module):
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
         """Normalise each row; same shape and dtype."""
+        weight = replicated(self.weight, self.tensor, partial=False)
         if self.bias is None:
-            return F.rms_norm(hidden_TH, self.weight.shape, self.weight, self.epsilon)
-        return F.layer_norm(hidden_TH, self.weight.shape, self.weight, self.bias, self.epsilon)
+            return F.rms_norm(hidden_TH, weight.shape, weight, self.epsilon)
+        bias = replicated(self.bias, self.tensor, partial=False)
+        return F.layer_norm(hidden_TH, weight.shape, weight, bias, self.epsilon)
 
 
 def rotary_frequencies(head_size: int, rope: RopeConfig) -> Tensor:
@@ -73,8 +76,8 @@ class GeluMLP(nn.Module):
 
     def __init__(self, name: str, blueprint: Blueprint) -> None:
         super().__init__()
-        self.up = expand_linear(f"{name}.up", (blueprint.model.ffn_size,), blueprint)
-        self.down = reduce_linear(f"{name}.down", blueprint.model.ffn_size, blueprint)
+        self.up = expand_linear(f"{name}.up", (blueprint.model.ffn_size,), blueprint, bias=blueprint.model.bias)
+        self.down = reduce_linear(f"{name}.down", blueprint.model.ffn_size, blueprint, bias=blueprint.model.bias)
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
@@ -86,8 +89,10 @@ class SwiGluMLP(nn.Module):
 
     def __init__(self, name: str, blueprint: Blueprint) -> None:
         super().__init__()
-        self.gate_up = expand_linear(f"{name}.gate_up", (2, blueprint.model.ffn_size), blueprint)
-        self.down = reduce_linear(f"{name}.down", blueprint.model.ffn_size, blueprint)
+        self.gate_up = expand_linear(
+            f"{name}.gate_up", (2, blueprint.model.ffn_size), blueprint, cut_dim=1, bias=blueprint.model.bias
+        )
+        self.down = reduce_linear(f"{name}.down", blueprint.model.ffn_size, blueprint, bias=blueprint.model.bias)
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""

@@ -41,6 +41,8 @@ class LogicalTensor:
 def tag(parameter: nn.Parameter, logical: LogicalTensor) -> None:
     """Remember on the parameter which logical tensor it is; the mark survives ZeRO 3's partitioning."""
     parameter.logical = logical  # type: ignore[attr-defined]
+    # DeepSpeed's and megatron-core's mark: without it a slice would count on the first tensor rank only in the norm.
+    parameter.tensor_model_parallel = logical.parts > 1  # type: ignore[attr-defined]
 
 
 def logical_of(parameter: nn.Parameter) -> LogicalTensor:

@@ -26,7 +26,7 @@ from train.model.heads import LossHead
 from train.model.init import initial_value
 from train.model.layers import MLPS, Norm, rotary_frequencies, rotary_tables, rotate
 from train.model.logical import LogicalTensor, logical_of, tag
-from train.model.tensor_parallel import expand_linear, reduce_linear, vocab_embedding
+from train.model.tensor_parallel import expand_linear, own_rows, reduce_linear, replicated, vocab_embedding
 
 State: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -86,6 +86,7 @@ class Embedding(nn.Module):
         super().__init__()
         model = blueprint.model
         self.dropout = model.dropout
+        self.tensor = blueprint.tensor
         self.tokens = vocab_embedding("embedding.tokens", blueprint)
         self.positions = None
         if model.positions == "learned":
@@ -97,7 +98,8 @@ class Embedding(nn.Module):
         """[T] ids and positions -> [T, H]."""
         hidden_TH = self.tokens(tokens_T)
         if self.positions is not None:
-            hidden_TH = hidden_TH + self.positions(positions_T)
+            table = replicated(self.positions.weight, self.tensor, partial=False)
+            hidden_TH = hidden_TH + F.embedding(own_rows(positions_T, self.tensor), table)
         return F.dropout(hidden_TH, self.dropout, self.training and self.dropout > 0)
 
     def forward(self, state: State) -> State:
@@ -112,17 +114,18 @@ class Attention(nn.Module):
     def __init__(self, name: str, blueprint: Blueprint) -> None:
         super().__init__()
         model = blueprint.model
-        self.kv_heads, self.head_dim = model.kv_heads, model.head_dim
+        self.kv_heads, self.head_dim = model.kv_heads // blueprint.tensor.size, model.head_dim
         self.queries_per_kv = model.num_heads // model.kv_heads
         self.dropout = model.dropout
-        self.qkv = expand_linear(f"{name}.qkv", (model.kv_heads, self.queries_per_kv + 2, model.head_dim), blueprint)
-        self.output = reduce_linear(f"{name}.output", model.num_heads * model.head_dim, blueprint)
+        self.qkv = expand_linear(
+            f"{name}.qkv", (model.kv_heads, self.queries_per_kv + 2, model.head_dim), blueprint, bias=model.bias
+        )
+        self.output = reduce_linear(f"{name}.output", model.num_heads * model.head_dim, blueprint, bias=model.bias)
 
     def project(self, hidden_TH: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, N, D], keys and values [T, K, D], turned by their positions."""
-        tokens = hidden_TH.shape[0]
-        rows = self.qkv(hidden_TH).view(tokens, self.kv_heads, self.queries_per_kv + 2, self.head_dim)
-        query_TND = rows[:, :, :-2].reshape(tokens, -1, self.head_dim)
+        rows = self.qkv(hidden_TH).unflatten(1, (self.kv_heads, self.queries_per_kv + 2, self.head_dim))
+        query_TND = rows[:, :, :-2].flatten(1, 2)
         key_TKD, value_TKD = rows[:, :, -2], rows[:, :, -1]
         if rotary is not None:
             query_TND, key_TKD = rotate(query_TND, *rotary), rotate(key_TKD, *rotary)

@@ -29,7 +29,7 @@ def build(config: PretrainConfig, context: ParallelContext, run_dir: Path, metri
     plan = make_plan(config, context.world_size)
     corpus = inspect_sources(config.data)
     reading = Reading(sequence_length=config.data.sequence_length, document_mask=config.data.document_mask)
-    blueprint = Blueprint(model=config.model, kernels=config.kernels, device=context.device)
+    blueprint = Blueprint(model=config.model, kernels=config.kernels, tensor=context.tensor, device=context.device)
     engine = Engine(
         build_layers(blueprint, reading, seed=config.run.seed),
         optim=config.optim,
@@ -75,7 +75,12 @@ def resume(engine: Engine, store: CheckpointStore, config: PretrainConfig) -> Tr
 
 def layout_of(config: PretrainConfig, plan: RunPlan) -> dict[str, int]:
     """The layout as it is shown with the run."""
-    return {"world_size": plan.world_size, "data_parallel": plan.data_parallel, "zero": config.parallel.zero}
+    return {
+        "world_size": plan.world_size,
+        "data_parallel": plan.data_parallel,
+        "tensor": config.parallel.tensor,
+        "zero": config.parallel.zero,
+    }
 
 
 def keep_wandb_id(run_dir: Path, wandb_id: str) -> None:

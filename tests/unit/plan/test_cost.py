@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from tests.unit.config.words import pretrain_config
+from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
 from train.model import cost
 from train.plan import make_plan
@@ -97,9 +98,17 @@ def test_flops_count_the_head_once_whether_tied_or_not_and_no_lookup() -> None:
     assert cost.flops_per_token(learned, 64) == cost.flops_per_token(replace(learned, max_positions=4096), 64)
 
 
-def memory(name: str, *, zero: int, ranks: int, bytes_per_value: int = 2, recompute: str = "none") -> cost.MemoryEstimate:
+def memory(
+    name: str, *, zero: int, ranks: int, bytes_per_value: int = 2, recompute: str = "none", tensor: int = 1
+) -> cost.MemoryEstimate:
     return cost.memory_per_rank(
-        model(name), micro_tokens=8192, data_parallel=ranks, zero=zero, bytes_per_value=bytes_per_value, recompute=recompute
+        model(name),
+        micro_tokens=8192,
+        data_parallel=ranks,
+        zero=zero,
+        bytes_per_value=bytes_per_value,
+        tensor_parallel=tensor,
+        kernels=KernelsConfig(recompute=recompute, logits_bytes=1 << 40),
     )
 
 

@@ -1,0 +1,56 @@
+"""Tensor-parallel ranks, with and without sequence parallelism, against one process that knows of neither."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.dist import run_ranks
+from tests.distributed import uneven
+from tests.distributed.test_zero_parity import reference
+from train.config.model import ModelConfig
+from train.model.init import initial_value
+from train.parallel import ParallelContext, split_ranks
+
+MODELS = {"llama": uneven.TINY, "gpt2": uneven.TINY_GPT2}
+LAYOUTS = [(2, data, zero, rows) for data in (1, 2) for zero in (1, 2, 3) for rows in (False, True)]
+
+
+def train(
+    context: ParallelContext, tensor: int, rows: bool, zero: int, precision: str, model: ModelConfig
+) -> tuple[dict, list, dict]:
+    """(state at the start, loss and gradient norm of each step, state at the end)."""
+    context = split_ranks(context, tensor_parallel=tensor, sequence_parallel=rows)
+    engine = uneven.make_engine(context, zero=zero, precision=precision, model=model)
+    start = uneven.logical_state(engine, context)
+    curve = []
+    for step in range(uneven.STEPS):
+        result = engine.train_step(uneven.batches_of_step(step, context), lr=uneven.lr_of(step), step=step)
+        curve.append((result.loss, result.grad_norm))
+    return start, curve, uneven.logical_state(engine, context)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("tensor", "data", "zero", "rows"), LAYOUTS)
+def test_fp32_equals_one_process(tensor: int, data: int, zero: int, rows: bool, name: str) -> None:
+    model = MODELS[name]
+    expected_curve, expected = reference(model)
+    start, curve, state = run_ranks(train, tensor * data, tensor, rows, zero, "fp32", model)[0]
+    for key, value in start.items():
+        kind, _, logical_name = key.partition("/")
+        if kind == "weight":
+            whole = uneven.whole(logical_name, model)
+            assert torch.equal(value, initial_value(model, whole, 7)), f"{logical_name} does not start from the same bits"
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected_curve), rtol=0, atol=1e-5)
+    assert set(state) == set(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(state[key], value, rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_bf16_stays_near_fp32(rows: bool) -> None:
+    """The bound of `test_zero_parity`: bf16 losses of 20 steps within 0.02 nats of one process in fp32."""
+    expected_curve, _ = reference(uneven.TINY)
+    _, curve, _ = run_ranks(train, 4, 2, rows, 1, "bf16", uneven.TINY)[0]
+    losses, expected = (torch.tensor(pairs)[:, 0] for pairs in (curve, expected_curve))
+    torch.testing.assert_close(losses, expected, rtol=0, atol=0.02)
