@@ -15,6 +15,7 @@ from data_pipeline.prefetcher import Prefetcher
 from train.checkpoint.store import CheckpointStore
 from train.config.pretrain import PretrainConfig
 from train.engine import Engine, StepResult
+from train.health.garbage import GarbageSchedule
 from train.health.spike import SpikeDetector
 from train.health.stop import StopSignal
 from train.metrics import Metrics, NullMetrics
@@ -68,7 +69,8 @@ class Trainer:
         """Train from the present state to the end of the budget, or until something asks to stop."""
         state, plan = self.state, self.plan
         ending = self._reason_to_end()
-        with Prefetcher(self.loader.micro_batch, self._groups()) as batches:
+        garbage = GarbageSchedule(self.config.kernels.collect_garbage_steps)
+        with garbage, Prefetcher(self.loader.micro_batch, self._groups()) as batches:
             while ending is None:
                 started = time.perf_counter()
                 batch = plan.batch_at(state.samples)
@@ -81,6 +83,7 @@ class Trainer:
                 ending = self._reason_to_end()
                 self._evaluate_if_due(ending)
                 self._save_if_due(ending)
+                garbage.after(state.step)
         return ending
 
     def _groups(self) -> Iterator[list[int]]:

@@ -13,10 +13,22 @@ from tests.distributed import uneven
 from train.checkpoint.store import CheckpointStore
 from train.config.pretrain import PretrainConfig
 from train.config.training import BudgetConfig, CheckpointConfig, ParallelConfig, ScheduleConfig
-from train.parallel import ParallelContext
+from train.parallel import ParallelContext, split_ranks
 
 HALF = 5
-LAYOUTS = [(1, 1), (1, 2), (2, 2), (3, 1), (3, 2)]  # (ZeRO stage, ranks)
+# (ZeRO stage, tensor-parallel ranks, data-parallel ranks, rows split by sequence parallelism)
+LAYOUTS = [
+    (1, 1, 1, False),
+    (1, 1, 2, False),
+    (2, 1, 2, False),
+    (3, 1, 1, False),
+    (3, 1, 2, False),
+    (1, 2, 1, False),
+    (2, 2, 1, True),
+    (1, 2, 2, True),
+    (3, 2, 2, False),
+]
+Layout = tuple[int, int, int, bool]
 
 
 def make_store(root: Path, context: ParallelContext, zero: int) -> CheckpointStore:
@@ -48,8 +60,10 @@ def steps(engine, context: ParallelContext, first: int, last: int) -> list[float
     ]
 
 
-def write(context: ParallelContext, root: str, zero: int, precision: str) -> tuple[list[float], dict]:
+def write(context: ParallelContext, root: str, layout: Layout, precision: str) -> tuple[list[float], dict]:
     """Train, save in the middle, train on: the undisturbed second half."""
+    zero, tensor, _, rows = layout
+    context = split_ranks(context, tensor_parallel=tensor, sequence_parallel=rows)
     engine = uneven.make_engine(context, zero=zero, precision=precision)
     steps(engine, context, 0, HALF)
     store = make_store(Path(root), context, zero)
@@ -57,8 +71,10 @@ def write(context: ParallelContext, root: str, zero: int, precision: str) -> tup
     return steps(engine, context, HALF, 2 * HALF), uneven.logical_state(engine, context)
 
 
-def resume(context: ParallelContext, roots: list[str], zero: int, precision: str) -> list[tuple[list[float], dict]]:
+def resume(context: ParallelContext, roots: list[str], layout: Layout, precision: str) -> list[tuple[list[float], dict]]:
     """Go on from each checkpoint in a fresh engine."""
+    zero, tensor, _, rows = layout
+    context = split_ranks(context, tensor_parallel=tensor, sequence_parallel=rows)
     found = []
     for root in roots:
         engine = uneven.make_engine(context, zero=zero, precision=precision)
@@ -71,29 +87,29 @@ def resume(context: ParallelContext, roots: list[str], zero: int, precision: str
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], tuple[str, list[float], dict]]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, tuple[str, list[float], dict]]:
     found = {}
-    for zero, world_size in LAYOUTS:
-        root = str(tmp_path_factory.mktemp(f"zero{zero}-ranks{world_size}"))
-        found[zero, world_size] = (root, *run_ranks(write, world_size, root, zero, "fp32")[0])
+    for layout in LAYOUTS:
+        root = str(tmp_path_factory.mktemp("layout"))
+        found[layout] = (root, *run_ranks(write, layout[1] * layout[2], root, layout, "fp32")[0])
     return found
 
 
-@pytest.mark.parametrize(("zero", "world_size"), LAYOUTS)
-def test_any_layout_goes_on_from_any_other(written, zero: int, world_size: int) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "zero{}-tensor{}-data{}-rows{}".format(*layout))
+def test_any_layout_goes_on_from_any_other(written, layout: Layout) -> None:
     roots = [root for root, _, _ in written.values()]
-    resumed = run_ranks(resume, world_size, roots, zero, "fp32")[0]
-    for (layout, (_, losses, state)), (new_losses, new_state) in zip(written.items(), resumed, strict=True):
-        exact = layout == (zero, world_size)
+    resumed = run_ranks(resume, layout[1] * layout[2], roots, layout, "fp32")[0]
+    for (other, (_, losses, state)), (new_losses, new_state) in zip(written.items(), resumed, strict=True):
+        exact = other == layout
         tolerance = {"rtol": 0, "atol": 0 if exact else 1e-5}
         torch.testing.assert_close(torch.tensor(new_losses), torch.tensor(losses), **tolerance)
         for name, tensor in state.items():
             torch.testing.assert_close(new_state[name], tensor, **tolerance)
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_bf16_goes_on_to_the_bit(tmp_path: Path, zero: int) -> None:
-    losses, state = run_ranks(write, 2, str(tmp_path), zero, "bf16")[0]
-    new_losses, new_state = run_ranks(resume, 2, [str(tmp_path)], zero, "bf16")[0][0]
+@pytest.mark.parametrize("layout", [(1, 1, 2, False), (2, 1, 2, False), (3, 1, 2, False), (1, 2, 1, True)])
+def test_bf16_goes_on_to_the_bit(tmp_path: Path, layout: Layout) -> None:
+    losses, state = run_ranks(write, 2, str(tmp_path), layout, "bf16")[0]
+    new_losses, new_state = run_ranks(resume, 2, [str(tmp_path)], layout, "bf16")[0][0]
     assert new_losses == losses
     assert all(torch.equal(new_state[name], tensor) for name, tensor in state.items())

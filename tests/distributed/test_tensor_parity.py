@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.dist import run_ranks
 from tests.distributed import uneven
 from tests.distributed.test_zero_parity import reference
+from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
 from train.model.init import initial_value
+from train.model.tensor_parallel import own_draws
 from train.parallel import ParallelContext, split_ranks
 
 MODELS = {"llama": uneven.TINY, "gpt2": uneven.TINY_GPT2}
@@ -54,3 +58,39 @@ def test_bf16_stays_near_fp32(rows: bool) -> None:
     _, curve, _ = run_ranks(train, 4, 2, rows, 1, "bf16", uneven.TINY)[0]
     losses, expected = (torch.tensor(pairs)[:, 0] for pairs in (curve, expected_curve))
     torch.testing.assert_close(losses, expected, rtol=0, atol=0.02)
+
+
+def dropped(context: ParallelContext, rows: bool, recompute: str) -> tuple[list, list]:
+    """Losses of a model with dropout, twice from the same seed; the ranks' copies are compared on the way."""
+    context = split_ranks(context, tensor_parallel=2, sequence_parallel=rows)
+    model = replace(uneven.TINY_GPT2, dropout=0.3)
+    curves = []
+    for _ in range(2):
+        engine = uneven.make_engine(context, zero=1, precision="fp32", model=model, kernels=KernelsConfig(recompute=recompute))
+        curves.append(
+            [engine.train_step(uneven.batches_of_step(step, context), lr=uneven.LR, step=step).loss for step in range(5)]
+        )
+        uneven.logical_state(engine, context)  # norms and biases would drift apart if the ranks dropped differently
+    return tuple(curves)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_dropout_repeats_itself_and_keeps_the_ranks_together(rows: bool) -> None:
+    plain, recomputed = (run_ranks(dropped, 2, rows, recompute) for recompute in ("none", "full"))
+    for first, second in (*plain, *recomputed):
+        assert first == second
+    assert plain[0] == plain[1] == recomputed[0], "recomputing must draw the same"
+
+
+def draws(context: ParallelContext, rows: bool) -> tuple[list[float], list[float]]:
+    """What the attention of a rank draws, and what the ranks draw around it."""
+    tensor = split_ranks(context, tensor_parallel=2, sequence_parallel=rows).tensor
+    torch.manual_seed(5)
+    with own_draws(tensor, "blocks.0.attention", dropout=0.1):
+        inside = torch.rand(3).tolist()
+    return inside, torch.rand(3).tolist()
+
+
+def test_heads_draw_apart_and_rows_alike() -> None:
+    (first, shared), (second, other_shared) = run_ranks(draws, 2, False)
+    assert first != second and shared == other_shared

@@ -6,11 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.dist import run_ranks
 from tests.parity.pairs import CASES, VOCAB_SIZE, gradients_of, make_pair, whole_sequence_inputs
+from train.config.kernels import KernelsConfig
 from train.model.blueprint import Blueprint
 from train.model.heads import IGNORE, LossHead
 from train.model.transformer import initialise
+from train.parallel import ALONE, TensorRanks, split_ranks
 
 TOLERANCE = 1e-5
 
@@ -68,3 +72,64 @@ def test_padded_rows_are_masked_and_get_no_gradient(case, z_loss):
     gradient = gradients_of(ours)[name]
     assert gradient[VOCAB_SIZE:].abs().max() == 0
     assert gradient[:VOCAB_SIZE].abs().max() > 0
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operator makes while this is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = result if isinstance(result, (tuple, list)) else (result,)
+        self.elements = max([self.elements, *(each.numel() for each in made if isinstance(each, torch.Tensor))])
+        return result
+
+
+def _chunked_and_plain(tensor: TensorRanks, z_loss: float) -> list[tuple]:
+    """(objective, loss, gradient of the hidden states, of the matrix, largest tensor) in chunks of 16 tokens, and plain."""
+    model = replace(CASES["llama-gqa"], z_loss=z_loss, init_std=0.1)
+    generator = torch.Generator().manual_seed(5)
+    tokens = 200
+    hidden_TH = torch.randn(tokens, model.hidden_size, generator=generator)
+    labels_T = torch.randint(VOCAB_SIZE, (tokens,), generator=generator)
+    labels_T[::7] = IGNORE
+    found = []
+    for logits_bytes in (16 * 4 * model.padded_vocab_size // tensor.size, 1 << 30):
+        kernels = KernelsConfig(logits_bytes=logits_bytes)
+        head = initialise(LossHead(Blueprint(model=model, kernels=kernels, tensor=tensor)), model, seed=3)
+        inputs_TH = hidden_TH.clone().requires_grad_()
+        with LargestTensor() as largest:
+            objective, loss, _ = head((inputs_TH, labels_T, None, None))
+            (objective / 7).backward()
+        found.append((objective.detach(), loss, inputs_TH.grad, head.output.weight.grad, largest.elements))
+        with torch.no_grad():
+            torch.testing.assert_close(head((inputs_TH, labels_T, None, None))[0], objective.detach(), rtol=1e-6, atol=0)
+    assert found[0][-1] < tokens * model.padded_vocab_size // tensor.size <= found[1][-1]
+    return found
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_chunks_give_the_plain_loss_without_the_whole_logits(z_loss):
+    chunked, plain = _chunked_and_plain(ALONE, z_loss)
+    for in_chunks, at_once in zip(chunked[:-1], plain[:-1], strict=True):
+        torch.testing.assert_close(in_chunks, at_once, rtol=1e-6, atol=1e-6)
+
+
+def _on_tensor_ranks(context, z_loss):
+    tensor = split_ranks(context, tensor_parallel=context.world_size).tensor
+    return [(*parts[:3], parts[3].numpy(), parts[4]) for parts in _chunked_and_plain(tensor, z_loss)]
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_two_ranks_of_the_vocabulary_give_the_loss_of_one(z_loss):
+    _, alone = _chunked_and_plain(ALONE, z_loss)
+    ranks = run_ranks(_on_tensor_ranks, 2, z_loss)
+    for way in (0, 1):
+        for place in range(3):
+            for rank in ranks:
+                torch.testing.assert_close(rank[way][place], alone[place], rtol=1e-6, atol=2e-6)
+        weight_VH = torch.cat([torch.as_tensor(rank[way][3]) for rank in ranks])
+        torch.testing.assert_close(weight_VH, alone[3], rtol=1e-6, atol=2e-6)

@@ -102,7 +102,15 @@ TORCH_FREE = (
 # Which environment variables a module touches; "*" hands the whole environment on, to a process or a library.
 ENVIRONMENT: dict[str, set[str]] = {
     "train.rank": {"LONGHAUL_ATTEMPT", "RANK", "SLURM_PROCID"},
-    "train.parallel": {"RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"},
+    "train.parallel": {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "SLURM_PROCID",
+        "SLURM_NTASKS",
+        "SLURM_LOCALID",
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+    },
     "train.launch": {"CUDA_VISIBLE_DEVICES"},
     "train.engine.engine": {"DS_ACCELERATOR", "LOCAL_RANK"},
     "train.metrics.weights_and_biases": {"*", "WANDB_ERROR_REPORTING"},
@@ -119,6 +127,7 @@ MOST_PARAMETERS = 8
 MOST_POSITIONAL = 4
 POSITIONAL_EXCEPTIONS = {
     "data_pipeline.prepare._publish": "the last of the steps that share their five objects",
+    "train.model.heads._ChunkedLoss.forward": "an autograd function is called with positions only",
     "train.checkpoint.store.CheckpointStore._publish": "one caller, which has just made all five",
 }
 

@@ -10,11 +10,21 @@ from conf.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
-    recompute: Literal["none", "full"] = "none"
-    """Activations kept for the backward pass: all of them, or one per block and the rest computed again."""
+    compile: bool = False
+    """Compile each block, and head and loss, with torch.compile; the first step then takes a minute or so."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations kept for the backward pass: all; the results of matrix products and attention kernels; one per block."""
     logits_bytes: int = 1 << 30
     """Most bytes of fp32 logits on a rank; beyond it head and loss run over chunks of tokens, at no further cost."""
 
+    collect_garbage_steps: int | None = 1000
+    """Steps between runs of Python's garbage collector, on all ranks at once; null: Python's own moments, each rank's other."""
+
     def __post_init__(self) -> None:
+        problems = []
         if self.logits_bytes < 1:
-            raise ConfigError([f"logits_bytes={self.logits_bytes}: must be at least 1; 1073741824 (1 GiB) is usual"])
+            problems.append(f"logits_bytes={self.logits_bytes}: must be at least 1; 1073741824 (1 GiB) is usual")
+        if self.collect_garbage_steps is not None and self.collect_garbage_steps < 1:
+            problems.append(f"collect_garbage_steps={self.collect_garbage_steps}: must be at least 1; null leaves it to Python")
+        if problems:
+            raise ConfigError(problems)

@@ -11,12 +11,12 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from train.config.training import OptimConfig, ParallelConfig, Precision
 from train.engine import fragments
@@ -83,7 +83,8 @@ class Engine:
         self.context = context
         self.zero = parallel.zero
         self.dropout_seed = dropout_seed
-        module = Decoder(list(layers)).to(context.device)
+        config = deepspeed_config(optim, parallel, precision, micro_batch)
+        module = build_module(layers, config, context)
         optimizer = torch.optim.AdamW(
             parameter_groups(module, optim),
             lr=optim.lr,
@@ -95,7 +96,7 @@ class Engine:
             self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
-                config=deepspeed_config(optim, parallel, precision, micro_batch),
+                config=config,
                 mpu=context.mpu,
                 dist_init_required=False,
             )
@@ -170,6 +171,26 @@ class Engine:
     def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tensors = (batch.tokens, batch.labels, batch.positions, batch.document_bounds)
         return tuple(tensor.to(self.context.device, non_blocking=True) for tensor in tensors)
+
+
+def build_module(layers: Sequence[Layer], config: dict, context: ParallelContext) -> Decoder:
+    """The model on this rank's device. Under ZeRO 3 each layer is sharded as soon as it is built and has its values.
+
+    So a rank holds one whole layer at a time, never the whole model, and every layout starts from the same values.
+    """
+    if config["zero_optimization"]["stage"] < 3:
+        return Decoder(list(layers)).to(context.device)
+    from deepspeed import zero
+
+    def sharded(layer: Layer) -> Layer:
+        def build() -> nn.Module:
+            module = layer.build()
+            zero.Init(module=module, data_parallel_group=context.data_group, config_dict_or_path=config, mpu=context.mpu)
+            return module
+
+        return replace(layer, build=build)
+
+    return Decoder([sharded(layer) for layer in layers])
 
 
 def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, precision: Precision, micro_batch: int) -> dict:

@@ -41,6 +41,8 @@ class LossHead(nn.Module):
         # A tied head has a weight of the embedding's logical name; the caller puts the embedding's own in its place.
         self.output = vocab_embedding("embedding.tokens", blueprint) if model.tied_head else vocab_linear("head", blueprint)
         self.chunk_loss: Callable[..., tuple[Tensor, Tensor]] = self._loss
+        if blueprint.kernels.compile and self.tensor.size == 1:  # megatron-core's loss is one kernel after another anyway
+            self.chunk_loss = torch.compile(self._loss, dynamic=False)
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """[T, whole V] in the model's dtype; the columns beyond the real vocabulary hold -inf."""

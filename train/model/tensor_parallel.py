@@ -10,13 +10,17 @@ between the layers are [T / t, H]: the rank's own rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from train.model.blueprint import Blueprint
+from train.model.init import keyed_seed
 from train.model.logical import LogicalTensor, tag
 from train.parallel import TensorRanks
 
@@ -125,6 +129,21 @@ def vocab_parallel_loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     return vocab_parallel_cross_entropy(logits_TV, labels_T.contiguous())
+
+
+@contextmanager
+def own_draws(tensor: TensorRanks, name: str, *, dropout: float) -> Iterator[None]:
+    """Random draws that are this rank's own, in a place where the ranks otherwise draw alike.
+
+    Without sequence parallelism the ranks hold the same hidden states and must drop the same of them, but each has its
+    own heads. The stream is keyed by the shared one's seed, the layer and the rank, so a recomputation draws it again.
+    """
+    if not dropout or tensor.size == 1 or tensor.sequence_parallel:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(keyed_seed(torch.initial_seed(), name, tensor.rank))
+        yield
 
 
 def _mappings() -> ModuleType:

@@ -17,7 +17,6 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from train.config.model import ModelConfig
 from train.model.attention import Mask, attend, causal_mask
@@ -26,7 +25,8 @@ from train.model.heads import LossHead
 from train.model.init import initial_value
 from train.model.layers import MLPS, Norm, rotary_frequencies, rotary_tables, rotate
 from train.model.logical import LogicalTensor, logical_of, tag
-from train.model.tensor_parallel import expand_linear, own_rows, reduce_linear, replicated, vocab_embedding
+from train.model.recompute import trained
+from train.model.tensor_parallel import expand_linear, own_draws, own_rows, reduce_linear, replicated, vocab_embedding
 
 State: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -115,6 +115,7 @@ class Attention(nn.Module):
         super().__init__()
         model = blueprint.model
         self.kv_heads, self.head_dim = model.kv_heads // blueprint.tensor.size, model.head_dim
+        self.name, self.tensor = name, blueprint.tensor
         self.queries_per_kv = model.num_heads // model.kv_heads
         self.dropout = model.dropout
         self.qkv = expand_linear(
@@ -135,7 +136,8 @@ class Attention(nn.Module):
         """[T, H] -> [T, H]."""
         query_TND, key_TKD, value_TKD = self.project(hidden_TH, derived.rotary)
         dropout = self.dropout if self.training else 0.0
-        mixed_TND = attend(query_TND, key_TKD, value_TKD, derived.mask, dropout=dropout)
+        with own_draws(self.tensor, self.name, dropout=dropout):
+            mixed_TND = attend(query_TND, key_TKD, value_TKD, derived.mask, dropout=dropout)
         return self.output(mixed_TND.flatten(1))
 
 
@@ -146,12 +148,12 @@ class Block(nn.Module):
         super().__init__()
         name, model = f"blocks.{number}", blueprint.model
         self.dropout = model.dropout
-        self.recompute = blueprint.kernels.recompute
         self.deriver = deriver
         self.attention_norm = Norm(f"{name}.attention_norm", blueprint)
         self.attention = Attention(f"{name}.attention", blueprint)
         self.mlp_norm = Norm(f"{name}.mlp_norm", blueprint)
         self.mlp = MLPS[model.mlp](f"{name}.mlp", blueprint)
+        self.run = trained(self.body, blueprint.kernels)
 
     def body(self, hidden_TH: Tensor, derived: Derived) -> Tensor:
         """The block's arithmetic in training: [T, H] -> [T, H]."""
@@ -166,11 +168,7 @@ class Block(nn.Module):
         """Advance the hidden states of the tuple by one block."""
         hidden_TH, labels_T, positions_T, bounds = state
         derived = self.deriver.derive(positions_T, bounds, hidden_TH.dtype)
-        if self.recompute == "full" and torch.is_grad_enabled():
-            hidden_TH = checkpoint(self.body, hidden_TH, derived, use_reentrant=False)
-        else:
-            hidden_TH = self.body(hidden_TH, derived)
-        return hidden_TH, labels_T, positions_T, bounds
+        return self.run(hidden_TH, derived), labels_T, positions_T, bounds
 
     def _drop(self, update_TH: Tensor) -> Tensor:
         return F.dropout(update_TH, self.dropout, self.training) if self.dropout else update_TH
