@@ -83,12 +83,13 @@ class LossHead(nn.Module):
             normaliser_C = torch.logsumexp(logits_CV, dim=-1)
             return loss + self.z_loss * (normaliser_C.square() * (labels_C != IGNORE)).sum(), loss
         counts_C = labels_C != IGNORE
-        target_logit_C = self._target_logits(logits_CV, labels_C) if self.z_loss else None
-        loss_C = vocab_parallel_loss(logits_CV, labels_C)
-        loss = (loss_C * counts_C).sum()
-        if target_logit_C is None:
+        if not self.z_loss:
+            loss = (vocab_parallel_loss(logits_CV, labels_C) * counts_C).sum()
             return loss, loss
-        normaliser_C = loss_C + target_logit_C  # the loss is the log of the softmax's denominator less the target's logit
+        loss_C = vocab_parallel_loss(logits_CV.clone(), labels_C)
+        loss = (loss_C * counts_C).sum()
+        # The loss is the log of the softmax's denominator less the target's logit.
+        normaliser_C = loss_C + self._target_logits(logits_CV, labels_C)
         return loss + self.z_loss * (normaliser_C.square() * counts_C).sum(), loss
 
     def _target_logits(self, logits_CV: Tensor, labels_C: Tensor) -> Tensor:
