@@ -12,6 +12,7 @@ from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig, RopeConfig
 from train.convert.keymap import KeyMap
 from train.inference.load import assemble_decoder
+from train.model.blueprint import Blueprint
 from train.model.logical import logical_parameters
 from train.model.transformer import Decoder, Reading
 
@@ -135,12 +136,10 @@ class Pair:
         weights = {name: tensor.detach() for name, tensor in self.named_weights().items()}
         reading = Reading(sequence_length=sequence_length, document_mask=document_mask)
         decoder = assemble_decoder(
-            self.model,
+            Blueprint(model=self.model, kernels=KernelsConfig(recompute=recompute)),
             lambda name: self.keymap.to_logical(name, weights.__getitem__),
             dtype=torch.float32,
-            device=torch.device("cpu"),
             reading=reading,
-            kernels=KernelsConfig(recompute=recompute),
         )
         return decoder.requires_grad_()
 

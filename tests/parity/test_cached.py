@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from conf.errors import UserError
+from tests.dist import run_ranks
 from tests.parity.pairs import CASES, make_pair, whole_sequence_inputs
 from train.inference.cached import CachedDecoder
+from train.inference.load import assemble_decoder
+from train.model.blueprint import Blueprint
+from train.model.transformer import Reading
+from train.parallel import split_ranks
 
 TOLERANCE = 1e-5
 SEQUENCES, LENGTH = 2, 120
@@ -58,3 +65,32 @@ def test_no_context_beyond_the_models():
     cached = CachedDecoder(pair.ours(LENGTH), pair.model)
     with pytest.raises(UserError, match="model.max_positions=160"):
         cached.new_cache(num_sequences=1, capacity=161)
+
+
+EVEN = {"gpt2": replace(CASES["gpt2"], num_heads=2), "llama": CASES["llama-tied-llama3"]}
+
+
+def _on_tensor_ranks(context, case):
+    """Logits of a prompt run through the cache in two pieces, on one of the ranks that share the model."""
+    pair = make_pair(EVEN[case])
+    tensor = split_ranks(context, tensor_parallel=context.world_size).tensor
+    weights = {name: parameter.detach() for name, parameter in pair.named_weights().items()}
+    decoder = assemble_decoder(
+        Blueprint(model=pair.model, tensor=tensor),
+        lambda name: pair.keymap.to_logical(name, weights.__getitem__),
+        dtype=torch.float32,
+        reading=Reading(sequence_length=LENGTH, document_mask=False),
+    )
+    cached = CachedDecoder(decoder, pair.model)
+    cache = cached.new_cache(num_sequences=1, capacity=40)
+    tokens_1S = torch.arange(40).unsqueeze(0)
+    pieces = [cached.logits(cached.advance(piece, cache)) for piece in tokens_1S.split([30, 10], dim=1)]
+    with torch.no_grad():
+        theirs = pair.theirs(input_ids=tokens_1S).logits
+    return torch.cat(pieces, dim=1)[..., : pair.model.vocab_size], theirs
+
+
+@pytest.mark.parametrize("case", EVEN)
+def test_tensor_ranks_decode_as_hugging_face_does(case):
+    for ours_1SV, theirs_1SV in run_ranks(_on_tensor_ranks, 2, case):
+        torch.testing.assert_close(ours_1SV, theirs_1SV, atol=TOLERANCE, rtol=0)

@@ -32,6 +32,8 @@ class GenerateConfig:
     """Seed of the draws; sample n is the same whatever num_samples is."""
     stream: bool = True
     """Show the text while it grows; false: when all of it is there."""
+    tensor: int = 1
+    """Ranks of this machine that share the model; for one that a single GPU cannot hold."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What to compute on; auto: CUDA when this machine has it."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -61,6 +63,8 @@ class GenerateConfig:
             )
         if "" in self.stop:
             problems.append("stop: holds an empty text, which ends every continuation at once; remove it")
+        if self.tensor < 1:
+            problems.append(f"tensor={self.tensor}: must be at least 1")
         if self.num_samples < 1:
             problems.append(f"num_samples={self.num_samples}: must be at least 1")
         if problems:

@@ -29,6 +29,7 @@ from train.inference.cached import CachedDecoder
 from train.inference.generation import Request, generate_ids
 from train.inference.load import WeightReader, assemble_decoder
 from train.inference.sampling import Sampling
+from train.model.blueprint import Blueprint
 from train.model.transformer import Decoder, Reading
 
 LOGITS_TOLERANCE = 1e-4
@@ -58,10 +59,9 @@ def load_ours(reader: WeightReader, dtype: torch.dtype) -> Decoder:
     """The checkpoint's decoder in fp32, its weights rounded to `dtype` first."""
     model = reader.config.model
     return assemble_decoder(
-        model,
+        Blueprint(model=model),
         lambda name: reader.read(name).to(dtype).float(),
         dtype=torch.float32,
-        device=torch.device("cpu"),
         reading=Reading(sequence_length=model.max_positions, document_mask=False),
     )
 

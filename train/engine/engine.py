@@ -100,6 +100,9 @@ class Engine:
                 mpu=context.mpu,
                 dist_init_required=False,
             )
+        if context.data_parallel == 1 and hasattr(self._optimizer, "fp32_groups_flat_partition"):
+            # One data rank has nothing to reduce, yet DeepSpeed would copy all gradients out and back: 6 % of a CPU's step.
+            self._deepspeed.enable_backward_allreduce = False
         fragments.create_moments(self._optimizer, self.zero)
 
     @property

@@ -20,9 +20,16 @@ class KeyValueCache:
     """Keys and values of every layer, allocated once for `capacity` positions."""
 
     def __init__(
-        self, model: ModelConfig, *, num_sequences: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self,
+        model: ModelConfig,
+        *,
+        kv_heads: int,
+        num_sequences: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        shape_BKPD = (num_sequences, model.kv_heads, capacity, model.head_dim)
+        shape_BKPD = (num_sequences, kv_heads, capacity, model.head_dim)
         self.keys = [torch.empty(shape_BKPD, dtype=dtype, device=device) for _ in range(model.num_layers)]
         self.values = [torch.empty_like(keys) for keys in self.keys]
         self.capacity = capacity
@@ -69,6 +76,7 @@ class CachedDecoder:
             )
         return KeyValueCache(
             self.model,
+            kv_heads=self.blocks[0].attention.kv_heads,  # a tensor rank has its own only
             num_sequences=num_sequences,
             capacity=capacity,
             dtype=self.weight.dtype,

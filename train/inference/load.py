@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from train.config.kernels import KernelsConfig
-from train.config.model import ModelConfig
 from train.model.blueprint import Blueprint
 from train.model.logical import logical_of, tag
 from train.model.transformer import Decoder, Reading, build_layers
+from train.parallel import ALONE, TensorRanks
 
 if TYPE_CHECKING:  # the model's settings are enough for a decoder; the whole configuration is only named
     from train.config.pretrain import PretrainConfig
@@ -47,30 +46,28 @@ def resolve_dtype(name: Literal["auto", "fp32", "bf16"], device: torch.device) -
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def load_decoder(reader: WeightReader, dtype: torch.dtype, *, device: torch.device, reading: Reading | None = None) -> Decoder:
-    """The checkpoint's model on `device`, in evaluation mode and without gradients.
+def load_decoder(
+    reader: WeightReader,
+    dtype: torch.dtype,
+    *,
+    device: torch.device,
+    reading: Reading | None = None,
+    tensor: TensorRanks = ALONE,
+) -> Decoder:
+    """The checkpoint's model on `device`, in evaluation mode and without gradients; of it, this tensor rank's part.
 
     `reading` matters to `Decoder.forward` alone; None: one sequence of the run's length, as its data was read.
     """
     config = reader.config
     if reading is None:
         reading = Reading(sequence_length=config.data.sequence_length, document_mask=config.data.document_mask)
-    return assemble_decoder(config.model, reader.read, dtype=dtype, device=device, reading=reading)
+    blueprint = Blueprint(model=config.model, device=device, tensor=tensor)
+    return assemble_decoder(blueprint, reader.read, dtype=dtype, reading=reading)
 
 
-def assemble_decoder(
-    model: ModelConfig,
-    read: Callable[[str], Tensor],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    reading: Reading,
-    kernels: KernelsConfig | None = None,
-) -> Decoder:
+def assemble_decoder(blueprint: Blueprint, read: Callable[[str], Tensor], *, dtype: torch.dtype, reading: Reading) -> Decoder:
     """A decoder whose weights come from `read(logical name)`; holds one fp32 tensor beside the model at a time."""
-    layers = build_layers(
-        Blueprint(model=model, kernels=kernels or KernelsConfig(), device=device), reading, seed=None
-    )  # outside: the rotary frequencies are real
+    layers = build_layers(blueprint, reading, seed=None)  # outside: the rotary frequencies are real
     with torch.device("meta"):  # neither memory nor time for values that are replaced at once
         decoder = Decoder(layers)
     loaded: dict[str, nn.Parameter] = {}
@@ -78,9 +75,9 @@ def assemble_decoder(
         for attribute, empty in list(module.named_parameters(recurse=False)):
             logical = logical_of(empty)
             if logical.name not in loaded:  # a tied weight is met twice, and stays one
-                whole = read(logical.name).reshape(empty.shape)
+                part = logical.cut(read(logical.name)).reshape(empty.shape)
                 # A copy, so that a reader may hand out its own memory.
-                weight = torch.empty_like(whole, device=device, dtype=dtype).copy_(whole)
+                weight = torch.empty_like(part, device=blueprint.device, dtype=dtype).copy_(part)
                 loaded[logical.name] = nn.Parameter(weight, requires_grad=False)
                 tag(loaded[logical.name], logical)
             setattr(module, attribute, loaded[logical.name])

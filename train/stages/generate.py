@@ -10,7 +10,9 @@ from conf.errors import UserError
 from data_pipeline.tokenizer import Tokenizer
 from train.checkpoint.manifest import resolve_checkpoint
 from train.checkpoint.reader import CheckpointReader
+from train.companions import tensor_ranks
 from train.config.generate import GenerateConfig
+from train.config.model import ModelConfig
 from train.inference.cached import CachedDecoder
 from train.inference.generation import Continuation, Request, generate_ids
 from train.inference.load import load_decoder, resolve_device, resolve_dtype
@@ -38,15 +40,18 @@ def run(config: GenerateConfig) -> int:
         seed=config.seed,
         num_known_ids=tokenizer.vocab_size,
     )
-    decoder = load_decoder(reader, resolve_dtype(config.dtype, device), device=device)
+    check_divisible(reader.config.model, config.tensor)
     end_of_document = special_id(tokenizer, "eos_token")
     continuations = [
         Continuation(tokenizer.stream(), stop=config.stop, end_of_document=end_of_document) for _ in range(request.num_samples)
     ]
     console = Console(sys.stdout, request.num_samples, live=config.stream)
-    started = time.perf_counter()
-    show(CachedDecoder(decoder, reader.config.model), request, continuations, console)
-    seconds = time.perf_counter() - started
+    with tensor_ranks(config.tensor, device.type) as context:
+        dtype = resolve_dtype(config.dtype, device)
+        decoder = load_decoder(reader, dtype, device=context.device, tensor=context.tensor)
+        started = time.perf_counter()
+        show(CachedDecoder(decoder, reader.config.model), request, continuations, console)
+        seconds = time.perf_counter() - started
     num_tokens = sum(continuation.num_tokens for continuation in continuations)
     print(
         f"{reader.path.name}, {len(request.prompt)} prompt tokens: {num_tokens} tokens in {seconds:.1f} s "
@@ -54,6 +59,13 @@ def run(config: GenerateConfig) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def check_divisible(model: ModelConfig, tensor: int) -> None:
+    """Raise UserError when the model does not come out even over `tensor` ranks."""
+    for name, amount in (("kv_heads", model.kv_heads), ("ffn_size", model.ffn_size), ("vocabulary", model.padded_vocab_size)):
+        if amount % tensor:
+            raise UserError(f"tensor={tensor}: must divide the checkpoint's {name}, {amount}; take another number of ranks")
 
 
 def show(decoder: CachedDecoder, request: Request, continuations: list[Continuation], console: Console) -> None:

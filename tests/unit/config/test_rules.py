@@ -161,6 +161,7 @@ CASES: list[tuple[str, list[str], str]] = [
     ("generate", ["top_p=0"], "top_p=0.0: must be above 0 and at most 1; null means all tokens"),
     ("generate", ["temperature=0", "num_samples=2"], "num_samples=2: with temperature=0 all samples are the same"),
     ("generate", ["stop=['']"], "stop: holds an empty text, which ends every continuation at once; remove it"),
+    ("generate", ["tensor=0"], "tensor=0: must be at least 1"),
     ("generate", ["num_samples=0"], "num_samples=0: must be at least 1"),
     ("export", ["checkpoint=''"], "checkpoint='': needs the folder of a checkpoint or of a run"),
     ("export", ["out=.."], "out='..': needs the name of a folder to make, such as out=exported/first"),
