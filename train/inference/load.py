@@ -69,7 +69,7 @@ def assemble_decoder(
 ) -> Decoder:
     """A decoder whose weights come from `read(logical name)`; holds one fp32 tensor beside the model at a time."""
     layers = build_layers(
-        Blueprint(model=model, kernels=kernels or KernelsConfig(), device=device), reading, seed=None
+        Blueprint(model=model, kernels=kernels or KernelsConfig(), device=device, dtype=dtype), reading, seed=None
     )  # outside: the rotary frequencies are real
     with torch.device("meta"):  # neither memory nor time for values that are replaced at once
         decoder = Decoder(layers)
