@@ -138,7 +138,6 @@ class Pair:
         decoder = assemble_decoder(
             Blueprint(model=self.model, kernels=KernelsConfig(recompute=recompute)),
             lambda name: self.keymap.to_logical(name, weights.__getitem__),
-            dtype=torch.float32,
             reading=reading,
         )
         return decoder.requires_grad_()

@@ -78,7 +78,6 @@ def _on_tensor_ranks(context, case):
     decoder = assemble_decoder(
         Blueprint(model=pair.model, tensor=tensor),
         lambda name: pair.keymap.to_logical(name, weights.__getitem__),
-        dtype=torch.float32,
         reading=Reading(sequence_length=LENGTH, document_mask=False),
     )
     cached = CachedDecoder(decoder, pair.model)

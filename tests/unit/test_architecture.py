@@ -61,7 +61,8 @@ ONLY = {
 OWNERS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("train.engine",),
     "megatron": ("data_pipeline.corpus", "train.parallel", "train.model.split_layers", "train.model.tensor_parallel"),
-    "flash_attn": ("train.model.attention",),
+    "flash_attn": ("train.model.attention.flash",),  # 2, and 4 as flash_attn.cute
+    "flash_attn_interface": ("train.model.attention.flash",),  # 3
     "wandb": ("train.metrics",),
     "tensorboard": ("train.metrics",),
     "psutil": ("train.metrics", "tools.watched_run"),

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from conf.errors import ConfigError
+
+AttentionName: TypeAlias = Literal[
+    "auto",
+    "flash4",
+    "flash3",
+    "flash2",
+    "varlen",
+    "sdpa",
+    "sdpa_cudnn",
+    "sdpa_flash",
+    "sdpa_efficient",
+    "eager",
+    "reference",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
+    attention: AttentionName = "auto"
+    """Who computes attention: auto takes the best that is there; flash2, 3, 4 are the flash-attn packages, varlen and sdpa
+    torch's own functions (sdpa_* one of its kernels), eager plain products that hold S x S scores, reference float64."""
     compile: bool = False
     """Compile each block, and head and loss, with torch.compile; the first step then takes a minute or so."""
     recompute: Literal["none", "selective", "full"] = "none"

@@ -76,6 +76,14 @@ class ModelConfig:
     """Whether the output matrix is the embedding matrix."""
     dropout: float = 0.0
     """Probability of dropping in the embedding, the attention weights and the sublayer outputs."""
+    window: int | None = None
+    """Sliding window: tokens that a query sees at most, itself included; null: all before it."""
+    window_pattern: str = "S"
+    """Which layers have the window: letters repeated over the layers, S with (sliding), L without (long); SSSL is usual."""
+    attention_scale: float | None = None
+    """What the products of queries and keys are multiplied with; null: 1 / sqrt(head size)."""
+    attention_softcap: float | None = None
+    """Bound on attention scores, which become this x tanh(score / this); null: none. Gemma 2 has 50."""
     init_std: float = 0.02
     """Standard deviation of initial matrices; those that write to the residual get / sqrt(2 x num_layers)."""
     z_loss: float = 0.0
@@ -97,10 +105,19 @@ class ModelConfig:
         assert self.vocab_size is not None, "vocab_size is filled in from the corpus before a model is built"
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
+    @property
+    def score_scale(self) -> float:
+        """What the products of queries and keys are multiplied with."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a query of this layer sees at most; None: all before it."""
+        return self.window if self.window_pattern[layer % len(self.window_pattern)] == "S" else None
+
     def __post_init__(self) -> None:
         problems = []
         sizes = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size", "ffn_size")
-        for name in (*sizes, "max_positions", "vocab_size", "vocab_multiple"):
+        for name in (*sizes, "max_positions", "vocab_size", "vocab_multiple", "window"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{name}={value}: must be at least 1")
@@ -113,8 +130,21 @@ class ModelConfig:
                 problems.append(f"{name}={getattr(self, name)}: must be above 0")
         if self.z_loss < 0:
             problems.append(f"z_loss={self.z_loss}: must not be negative; 0 turns it off")
+        problems += self._attention_problems()
         if problems:
             raise ConfigError(problems)
+
+    def _attention_problems(self) -> list[str]:
+        problems = []
+        if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:
+            problems.append(f"window_pattern={self.window_pattern}: must be made of S and L, such as SSSL")
+        elif self.window is None and self.window_pattern != "S":
+            problems.append(f"window_pattern={self.window_pattern}: needs the window that its S layers have; give window")
+        for name in ("attention_scale", "attention_softcap"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                problems.append(f"{name}={value}: must be above 0; null is the usual")
+        return problems
 
     def _shape_problems(self) -> list[str]:
         problems = []

@@ -31,6 +31,9 @@ def check_expressible(model: ModelConfig) -> None:
         for name, value in expected.items()
         if getattr(model, name) != value
     ]
+    for name in ("window", "attention_scale", "attention_softcap"):
+        if getattr(model, name) is not None:
+            problems.append(f"model.{name}={getattr(model, name)}: {model.family} has none")
     if model.hidden_size % model.num_heads:
         problems.append(f"model.num_heads={model.num_heads}: must divide model.hidden_size={model.hidden_size}")
     if model.family == "gpt2":

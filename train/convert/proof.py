@@ -61,7 +61,6 @@ def load_ours(reader: WeightReader, dtype: torch.dtype) -> Decoder:
     return assemble_decoder(
         Blueprint(model=model),
         lambda name: reader.read(name).to(dtype).float(),
-        dtype=torch.float32,
         reading=Reading(sequence_length=model.max_positions, document_mask=False),
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from train.config.model import ModelConfig
-from train.model.attention import attend_cached
+from train.model.attention import attend_cached, view_of_cache
 from train.model.layers import rotary_frequencies, rotary_tables
 from train.model.transformer import Block, Decoder
 
@@ -95,10 +95,10 @@ class CachedDecoder:
         rotary = None
         if self.frequency is not None:
             rotary = rotary_tables(positions_T, self.frequency, hidden_TH.dtype)
-        # A single new position sees everything: without a mask the fast kernels stay open to it.
-        allowed_11SP = None
-        if num_new > 1:
-            allowed_11SP = (positions_S[:, None] >= torch.arange(end, device=tokens_BS.device))[None, None]
+        views = {
+            window: view_of_cache(start, end, window=window, device=tokens_BS.device)
+            for window in {block.attention.window for block in self.blocks}
+        }
 
         for layer, block in enumerate(self.blocks):
 
@@ -107,8 +107,13 @@ class CachedDecoder:
                 query_BNSD, key_BKSD, value_BKSD = (
                     part.view(num_sequences, num_new, *part.shape[1:]).transpose(1, 2) for part in parts
                 )
-                key_BKPD, value_BKPD = cache.put(layer, key_BKSD, value_BKSD)
-                mixed_BNSD = attend_cached(query_BNSD, key_BKPD, value_BKPD, allowed_11SP)
+                mixed_BNSD = attend_cached(
+                    query_BNSD,
+                    cache.put(layer, key_BKSD, value_BKSD),
+                    views[block.attention.window],
+                    scale=self.model.score_scale,
+                    softcap=self.model.attention_softcap,
+                )
                 return block.attention.output(mixed_BNSD.transpose(1, 2).reshape(normed_TH.shape[0], -1))
 
             hidden_TH = block.around(hidden_TH, attention)

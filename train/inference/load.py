@@ -61,11 +61,11 @@ def load_decoder(
     config = reader.config
     if reading is None:
         reading = Reading(sequence_length=config.data.sequence_length, document_mask=config.data.document_mask)
-    blueprint = Blueprint(model=config.model, device=device, tensor=tensor)
-    return assemble_decoder(blueprint, reader.read, dtype=dtype, reading=reading)
+    blueprint = Blueprint(model=config.model, device=device, dtype=dtype, tensor=tensor)
+    return assemble_decoder(blueprint, reader.read, reading=reading)
 
 
-def assemble_decoder(blueprint: Blueprint, read: Callable[[str], Tensor], *, dtype: torch.dtype, reading: Reading) -> Decoder:
+def assemble_decoder(blueprint: Blueprint, read: Callable[[str], Tensor], *, reading: Reading) -> Decoder:
     """A decoder whose weights come from `read(logical name)`; holds one fp32 tensor beside the model at a time."""
     layers = build_layers(blueprint, reading, seed=None)  # outside: the rotary frequencies are real
     with torch.device("meta"):  # neither memory nor time for values that are replaced at once
@@ -77,7 +77,7 @@ def assemble_decoder(blueprint: Blueprint, read: Callable[[str], Tensor], *, dty
             if logical.name not in loaded:  # a tied weight is met twice, and stays one
                 part = logical.cut(read(logical.name)).reshape(empty.shape)
                 # A copy, so that a reader may hand out its own memory.
-                weight = torch.empty_like(part, device=blueprint.device, dtype=dtype).copy_(part)
+                weight = torch.empty_like(part, device=blueprint.device, dtype=blueprint.dtype).copy_(part)
                 loaded[logical.name] = nn.Parameter(weight, requires_grad=False)
                 tag(loaded[logical.name], logical)
             setattr(module, attribute, loaded[logical.name])

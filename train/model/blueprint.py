@@ -20,3 +20,5 @@ class Blueprint:
     tensor: TensorRanks = ALONE
     device: torch.device = torch.device("cpu")
     """What the layers will compute on, wherever they are built."""
+    dtype: torch.dtype = torch.float32
+    """What the layers will compute in."""

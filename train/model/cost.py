@@ -75,11 +75,16 @@ def num_matmul_parameters(model: ModelConfig) -> int:
 def flops_per_token(model: ModelConfig, sequence_length: int) -> tuple[int, int]:
     """Training FLOPs of one token, forward and backward: (attention counted in full, attention counted causally).
 
-    6 per matmul parameter, and 12 (6 when causal) x layers x attention width x sequence length.
+    6 per matmul parameter, and 12 x attention width x keys in each layer. Keys in full are the sequence's, or the
+    window's where a layer has one; causally the mean over the queries of those that they may see.
     """
-    matmul = 6 * num_matmul_parameters(model)
-    attention = 6 * model.num_layers * model.num_heads * model.head_dim * sequence_length
-    return matmul + 2 * attention, matmul + attention
+    matmul, width = 6 * num_matmul_parameters(model), model.num_heads * model.head_dim
+    full = causal = 0
+    for number in range(model.num_layers):
+        keys = min(model.window_of(number) or sequence_length, sequence_length)
+        full += 12 * width * keys
+        causal += 6 * width * (2 * keys - keys * keys // sequence_length)  # the first queries see less than a window
+    return matmul + full, matmul + causal
 
 
 def _logits_bytes(model: ModelConfig, tokens: int, tensor_parallel: int, limit: int) -> int:

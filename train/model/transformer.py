@@ -11,7 +11,7 @@ Shapes: B sequences, S positions, T = B x S tokens batch-major, H hidden, N quer
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.config.model import ModelConfig
-from train.model.attention import Mask, attend, causal_mask
+from train.model.attention import Attend, Needs, choose
 from train.model.blueprint import Blueprint
 from train.model.heads import LossHead
 from train.model.init import initial_value
@@ -41,24 +41,33 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Derived:
-    """What the blocks of one micro-batch share: the mask, and the rotary tables when positions are rotary."""
+    """What the blocks of one micro-batch share: attention over its documents, and the rotary tables if there are any."""
 
-    mask: Mask
+    attend: dict[int | None, Attend]
+    """By the layer's window."""
     rotary: tuple[Tensor, Tensor] | None
 
 
 class Deriver:
-    """Computes `Derived` once a micro-batch: the blocks of a process ask with the same tensors one after another."""
+    """Computes `Derived` once a micro-batch: the blocks of a process ask with the same tensors one after another.
 
-    def __init__(self, model: ModelConfig, reading: Reading) -> None:
-        self.reading = reading
+    Raises UserError when attention is asked from a kernel that cannot compute it.
+    """
+
+    def __init__(self, blueprint: Blueprint, reading: Reading) -> None:
+        model = blueprint.model
+        self.blueprint = blueprint
         self.frequency = rotary_frequencies(model.head_dim, model.rope) if model.positions == "rotary" else None
-        self._asked: tuple[Tensor, Tensor, torch.dtype] | None = None
-        self._answer: Derived | None = None
+        self.windows = dict.fromkeys(model.window_of(number) for number in range(model.num_layers))
+        self.read_as(reading)
 
     def read_as(self, reading: Reading) -> None:
         """Read the micro-batches to come in another way."""
-        self.reading, self._asked, self._answer = reading, None, None
+        self.reading = reading
+        self._asked: tuple[Tensor, Tensor, torch.dtype] | None = None
+        self._answer: Derived | None = None
+        self.needs = {window: attention_needs(self.blueprint, reading, window) for window in self.windows}
+        self.backends = {window: choose(self.blueprint.kernels.attention, needs) for window, needs in self.needs.items()}
 
     def derive(self, positions_T: Tensor, document_bounds: Tensor, dtype: torch.dtype) -> Derived:
         """The mask and tables of a micro-batch; computed anew only for tensors other than the last ones."""
@@ -66,17 +75,42 @@ class Deriver:
         if self._asked and self._asked[0] is positions_T and self._asked[1] is document_bounds and self._asked[2] == dtype:
             return self._answer
         with torch.no_grad():
-            mask = causal_mask(
-                document_bounds,
-                num_tokens=positions_T.shape[0],
-                sequence_length=self.reading.sequence_length,
-                packed=self.reading.document_mask,
-            )
+            attend = {}
+            for window, backend in self.backends.items():
+                needs = replace(self.needs[window], dtype=dtype)
+                layout = backend.lay_out(needs, document_bounds, positions_T.shape[0])
+                attend[window] = Attend(backend=backend, needs=needs, layout=layout)
             rotary = None
             if self.frequency is not None:
                 rotary = rotary_tables(positions_T, self.frequency.to(positions_T.device), dtype)
-        self._asked, self._answer = (positions_T, document_bounds, dtype), Derived(mask=mask, rotary=rotary)
+        self._asked, self._answer = (positions_T, document_bounds, dtype), Derived(attend=attend, rotary=rotary)
         return self._answer
+
+    def attention_line(self) -> str:
+        """Which backends compute attention, for a person."""
+        names = {window: backend.name for window, backend in self.backends.items()}
+        if len(set(names.values())) == 1:
+            return next(iter(names.values()))
+        return ", ".join(f"{name} ({f'window {window}' if window else 'full'})" for window, name in names.items())
+
+
+def attention_needs(blueprint: Blueprint, reading: Reading, window: int | None) -> Needs:
+    """What the layers with `window` ask of attention on this rank."""
+    model, ranks = blueprint.model, blueprint.tensor.size
+    return Needs(
+        num_heads=model.num_heads // ranks,
+        kv_heads=model.kv_heads // ranks,
+        head_size=model.head_dim,
+        sequence_length=reading.sequence_length,
+        packed=reading.document_mask,
+        # A window as long as the sequence is none, and leaves more kernels to choose from.
+        window=window if window is not None and window < reading.sequence_length else None,
+        scale=model.score_scale,
+        softcap=model.attention_softcap,
+        dropout=model.dropout,
+        dtype=blueprint.dtype,
+        device=blueprint.device,
+    )
 
 
 class Embedding(nn.Module):
@@ -111,9 +145,10 @@ class Embedding(nn.Module):
 class Attention(nn.Module):
     """Self-attention with fused query-key-value rows, grouped by key-value head: [K, N/K queries, key, value, D]."""
 
-    def __init__(self, name: str, blueprint: Blueprint) -> None:
+    def __init__(self, name: str, number: int, blueprint: Blueprint) -> None:
         super().__init__()
         model = blueprint.model
+        self.window = model.window_of(number)
         self.kv_heads, self.head_dim = model.kv_heads // blueprint.tensor.size, model.head_dim
         self.name, self.tensor = name, blueprint.tensor
         self.queries_per_kv = model.num_heads // model.kv_heads
@@ -137,7 +172,7 @@ class Attention(nn.Module):
         query_TND, key_TKD, value_TKD = self.project(hidden_TH, derived.rotary)
         dropout = self.dropout if self.training else 0.0
         with own_draws(self.tensor, self.name, dropout=dropout):
-            mixed_TND = attend(query_TND, key_TKD, value_TKD, derived.mask, dropout=dropout)
+            mixed_TND = derived.attend[self.window](query_TND, key_TKD, value_TKD, dropout=dropout)
         return self.output(mixed_TND.flatten(1))
 
 
@@ -150,7 +185,7 @@ class Block(nn.Module):
         self.dropout = model.dropout
         self.deriver = deriver
         self.attention_norm = Norm(f"{name}.attention_norm", blueprint)
-        self.attention = Attention(f"{name}.attention", blueprint)
+        self.attention = Attention(f"{name}.attention", number, blueprint)
         self.mlp_norm = Norm(f"{name}.mlp_norm", blueprint)
         self.mlp = MLPS[model.mlp](f"{name}.mlp", blueprint)
         self.run = trained(self.body, blueprint.kernels)
@@ -199,7 +234,7 @@ def build_layers(blueprint: Blueprint, reading: Reading, *, seed: int | None) ->
     `seed` None leaves the values unset, for a caller that puts others in their place.
     """
     model = blueprint.model
-    deriver = Deriver(model, reading)
+    deriver = Deriver(blueprint, reading)
 
     def made(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         return make if seed is None else lambda: initialise(make(), model, seed)
@@ -250,6 +285,11 @@ class Decoder(nn.Module):
     def blocks(self) -> list[Block]:
         """The decoder blocks in order."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
+
+    @property
+    def attention_line(self) -> str:
+        """Which backends compute attention, for a person."""
+        return self.blocks[0].deriver.attention_line()
 
     def read_as(self, reading: Reading) -> None:
         """Read the micro-batches to come in another way; the weights stay."""

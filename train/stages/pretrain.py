@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from conf.compose import to_plain
 from conf.errors import UserError
 from data_pipeline.facts import inspect_sources
@@ -29,7 +31,13 @@ def build(config: PretrainConfig, context: ParallelContext, run_dir: Path, metri
     plan = make_plan(config, context.world_size)
     corpus = inspect_sources(config.data)
     reading = Reading(sequence_length=config.data.sequence_length, document_mask=config.data.document_mask)
-    blueprint = Blueprint(model=config.model, kernels=config.kernels, tensor=context.tensor, device=context.device)
+    blueprint = Blueprint(
+        model=config.model,
+        kernels=config.kernels,
+        tensor=context.tensor,
+        device=context.device,
+        dtype=torch.float32 if config.precision == "fp32" else torch.bfloat16,
+    )
     engine = Engine(
         build_layers(blueprint, reading, seed=config.run.seed),
         optim=config.optim,
@@ -123,6 +131,8 @@ def pretrain(config: PretrainConfig, context: ParallelContext, run_dir: Path, *,
     outcome, reason = "crashed", ""
     try:
         trainer = build(config, context, run_dir, metrics)
+        if context.is_first:
+            print(f"attention        {trainer.engine.module.attention_line} (kernels.attention={config.kernels.attention})")
         ending = trainer.run()
         outcome, reason = ending.state, ending.reason
         return ending, trainer.state.step

@@ -47,6 +47,11 @@ CASES: list[tuple[str, list[str], str]] = [
     ("pretrain", ["model.dropout=1"], "model.dropout=1.0: must be at least 0 and below 1"),
     ("pretrain", ["model.norm_epsilon=0"], "model.norm_epsilon=0.0: must be above 0"),
     ("pretrain", ["model.init_std=-1"], "model.init_std=-1.0: must be above 0"),
+    ("pretrain", ["model.window=0"], "model.window=0: must be at least 1"),
+    ("pretrain", ["model.window=8", "model.window_pattern=SX"], "model.window_pattern=SX: must be made of S and L, such as"),
+    ("pretrain", ["model.window_pattern=SSSL"], "model.window_pattern=SSSL: needs the window that its S layers have"),
+    ("pretrain", ["model.attention_scale=0"], "model.attention_scale=0.0: must be above 0; null is the usual"),
+    ("pretrain", ["model.attention_softcap=-1"], "model.attention_softcap=-1.0: must be above 0; null is the usual"),
     ("pretrain", ["model.z_loss=-1"], "model.z_loss=-1.0: must not be negative; 0 turns it off"),
     ("pretrain", ["model.rope.base=1"], "model.rope.base=1.0: must be above 1; Llama 2 has 10000, Llama 3 has 500000"),
     (

@@ -1,0 +1,7 @@
+"""Attention: what a layer needs of it, the backends that can compute it, and which of them does."""
+
+from train.model.attention.backend import Needs
+from train.model.attention.cached import CachedView, attend_cached, view_of_cache
+from train.model.attention.choose import BACKENDS, Attend, choose
+
+__all__ = ["BACKENDS", "Attend", "CachedView", "Needs", "attend_cached", "choose", "view_of_cache"]
