@@ -15,23 +15,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from conf.errors import UserError
-from train.parallel import ParallelContext, single_process, start_rank
+from train.parallel import ParallelContext, start_rank
 
 _TIMEOUT_SECONDS = 600.0
 _GRACE_SECONDS = 10.0  # a companion that has nothing left to do leaves at once
 
 
 @contextmanager
-def tensor_ranks(size: int, device: str) -> Iterator[ParallelContext]:
-    """The context of this rank among `size` tensor-parallel ranks; alone when `size` is 1.
+def ranks(size: int, device: str, *, tensor_parallel: int = 1, sequence_parallel: bool = False) -> Iterator[ParallelContext]:
+    """The context of this rank among `size` ranks of one process group, `tensor_parallel` of them to a model.
 
     Raises UserError when a companion fails, with the end of what it said.
     """
-    if size == 1:
-        yield single_process(device)
-        return
+
+    def join() -> ParallelContext:
+        layout = {"tensor_parallel": tensor_parallel, "sequence_parallel": sequence_parallel}
+        return start_rank(device, _TIMEOUT_SECONDS, **layout)
+
     if "RANK" in os.environ:  # one of the copies
-        yield start_rank(device, _TIMEOUT_SECONDS, tensor_parallel=size)
+        yield join()
         return
     with socket.create_server(("127.0.0.1", 0), backlog=128) as store, tempfile.TemporaryFile() as said:
         os.environ.update(
@@ -50,7 +52,7 @@ def tensor_ranks(size: int, device: str) -> Iterator[ParallelContext]:
         ]
         os.environ["LONGHAUL_STORE_FD"] = str(os.dup(store.fileno()))
         try:
-            yield start_rank(device, _TIMEOUT_SECONDS, tensor_parallel=size)
+            yield join()
             for companion in companions:
                 companion.wait(_GRACE_SECONDS)
         except RuntimeError as error:  # a collective that lost its partner

@@ -67,6 +67,13 @@ class Trainer:
 
     def run(self) -> Ending:
         """Train from the present state to the end of the budget, or until something asks to stop."""
+        ending = self._reason_to_end()
+        for last in self.steps():
+            ending = last
+        return ending
+
+    def steps(self) -> Iterator[Ending | None]:
+        """Train step by step; after each comes None, after the last why it was the last."""
         state, plan = self.state, self.plan
         ending = self._reason_to_end()
         garbage = GarbageSchedule(self.config.kernels.collect_garbage_steps)
@@ -84,7 +91,7 @@ class Trainer:
                 self._evaluate_if_due(ending)
                 self._save_if_due(ending)
                 garbage.after(state.step)
-        return ending
+                yield ending
 
     def _groups(self) -> Iterator[list[int]]:
         """Sample ids of this rank's micro-batches, from the present state on without end."""

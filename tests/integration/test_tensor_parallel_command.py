@@ -1,4 +1,4 @@
-"""Tensor-parallel ranks from the command line: a run moves from two ranks that share the model to one, and generates on both."""
+"""Tensor-parallel ranks from the command line: a run moves from two ranks that share the model to one; both generate."""
 
 from __future__ import annotations
 

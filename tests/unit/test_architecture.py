@@ -66,7 +66,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "wandb": ("train.metrics",),
     "tensorboard": ("train.metrics",),
     "psutil": ("train.metrics", "tools.watched_run"),
-    "transformers": ("data_pipeline.tokenizer", "train.convert"),
+    "transformers": ("data_pipeline.tokenizer", "train.convert", "tools.bench_peer"),
     "tokenizers": ("data_pipeline.tokenizer",),
     "gigatoken": ("data_pipeline.engines",),
     "awkward": ("data_pipeline.engines",),

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
-from typing import Protocol
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -73,13 +74,6 @@ class Engine:
         dropout_seed: int,
         context: ParallelContext,
     ) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", context.device.type)
-        os.environ.setdefault("LOCAL_RANK", str(context.local_rank))  # DeepSpeed insists on it, also under srun
-        import deepspeed
-
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # The shared-memory collective serves inference only, and building it takes 30 s and a compiler at the first start.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.context = context
         self.zero = parallel.zero
         self.dropout_seed = dropout_seed
@@ -92,14 +86,7 @@ class Engine:
             eps=optim.epsilon,
             fused=True,
         )
-        with redirect_stdout(StringIO()):  # it prints a dozen lines on memory
-            self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
-                model=module,
-                optimizer=optimizer,
-                config=config,
-                mpu=context.mpu,
-                dist_init_required=False,
-            )
+        self._deepspeed, self._optimizer = initialize(module, optimizer, config, context)
         if context.data_parallel == 1 and hasattr(self._optimizer, "fp32_groups_flat_partition"):
             # One data rank has nothing to reduce, yet DeepSpeed would copy all gradients out and back: 6 % of a CPU's step.
             self._deepspeed.enable_backward_allreduce = False
@@ -176,6 +163,28 @@ class Engine:
         return tuple(tensor.to(self.context.device, non_blocking=True) for tensor in tensors)
 
 
+def load_deepspeed(context: ParallelContext) -> ModuleType:
+    """DeepSpeed, told where it is before it looks for itself."""
+    os.environ.setdefault("DS_ACCELERATOR", context.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(context.local_rank))  # DeepSpeed insists on it, also under srun
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # The shared-memory collective serves inference only, and building it takes 30 s and a compiler at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict, context: ParallelContext) -> tuple[Any, Any]:
+    """(DeepSpeed's engine, its optimizer) around `module`."""
+    deepspeed = load_deepspeed(context)
+    with redirect_stdout(StringIO()):  # it prints a dozen lines on memory
+        engine, wrapped, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, mpu=context.mpu, dist_init_required=False
+        )
+    return engine, wrapped
+
+
 def build_module(layers: Sequence[Layer], config: dict, context: ParallelContext) -> Decoder:
     """The model on this rank's device. Under ZeRO 3 each layer is sharded as soon as it is built and has its values.
 
@@ -183,7 +192,7 @@ def build_module(layers: Sequence[Layer], config: dict, context: ParallelContext
     """
     if config["zero_optimization"]["stage"] < 3:
         return Decoder(list(layers)).to(context.device)
-    from deepspeed import zero
+    zero = load_deepspeed(context).zero
 
     def sharded(layer: Layer) -> Layer:
         def build() -> nn.Module:

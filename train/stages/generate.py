@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from conf.errors import UserError
 from data_pipeline.tokenizer import Tokenizer
 from train.checkpoint.manifest import resolve_checkpoint
 from train.checkpoint.reader import CheckpointReader
-from train.companions import tensor_ranks
+from train.companions import ranks
 from train.config.generate import GenerateConfig
 from train.config.model import ModelConfig
 from train.inference.cached import CachedDecoder
@@ -19,6 +20,7 @@ from train.inference.load import load_decoder, resolve_device, resolve_dtype
 from train.inference.sampling import Sampling
 from train.inference.special import special_id
 from train.inference.text import Console
+from train.parallel import single_process
 
 
 def run(config: GenerateConfig) -> int:
@@ -46,7 +48,9 @@ def run(config: GenerateConfig) -> int:
         Continuation(tokenizer.stream(), stop=config.stop, end_of_document=end_of_document) for _ in range(request.num_samples)
     ]
     console = Console(sys.stdout, request.num_samples, live=config.stream)
-    with tensor_ranks(config.tensor, device.type) as context:
+    alone = nullcontext(single_process(device.type))
+    shared = ranks(config.tensor, device.type, tensor_parallel=config.tensor)
+    with alone if config.tensor == 1 else shared as context:
         dtype = resolve_dtype(config.dtype, device)
         decoder = load_decoder(reader, dtype, device=context.device, tensor=context.tensor)
         started = time.perf_counter()

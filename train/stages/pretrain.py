@@ -26,20 +26,24 @@ from train.parallel import ParallelContext
 from train.plan import RunPlan, make_plan
 
 
-def build(config: PretrainConfig, context: ParallelContext, run_dir: Path, metrics: Metrics | NullMetrics) -> Trainer:
-    """Assemble a run at its newest checkpoint, or at its beginning."""
-    plan = make_plan(config, context.world_size)
-    corpus = inspect_sources(config.data)
-    reading = Reading(sequence_length=config.data.sequence_length, document_mask=config.data.document_mask)
-    blueprint = Blueprint(
+def blueprint_of(config: PretrainConfig, context: ParallelContext) -> Blueprint:
+    """What the run's layers are built from on this rank."""
+    return Blueprint(
         model=config.model,
         kernels=config.kernels,
         tensor=context.tensor,
         device=context.device,
         dtype=torch.float32 if config.precision == "fp32" else torch.bfloat16,
     )
+
+
+def build(config: PretrainConfig, context: ParallelContext, run_dir: Path, metrics: Metrics | NullMetrics) -> Trainer:
+    """Assemble a run at its newest checkpoint, or at its beginning."""
+    plan = make_plan(config, context.world_size)
+    corpus = inspect_sources(config.data)
+    reading = Reading(sequence_length=config.data.sequence_length, document_mask=config.data.document_mask)
     engine = Engine(
-        build_layers(blueprint, reading, seed=config.run.seed),
+        build_layers(blueprint_of(config, context), reading, seed=config.run.seed),
         optim=config.optim,
         parallel=config.parallel,
         precision=config.precision,

@@ -1,0 +1,44 @@
+"""DeepSpeed as its documentation shows it, with our model and our settings: what the engine's own work is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from train.config.training import OptimConfig, ParallelConfig, Precision
+from train.engine.engine import Batch, build_module, deepspeed_config, initialize
+from train.model.transformer import Layer
+from train.optim import parameter_groups
+from train.parallel import ParallelContext
+
+
+class BareEngine:
+    """forward, backward, step on one micro-batch; the loss is the local mean, and nothing is reported."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        *,
+        optim: OptimConfig,
+        parallel: ParallelConfig,
+        precision: Precision,
+        micro_batch: int,
+        context: ParallelContext,
+    ) -> None:
+        config = deepspeed_config(optim, parallel, precision, micro_batch)
+        module = build_module(layers, config, context)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(module, optim), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=True
+        )
+        self._deepspeed, _ = initialize(module, optimizer, config, context)
+        self._device = context.device
+
+    def step(self, batch: Batch) -> float:
+        """One optimizer step; the mean loss of a token."""
+        tensors = (batch.tokens, batch.labels, batch.positions, batch.document_bounds)
+        objective, _, targets = self._deepspeed(*(tensor.to(self._device) for tensor in tensors))
+        loss = objective / targets
+        self._deepspeed.backward(loss)
+        self._deepspeed.step()
+        return loss.item()
