@@ -88,17 +88,17 @@ def obstacle(name: str, needs: Needs) -> str | None:
 @cache
 def _tried(name: str, needs: Needs) -> str | None:
     """Run one small sequence forward and backward, so that a kernel which this GPU or build lacks is found at the start."""
-    backend = BACKENDS[name]
-    bounds = torch.tensor([0, needs.sequence_length, needs.sequence_length], dtype=torch.int32, device=needs.device)
-    parts = [
-        torch.zeros(needs.sequence_length, heads, needs.head_size, dtype=needs.dtype, device=needs.device, requires_grad=True)
-        for heads in (needs.num_heads, needs.kv_heads, needs.kv_heads)
-    ]
+    backend, length = BACKENDS[name], needs.sequence_length
     try:
+        bounds = torch.tensor([0, length, length], dtype=torch.int32, device=needs.device)
+        parts = [
+            torch.zeros(length, heads, needs.head_size, dtype=needs.dtype, device=needs.device, requires_grad=True)
+            for heads in (needs.num_heads, needs.kv_heads, needs.kv_heads)
+        ]
         with torch.enable_grad():
-            layout = backend.lay_out(needs, bounds, needs.sequence_length)
+            layout = backend.lay_out(needs, bounds, length)
             backend.attend(*parts, needs=needs, layout=layout, dropout=needs.dropout).sum().backward()
-        torch.cuda.synchronize(needs.device)
+        torch.cuda.synchronize(needs.device)  # a kernel's own errors come late
     except Exception as error:  # every package and compiler has its own errors; all of them mean: not on this machine
         return f"fails on this machine ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     return None
