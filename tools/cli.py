@@ -81,11 +81,11 @@ VERBS: dict[str, Verb] = {
         examples=("longhaul chaos 'data.sources=[{path: data/stdlib}]' kills=20 kills_in_save=5 parallel=zero3",),
     ),
     "bench": Verb(
-        summary="measure: `bench startup` times the way from the command to the first step",
+        summary="measure: `bench startup` times the way to the first step, `bench attention` the kernels of attention",
         function="tools.verbs:bench",
         root="bench",
         schema="tools.bench_startup:BenchConfig",
-        examples=("longhaul bench startup",),
+        examples=("longhaul bench startup", "longhaul bench attention sequence_length=1024 kv_heads=2 documents=4"),
     ),
 }
 

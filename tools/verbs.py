@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
 from conf.compose import compose, validate
@@ -58,11 +59,17 @@ def baseline(overrides: Sequence[str], config_dir: str | None = None) -> int:
     return run(validate(BaselineConfig, compose("baseline", overrides, config_dir)))
 
 
+BENCHES = {  # what is measured: module, its settings, root file
+    "attention": ("tools.bench_attention", "BenchConfig", "bench_attention"),
+    "startup": ("tools.bench_startup", "BenchConfig", "bench"),
+}
+
+
 def bench(overrides: Sequence[str], config_dir: str | None = None) -> int:
     """`longhaul bench WHAT`."""
-    from tools.bench_startup import BenchConfig, run
-
     what, *rest = overrides or [""]
-    if what != "startup":
-        raise UserError(f"{what or '(nothing)'}: no such bench; there is: longhaul bench startup")
-    return run(validate(BenchConfig, compose("bench", rest, config_dir)))
+    if what not in BENCHES:
+        raise UserError(f"{what or '(nothing)'}: no such bench; there is: longhaul bench {' | '.join(BENCHES)}")
+    module_name, schema, root = BENCHES[what]
+    module = importlib.import_module(module_name)
+    return module.run(validate(getattr(module, schema), compose(root, rest, config_dir)))

@@ -223,8 +223,8 @@ def test_layouts_of_lengths_hold_nothing_of_s_by_s() -> None:
     bounds = torch.tensor(DOCUMENTS, dtype=torch.int32)
     for name in ("flash2", "flash3", "flash4", "varlen"):
         layout = BACKENDS[name].lay_out(needs, bounds, SEQUENCES * LENGTH)
-        assert layout.bounds is bounds and layout.mask_B1SS is None
+        assert layout.bounds is bounds and layout.mask is None
         whole = BACKENDS[name].lay_out(replace(needs, packed=False), bounds, SEQUENCES * LENGTH)
-        assert whole.bounds.tolist() == list(WHOLE) and whole.bounds.dtype == torch.int32 and whole.mask_B1SS is None
+        assert whole.bounds.tolist() == list(WHOLE) and whole.bounds.dtype == torch.int32 and whole.mask is None
     for name in ("sdpa", "sdpa_flash"):
-        assert BACKENDS[name].lay_out(needs_of((4, 2), 64, packed=False), bounds, SEQUENCES * LENGTH).mask_B1SS is None
+        assert BACKENDS[name].lay_out(needs_of((4, 2), 64, packed=False), bounds, SEQUENCES * LENGTH).mask is None

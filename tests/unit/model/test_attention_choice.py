@@ -47,9 +47,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, "eager"),
-        ({"sequence_length": 512}, "eager"),
-        ({"sequence_length": 513}, "sdpa"),
+        ({}, "sdpa"),
+        ({"dtype": torch.bfloat16}, "eager"),
+        ({"dtype": torch.bfloat16, "sequence_length": 512}, "eager"),
+        ({"dtype": torch.bfloat16, "sequence_length": 513}, "sdpa"),
         ({"sequence_length": 2048, "softcap": 30.0}, "eager"),
         ({"sequence_length": 2048, "window": 64, "dropout": 0.1}, "sdpa"),
     ],
@@ -101,7 +102,7 @@ def test_a_gpu_kernel_asked_for_on_a_cpu(name: str) -> None:
     with pytest.raises(UserError) as caught:
         choose(name, ON_A_CPU)
     assert str(caught.value) == (
-        f"kernels.attention={name}: needs a CUDA device, not cpu; use kernels.attention=auto, which takes eager here, "
+        f"kernels.attention={name}: needs a CUDA device, not cpu; use kernels.attention=auto, which takes sdpa here, "
         "or one of sdpa, sdpa_flash, eager, reference"
     )
 
@@ -158,7 +159,8 @@ def test_a_kernel_that_fails_when_tried_is_an_obstacle() -> None:
 
 
 def layers(kernel: str, *, length: int = 32, **changes: object) -> list:
-    blueprint = Blueprint(model=replace(MODEL, **changes), kernels=KernelsConfig(attention=kernel))
+    model, kernels = replace(MODEL, **changes), KernelsConfig(attention=kernel)
+    blueprint = Blueprint(model=model, kernels=kernels, dtype=torch.bfloat16)
     return build_layers(blueprint, Reading(sequence_length=length, document_mask=True), seed=1)
 
 
@@ -197,7 +199,7 @@ def test_a_block_compiles_into_one_graph_for_every_batch(kernel: str) -> None:
 
     torch._dynamo.reset()
     for block in decoder.blocks:
-        block.body = torch.compile(block.body, fullgraph=True, backend=count)
+        block.run = torch.compile(block.body, fullgraph=True, backend=count)
     for second in (5, 11, 32):
         tokens_T, positions_T = torch.arange(64), torch.arange(32).repeat(2)
         decoder.logits(tokens_T, positions_T, torch.tensor([0, second, 32, 64, 64], dtype=torch.int32))

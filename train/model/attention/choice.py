@@ -33,7 +33,7 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 EAGER_POSITIONS_ON_CPU = 512
-"""Up to this length plain products beat torch's CPU kernel: 1.9 times at 256 in bf16, level near 800 (EXPERIMENTS.md)."""
+"""Up to this length plain products in bf16 beat torch's CPU kernel, 1.7 times at 256; in fp32 never (EXPERIMENTS.md)."""
 PROBE_POSITIONS = 128
 
 
@@ -69,7 +69,8 @@ def choose(name: AttentionName, needs: Needs) -> Backend:
 def preferred(needs: Needs) -> tuple[str, ...]:
     """The order in which `auto` asks. The last entry can do everything."""
     if needs.device.type != "cuda":
-        return ("eager",) if needs.sequence_length <= EAGER_POSITIONS_ON_CPU else ("sdpa", "eager")
+        short = needs.sequence_length <= EAGER_POSITIONS_ON_CPU
+        return ("eager",) if short and needs.dtype == torch.bfloat16 else ("sdpa", "eager")
     major = needs.capability[0]
     flash = {8: ("flash2",), 9: ("flash3", "flash2", "flash4")}.get(major, ("flash4", "flash2") if major > 9 else ())
     torch_flash = ("sdpa_cudnn", "varlen") if major > 8 else ("varlen", "sdpa_flash")
