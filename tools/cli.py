@@ -81,11 +81,17 @@ VERBS: dict[str, Verb] = {
         examples=("longhaul chaos 'data.sources=[{path: data/stdlib}]' kills=20 kills_in_save=5 parallel=zero3",),
     ),
     "bench": Verb(
-        summary="measure: `bench startup` times the way from the command to the first step",
+        summary="measure: `bench step` the training loop, `bench attention | loader | checkpoint | startup` its parts",
         function="tools.verbs:bench",
         root="bench",
         schema="tools.bench_startup:BenchConfig",
-        examples=("longhaul bench startup",),
+        examples=(
+            "longhaul bench startup",
+            "longhaul bench step peer=hf trace=trace.json",
+            "longhaul bench attention sequence_length=1024 kv_heads=2 documents=4",
+            "longhaul bench loader sequence_length=1024",
+            "longhaul bench checkpoint model=llama_160m",
+        ),
     ),
 }
 

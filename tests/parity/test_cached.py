@@ -42,6 +42,33 @@ def test_cached_logits_at_every_position(case, prefill):
     torch.testing.assert_close(logits_BSV[..., :vocab], theirs_BSV, atol=TOLERANCE, rtol=0)
 
 
+WINDOWED = {
+    "window": {"window": 7},
+    "window-on-some-layers": {"window": 7, "window_pattern": "SL"},
+    "softcap-and-scale": {"attention_softcap": 2.0, "attention_scale": 0.4},
+    "all": {"window": 33, "window_pattern": "LS", "attention_softcap": 2.0, "attention_scale": 0.4},
+}
+
+
+@pytest.mark.parametrize("changes", WINDOWED.values(), ids=WINDOWED)
+@pytest.mark.parametrize("prefill", [(1,), (40, 33)], ids=str)
+def test_cached_logits_with_a_window_and_a_softcap(changes, prefill):
+    pair = make_pair(CASES["llama-gqa"])
+    model = replace(pair.model, **changes)
+    tokens_T, _, positions_T, bounds = whole_sequence_inputs(SEQUENCES, LENGTH, vocab_size=model.vocab_size)
+    decoder = replace(pair, model=model).ours(LENGTH)
+    with torch.no_grad():
+        whole_BSV = decoder.logits(tokens_T, positions_T, bounds).view(SEQUENCES, LENGTH, -1)
+        plain_BSV = pair.ours(LENGTH).logits(tokens_T, positions_T, bounds).view(SEQUENCES, LENGTH, -1)
+    cached = CachedDecoder(decoder, model)
+    cache = cached.new_cache(num_sequences=SEQUENCES, capacity=LENGTH)
+    pieces = tokens_T.view(SEQUENCES, LENGTH).split([*prefill, *[1] * (LENGTH - sum(prefill))], dim=1)
+    logits_BSV = torch.cat([cached.logits(cached.advance(piece, cache)) for piece in pieces], dim=1)
+    vocab = model.vocab_size
+    torch.testing.assert_close(logits_BSV[..., :vocab], whole_BSV[..., :vocab], atol=TOLERANCE, rtol=0)
+    assert (whole_BSV - plain_BSV)[..., :vocab].abs().max() > 1e-2  # and it does make a difference
+
+
 def test_a_repeated_cache_continues_apart():
     pair = make_pair(CASES["llama-gqa"])
     cached = CachedDecoder(pair.ours(LENGTH), pair.model)

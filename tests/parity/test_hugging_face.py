@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import MistralConfig, MistralForCausalLM
 
-from tests.parity.pairs import CASES, gradients_of, make_pair, whole_sequence_inputs
+from tests.parity.pairs import CASES, VOCAB_SIZE, gradients_of, make_pair, whole_sequence_inputs
 
 TOLERANCE = 1e-5
 SEQUENCES, LENGTH = 2, 150  # beyond position 100, and beyond the 64 that the stretched rope was made for
@@ -51,6 +54,26 @@ def test_hugging_faces_own_loss_agrees(case):
     their_loss = pair.theirs(input_ids=tokens_BS, labels=tokens_BS).loss
     _, loss, targets = pair.ours(LENGTH)(tokens_T, labels_T, positions_T, bounds)
     torch.testing.assert_close(loss / targets, their_loss, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("window", [1, 7, 64])
+def test_a_sliding_window_is_mistrals(window):
+    """Mistral is Llama with a window, so its class takes the same weights; the query itself counts."""
+    pair = make_pair(CASES["llama-gqa"])
+    settings = pair.theirs.config.to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
+    config = MistralConfig(**{name: settings[name] for name in names}, sliding_window=window, tie_word_embeddings=False)
+    theirs = MistralForCausalLM(config).eval()
+    theirs.load_state_dict(pair.theirs.state_dict())
+    tokens_T, _, positions_T, bounds = whole_sequence_inputs(SEQUENCES, LENGTH)
+    ours = replace(pair, model=replace(pair.model, window=window)).ours(LENGTH)
+    with torch.no_grad():
+        theirs_TV = theirs(input_ids=tokens_T.view(SEQUENCES, LENGTH)).logits.flatten(0, 1)
+        ours_TV = ours.logits(tokens_T, positions_T, bounds)[:, :VOCAB_SIZE]
+        without_TV = pair.ours(LENGTH).logits(tokens_T, positions_T, bounds)[:, :VOCAB_SIZE]
+    torch.testing.assert_close(ours_TV, theirs_TV, atol=TOLERANCE, rtol=0)
+    assert (without_TV - theirs_TV).abs().max() > 1e-2
 
 
 def _swap_query_heads(weights, model):

@@ -90,6 +90,17 @@ def test_flops_by_hand() -> None:
     assert causal == matmul + 6 * 12 * 768 * 1024
 
 
+def test_flops_count_only_the_keys_of_a_window() -> None:
+    plain = model("llama_mini")
+    windowed = replace(plain, window=64, window_pattern="SSL")  # on 4 of the 6 layers
+    width, matmul = plain.num_heads * plain.head_dim, 6 * cost.num_matmul_parameters(plain)
+    full, causal = cost.flops_per_token(windowed, 1024)
+    assert full == matmul + 12 * width * (4 * 64 + 2 * 1024)
+    seen = [sum(min(position + 1, window) for position in range(1024)) / 1024 for window in (64, 1024)]
+    assert causal - matmul == pytest.approx(12 * width * (4 * seen[0] + 2 * seen[1]), rel=2e-3)
+    assert cost.flops_per_token(windowed, 64) == cost.flops_per_token(plain, 64)
+
+
 def test_flops_count_the_head_once_whether_tied_or_not_and_no_lookup() -> None:
     tied = model("llama_mini")
     untied = replace(tied, tied_head=False)

@@ -2,6 +2,6 @@
 
 from train.model.attention.backend import Needs
 from train.model.attention.cached import CachedView, attend_cached, view_of_cache
-from train.model.attention.choose import BACKENDS, Attend, choose
+from train.model.attention.choice import BACKENDS, Attend, choose, obstacle
 
-__all__ = ["BACKENDS", "Attend", "CachedView", "Needs", "attend_cached", "choose", "view_of_cache"]
+__all__ = ["BACKENDS", "Attend", "CachedView", "Needs", "attend_cached", "choose", "obstacle", "view_of_cache"]

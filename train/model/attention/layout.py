@@ -20,8 +20,8 @@ class Layout:
 
     bounds: Tensor | None = None
     """int32 [documents + 1]: where each begins in T, and T; a document may be empty and never crosses a sequence."""
-    mask_B1SS: Tensor | None = None
-    """True (or 0, where added) at the keys that a query may look at, False (or -inf) elsewhere; B may be 1."""
+    mask: Tensor | None = None
+    """Which keys a query may look at, in the backend's own shape and dtype."""
 
 
 def sequence_bounds(num_tokens: int, sequence_length: int, device: torch.device) -> Tensor:

@@ -1,6 +1,7 @@
 """Attention in torch's own operators: matrix products and a softmax. Holds S x S scores; can do everything, anywhere.
 
-Shapes: B sequences, S positions, T = B x S tokens, N query heads, K key-value heads, G = N / K queries per key, D head size.
+Shapes: B sequences, S positions, T = B x S tokens, N query heads, K key-value heads, D head size, G = N / K queries of a key;
+P = B x K problems of R = G x S rows: the queries of a group stand below each other, so that one product reads their keys.
 """
 
 from __future__ import annotations
@@ -24,33 +25,34 @@ class Eager(Backend):
         return None
 
     def lay_out(self, needs: Needs, document_bounds: Tensor, num_tokens: int) -> Layout:
-        """The mask as what is added to the scores: 0 or -inf."""
+        """The mask as what is added to the scores, 0 or -inf, and as the product of `attend` takes it: [1 or P, R, S].
+
+        Spread over the heads here, once, when the sequences differ; not again in every layer.
+        """
+        group = needs.num_heads // needs.kv_heads
         allowed_B1SS = mask_of(needs, document_bounds, num_tokens)
+        heads = needs.kv_heads if needs.packed else 1
         bias_B1SS = torch.zeros(allowed_B1SS.shape, dtype=needs.dtype, device=allowed_B1SS.device)
-        return Layout(mask_B1SS=bias_B1SS.masked_fill_(~allowed_B1SS, float("-inf")))
+        bias_B1SS.masked_fill_(~allowed_B1SS, float("-inf"))
+        return Layout(mask=bias_B1SS.repeat(1, heads, group, 1).flatten(0, 1))
 
     def attend(
         self, query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, *, needs: Needs, layout: Layout, dropout: float
     ) -> Tensor:
-        """See `Backend.attend`; the queries of a group stand below each other, so that their keys are read in one product."""
+        """See `Backend.attend`."""
         length, kv_heads, size = needs.sequence_length, needs.kv_heads, needs.head_size
         group = needs.num_heads // kv_heads
         query_BSKGD = query_TND.view(-1, length, kv_heads, group, size)
-        sequences = query_BSKGD.shape[0]
-        query_PRD = query_BSKGD.permute(0, 2, 3, 1, 4).reshape(sequences * kv_heads, group * length, size)
-        key_PSD, value_PSD = (
-            by_sequence(states_TKD, length).reshape(sequences * kv_heads, length, size) for states_TKD in (key_TKD, value_TKD)
-        )
-        bias_BKGSS = layout.mask_B1SS.unsqueeze(1).expand(sequences, kv_heads, group, length, length)
-        bias_PRS = bias_BKGSS.clone(memory_format=torch.contiguous_format).view(-1, group * length, length)
+        query_PRD = query_BSKGD.permute(0, 2, 3, 1, 4).reshape(-1, group * length, size)
+        key_PSD, value_PSD = (by_sequence(states_TKD, length).reshape(-1, length, size) for states_TKD in (key_TKD, value_TKD))
         if needs.softcap is None:
-            # Into the copy of the bias: the product adds to what lies there, and nothing else of S x S is written.
-            score_PRS = bias_PRS.baddbmm_(query_PRD, key_PSD.transpose(1, 2), alpha=needs.scale)
+            # Scale and mask are part of the product, so that nothing else of S x S is read or written before the softmax.
+            score_PRS = torch.baddbmm(layout.mask, query_PRD, key_PSD.transpose(1, 2), alpha=needs.scale)
         else:
             score_PRS = torch.bmm(query_PRD, key_PSD.transpose(1, 2)) * (needs.scale / needs.softcap)
-            score_PRS = bias_PRS.add_(score_PRS.tanh(), alpha=needs.softcap)
+            score_PRS = needs.softcap * score_PRS.tanh() + layout.mask
         weight_PRS = F.dropout(F.softmax(score_PRS, dim=-1), dropout, training=dropout > 0)
-        mixed_BKGSD = torch.bmm(weight_PRS, value_PSD).view(sequences, kv_heads, group, length, size)
+        mixed_BKGSD = torch.bmm(weight_PRS, value_PSD).view(-1, kv_heads, group, length, size)
         return mixed_BKGSD.permute(0, 3, 1, 2, 4).reshape(query_TND.shape)
 
 
@@ -63,7 +65,7 @@ class Reference(Backend):
 
     def lay_out(self, needs: Needs, document_bounds: Tensor, num_tokens: int) -> Layout:
         """The mask as it is."""
-        return Layout(mask_B1SS=mask_of(needs, document_bounds, num_tokens))
+        return Layout(mask=mask_of(needs, document_bounds, num_tokens))
 
     def attend(
         self, query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, *, needs: Needs, layout: Layout, dropout: float
@@ -74,7 +76,7 @@ class Reference(Backend):
         )
         group = needs.num_heads // needs.kv_heads
         key_BNSD, value_BNSD = (states.repeat_interleave(group, dim=1) for states in (key_BKSD, value_BKSD))
-        score_BNSS = scores(query_BNSD, key_BNSD, layout.mask_B1SS, scale=needs.scale, softcap=needs.softcap)
+        score_BNSS = scores(query_BNSD, key_BNSD, layout.mask, scale=needs.scale, softcap=needs.softcap)
         weight_BNSS = F.dropout(score_BNSS.softmax(dim=-1), dropout, training=dropout > 0)
         return (weight_BNSS @ value_BNSD).transpose(1, 2).reshape(query_TND.shape).to(query_TND.dtype)
 

@@ -27,7 +27,7 @@ class ScaledDotProduct(Backend):
         """A mask for documents or a window; nothing for plain causal attention, which the kernels know."""
         if not needs.packed and needs.window is None:
             return Layout()
-        return Layout(mask_B1SS=mask_of(needs, document_bounds, num_tokens))
+        return Layout(mask=mask_of(needs, document_bounds, num_tokens))
 
     def attend(
         self, query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, *, needs: Needs, layout: Layout, dropout: float
@@ -41,8 +41,8 @@ class ScaledDotProduct(Backend):
                 query_BNSD,
                 key_BKSD,
                 value_BKSD,
-                attn_mask=layout.mask_B1SS,
-                is_causal=layout.mask_B1SS is None,
+                attn_mask=layout.mask,
+                is_causal=layout.mask is None,
                 dropout_p=dropout,
                 scale=needs.scale,
                 enable_gqa=needs.grouped,

@@ -33,7 +33,7 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 EAGER_POSITIONS_ON_CPU = 512
-"""Up to this length plain products beat torch's CPU kernel: 1.9 times at 256 in bf16, level near 800 (EXPERIMENTS.md)."""
+"""Up to this length plain products in bf16 beat torch's CPU kernel, 1.7 times at 256; in fp32 never (EXPERIMENTS.md)."""
 PROBE_POSITIONS = 128
 
 
@@ -69,7 +69,8 @@ def choose(name: AttentionName, needs: Needs) -> Backend:
 def preferred(needs: Needs) -> tuple[str, ...]:
     """The order in which `auto` asks. The last entry can do everything."""
     if needs.device.type != "cuda":
-        return ("eager",) if needs.sequence_length <= EAGER_POSITIONS_ON_CPU else ("sdpa", "eager")
+        short = needs.sequence_length <= EAGER_POSITIONS_ON_CPU
+        return ("eager",) if short and needs.dtype == torch.bfloat16 else ("sdpa", "eager")
     major = needs.capability[0]
     flash = {8: ("flash2",), 9: ("flash3", "flash2", "flash4")}.get(major, ("flash4", "flash2") if major > 9 else ())
     torch_flash = ("sdpa_cudnn", "varlen") if major > 8 else ("varlen", "sdpa_flash")
@@ -88,17 +89,17 @@ def obstacle(name: str, needs: Needs) -> str | None:
 @cache
 def _tried(name: str, needs: Needs) -> str | None:
     """Run one small sequence forward and backward, so that a kernel which this GPU or build lacks is found at the start."""
-    backend = BACKENDS[name]
-    bounds = torch.tensor([0, needs.sequence_length, needs.sequence_length], dtype=torch.int32, device=needs.device)
-    parts = [
-        torch.zeros(needs.sequence_length, heads, needs.head_size, dtype=needs.dtype, device=needs.device, requires_grad=True)
-        for heads in (needs.num_heads, needs.kv_heads, needs.kv_heads)
-    ]
+    backend, length = BACKENDS[name], needs.sequence_length
     try:
+        bounds = torch.tensor([0, length, length], dtype=torch.int32, device=needs.device)
+        parts = [
+            torch.zeros(length, heads, needs.head_size, dtype=needs.dtype, device=needs.device, requires_grad=True)
+            for heads in (needs.num_heads, needs.kv_heads, needs.kv_heads)
+        ]
         with torch.enable_grad():
-            layout = backend.lay_out(needs, bounds, needs.sequence_length)
+            layout = backend.lay_out(needs, bounds, length)
             backend.attend(*parts, needs=needs, layout=layout, dropout=needs.dropout).sum().backward()
-        torch.cuda.synchronize(needs.device)
+        torch.cuda.synchronize(needs.device)  # a kernel's own errors come late
     except Exception as error:  # every package and compiler has its own errors; all of them mean: not on this machine
         return f"fails on this machine ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     return None

@@ -1,0 +1,72 @@
+"""The arithmetic of the benches, and that each runs on something tiny and ends with a line of JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.bench_step import make_report
+
+TINY = (
+    "model.num_layers=1", "model.hidden_size=32", "model.num_heads=2", "model.ffn_size=64", "model.vocab_size=320",
+)  # fmt: skip
+
+
+def test_report_by_hand() -> None:
+    """100 tokens a step; the loop takes 1.02 times its step in two of three quiet rounds, the peer twice as long."""
+    times = {
+        "loop": [[1.02, 1.02], [1.02, 1.02], [9.0, 9.0]],
+        "step": [[1.0, 1.0], [1.0, 1.0], [9.0, 9.0]],
+        "deepspeed": [[0.5, 0.5], [1.0, 1.0], [9.0, 9.0]],
+        "hf": [[2.04, 2.04], [2.04, 2.04], [18.0, 18.0]],
+    }
+    report = make_report(times, [1000.0, 1000.0, 10.0], tokens=100, flops_per_token=(5, 4), processes=1)
+    assert report["loop_overhead"] == pytest.approx(0.02)
+    assert report["wrapper_overhead"] == pytest.approx(0.0)
+    assert report["times_hf"] == pytest.approx(2.0)
+    assert report["ways"]["step"] == {
+        "tokens_per_second": 100.0, "step_ms_p50": 1000.0, "step_ms_p95": 9000.0, "tflops": 0.0, "mfu": 0.5, "mfu_causal": 0.4,
+    }  # fmt: skip
+
+
+def bench(*words: str) -> tuple[str, dict]:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "tools.cli", "bench", *words], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_step_runs_and_traces(corpus: Path, tmp_path: Path) -> None:
+    words = ("rounds=1", "block_steps=2", "kernels.compile=false", "sequence_length=32", "micro_batch=2", "peer=hf")
+    trace = tmp_path / "trace.json"
+    text, report = bench("step", f"data={corpus}", f"trace={trace}", *TINY, *words)
+    assert set(report["ways"]) == {"loop", "step", "deepspeed", "hf", "hf_compiled"}
+    assert all(way["tokens_per_second"] > 0 for way in report["ways"].values())
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert "collective" in text
+
+
+def test_step_runs_on_two_ranks(corpus: Path) -> None:
+    words = ("rounds=1", "block_steps=2", "kernels.compile=false", "sequence_length=32", "micro_batch=2", "processes=2")
+    text, report = bench("step", f"data={corpus}", *TINY, *words)
+    assert report["tokens_per_step"] == 2 * 2 * 32 and text.count("round 1/1") == 1
+
+
+def test_loader_and_checkpoint_run(corpus: Path, tmp_path: Path) -> None:
+    _, loaded = bench("loader", f"data={corpus}", "rounds=1", "round_tokens=4096", "sequence_length=32")
+    assert loaded["tokens_per_second_per_core"] > 0
+    _, saved = bench("checkpoint", f"folder={tmp_path}", "rounds=1", *TINY)
+    assert saved["bytes"] > 0 and not list(tmp_path.iterdir())
+
+
+def test_a_bench_that_is_not_there() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "tools.cli", "bench", "speed"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 93
+    assert "there is: longhaul bench attention | checkpoint | loader | startup | step" in done.stderr
