@@ -49,7 +49,6 @@ def test_times_what_is_named(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["bench"], "(nothing): no such bench; there is: longhaul bench attention | startup"),
         ([*SMALL, "backends=[flash2]"], "kernels.attention=flash2: needs a CUDA device, not cpu; use kernels.attention=auto"),
         ([*SMALL, "backends=[auto]"], "backends: auto is no backend of its own"),
         ([*SMALL, "kv_heads=3"], "kv_heads=3: must divide heads=4"),
