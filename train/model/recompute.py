@@ -12,25 +12,23 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from train.config.kernels import KernelsConfig
 
-_ATEN = torch.ops.aten
 # What is dear to compute and cheap to keep: everything else of a block is element-wise work and is done again.
 KEPT = frozenset(
-    operator
-    for name in (
-        "mm",
-        "addmm",
-        "bmm",
-        "baddbmm",
-        "_scaled_mm",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_flash_attention_forward",
-        "_cudnn_attention_forward",
-    )
-    if hasattr(_ATEN, name)
-    for operator in (getattr(getattr(_ATEN, name), overload) for overload in getattr(_ATEN, name).overloads())
+    {
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::_scaled_mm",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+        "flash_attn_3::fwd",
+    }
 )
 
 
@@ -49,4 +47,6 @@ def trained(body: Callable[..., Tensor], kernels: KernelsConfig) -> Callable[...
 
 
 def _policy(_: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    schema = getattr(operator, "_schema", None)  # an operator of higher order has none
+    kept = schema is not None and schema.name in KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

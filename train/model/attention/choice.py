@@ -33,7 +33,7 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 EAGER_POSITIONS_ON_CPU = 512
-"""Up to this length plain products in bf16 beat torch's CPU kernel, 1.7 times at 256; in fp32 never (EXPERIMENTS.md)."""
+"""Up to this length plain products in bf16 beat torch's CPU kernel, 1.8 times at 256; in fp32 never (EXPERIMENTS.md)."""
 PROBE_POSITIONS = 128
 
 
