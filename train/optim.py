@@ -1,7 +1,9 @@
-"""What the optimizer is given: which parameters decay, and the learning rate as a pure function of position."""
+"""What the optimizer is given: groups of parameters with their rates, and the learning rate as a pure function of position."""
 
 from __future__ import annotations
 
+import re
+from fnmatch import fnmatchcase
 from math import cos, pi, sqrt
 
 from torch import nn
@@ -10,18 +12,30 @@ from train.config.training import OptimConfig, ScheduleConfig
 from train.model.logical import logical_parameters
 from train.plan import RunPlan
 
+# Matrices whose input grows with the width: muP divides their learning rate by how much it has grown.
+GROWING = re.compile(r"blocks\.\d+\.(attention\.(qkv|output)|mlp\.(gate_up|up|down))\.weight")
 
-def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict]:
-    """AdamW's groups: matrices and embeddings decay, norms and biases do not.
 
-    A fused bias has more than one logical axis and still is a bias, so the name decides, not the number of axes.
+def parameter_groups(module: nn.Module, optim: OptimConfig, *, width_ratio: float = 1.0) -> list[dict]:
+    """The optimizer's groups, each with `weight_decay` and `lr_scale`, the multiple of the run's learning rate.
+
+    Matrices and embeddings decay, norms and biases do not, unless a rule says otherwise. A fused bias has more than one
+    logical axis and still is a bias, so the name decides, not the number of axes.
     """
-    decayed, kept = [], []
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in logical_parameters(module).items():
         is_matrix = name.endswith(".weight") and not name.endswith("_norm.weight")
-        (decayed if is_matrix else kept).append(parameter)
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        scale = 1.0 / width_ratio if GROWING.fullmatch(name) else 1.0
+        decay = optim.weight_decay if is_matrix else 0.0
+        rule = next((rule for rule in optim.rules if fnmatchcase(name, rule.pattern)), None)
+        if rule is not None:
+            scale *= rule.lr_scale
+            decay = decay if rule.weight_decay is None else rule.weight_decay
+        groups.setdefault((not is_matrix, decay, scale), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for (_, decay, scale), parameters in sorted(groups.items(), key=lambda item: item[0][0])
+    ]
 
 
 def lr_at(consumed_samples: int, *, batch: int, optim: OptimConfig, schedule: ScheduleConfig, plan: RunPlan) -> float:

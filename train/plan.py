@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from conf.errors import ConfigError
 from train.config.pretrain import PretrainConfig
@@ -85,6 +86,7 @@ def make_plan(config: PretrainConfig, world_size: int) -> RunPlan:
     sequence_length = config.data.sequence_length
     total_steps, total_samples, warmup_samples = _walk(config, ramp)
     problems = _division_problems(config, ramp, data_parallel)
+    problems += _rule_problems(config)
     problems += _schedule_problems(config, total_steps, total_samples, warmup_samples)
     if problems:
         raise ConfigError(problems)
@@ -111,6 +113,17 @@ def make_plan(config: PretrainConfig, world_size: int) -> RunPlan:
             kernels=config.kernels,
         ),
     )
+
+
+def _rule_problems(config: PretrainConfig) -> list[str]:
+    """Rules of the optimizer that fit no parameter."""
+    names = list(cost.parameter_shapes(config.model))
+    return [
+        f"optim.rules[{number}].pattern={rule.pattern}: fits no parameter of the model; they are called {names[0]}, "
+        f"{names[-1]}, blocks.0.mlp.down.weight and so on"
+        for number, rule in enumerate(config.optim.rules)
+        if not any(fnmatchcase(name, rule.pattern) for name in names)
+    ]
 
 
 def _division_problems(config: PretrainConfig, ramp: BatchRamp, data_parallel: int) -> list[str]:

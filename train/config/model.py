@@ -86,6 +86,8 @@ class ModelConfig:
     """Bound on attention scores, which become this x tanh(score / this); null: none. Gemma 2 has 50."""
     init_std: float = 0.02
     """Standard deviation of initial matrices; those that write to the residual get / sqrt(2 x num_layers)."""
+    mup_base_width: int | None = None
+    """hidden_size that learning rate and init_std were tuned at, to be carried over to this width (muP); null: no scaling."""
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator in the loss; 1e-4 is usual, 0 is off."""
 
@@ -114,6 +116,11 @@ class ModelConfig:
         """Tokens that a query of this layer sees at most; None: all before it."""
         return self.window if self.window_pattern[layer % len(self.window_pattern)] == "S" else None
 
+    @property
+    def width_ratio(self) -> float:
+        """How many times wider this model is than the one its settings were tuned at; 1 without muP."""
+        return 1.0 if self.mup_base_width is None else self.hidden_size / self.mup_base_width
+
     def __post_init__(self) -> None:
         problems = []
         sizes = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size", "ffn_size")
@@ -128,6 +135,8 @@ class ModelConfig:
         for name in ("norm_epsilon", "init_std"):
             if getattr(self, name) <= 0:
                 problems.append(f"{name}={getattr(self, name)}: must be above 0")
+        if self.mup_base_width is not None and self.mup_base_width < 1:
+            problems.append(f"mup_base_width={self.mup_base_width}: must be at least 1; null turns the scaling off")
         if self.z_loss < 0:
             problems.append(f"z_loss={self.z_loss}: must not be negative; 0 turns it off")
         problems += self._attention_problems()

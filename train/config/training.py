@@ -14,6 +14,26 @@ def _raise_if(problems: list[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupRule:
+    pattern: str
+    """Which parameters: a pattern of the whole logical name, such as embedding.* or blocks.*.mlp.*.weight."""
+    lr_scale: float = 1.0
+    """Their learning rate, as a multiple of the run's."""
+    weight_decay: float | None = None
+    """Their decay; null: what they would have without the rule."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.pattern:
+            problems.append("pattern='': needs the name of a parameter, or a pattern such as embedding.*")
+        if self.lr_scale < 0:
+            problems.append(f"lr_scale={self.lr_scale}: must not be negative; 0 freezes the parameters")
+        if self.weight_decay is not None and self.weight_decay < 0:
+            problems.append(f"weight_decay={self.weight_decay}: must not be negative")
+        _raise_if(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     lr: float = 3e-4
     """Peak learning rate of AdamW."""
@@ -27,6 +47,8 @@ class OptimConfig:
     """Decoupled decay of matrices and embeddings; norms and biases are not decayed."""
     grad_clip: float | None = 1.0
     """Largest global gradient norm; null: no clipping."""
+    rules: tuple[GroupRule, ...] = ()
+    """Learning rate and decay of some parameters; the first rule whose pattern fits a parameter counts."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -34,6 +34,8 @@ def check_expressible(model: ModelConfig) -> None:
     for name in ("window", "attention_scale", "attention_softcap"):
         if getattr(model, name) is not None:
             problems.append(f"model.{name}={getattr(model, name)}: {model.family} has none")
+    if model.width_ratio != 1.0 and model.family in ("gpt2", "llama"):
+        problems.append(f"model.mup_base_width={model.mup_base_width}: {model.family} has no multiplier of the logits")
     if model.hidden_size % model.num_heads:
         problems.append(f"model.num_heads={model.num_heads}: must divide model.hidden_size={model.hidden_size}")
     if model.family == "gpt2":

@@ -73,6 +73,7 @@ class Engine:
         micro_batch: int,
         dropout_seed: int,
         context: ParallelContext,
+        width_ratio: float = 1.0,
     ) -> None:
         self.context = context
         self.zero = parallel.zero
@@ -80,7 +81,7 @@ class Engine:
         config = deepspeed_config(optim, parallel, precision, micro_batch)
         module = build_module(layers, config, context)
         optimizer = torch.optim.AdamW(
-            parameter_groups(module, optim),
+            parameter_groups(module, optim, width_ratio=width_ratio),
             lr=optim.lr,
             betas=(optim.beta1, optim.beta2),
             eps=optim.epsilon,
@@ -117,7 +118,7 @@ class Engine:
             self._deepspeed.backward(objective * scale, scale_wrt_gas=False)
             loss_sum += loss
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         skipped_before = self._deepspeed.skipped_steps
         self._deepspeed.step()
         self.context.sum_over_data(loss_sum)

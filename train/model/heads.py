@@ -36,6 +36,7 @@ class LossHead(nn.Module):
         self.z_loss = model.z_loss
         self.tensor = blueprint.tensor
         rows = model.padded_vocab_size // self.tensor.size
+        self.shrink = 1.0 / model.width_ratio
         self.first_id = self.tensor.rank * rows
         self.chunk_tokens = max(1, blueprint.kernels.logits_bytes // (LOGIT_BYTES * rows))
         # A tied head has a weight of the embedding's logical name; the caller puts the embedding's own in its place.
@@ -67,7 +68,7 @@ class LossHead(nn.Module):
 
     def _logits(self, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
         """[C, V] in the model's dtype, the padded columns -inf."""
-        logits_CV = F.linear(hidden_CH, weight_VH)
+        logits_CV = F.linear(hidden_CH * self.shrink if self.shrink != 1.0 else hidden_CH, weight_VH)
         real = max(0, self.vocab_size - self.first_id)
         if real < logits_CV.shape[1]:
             logits_CV[:, real:] = float("-inf")

@@ -3,6 +3,10 @@
 GPT-2 and Llama practice: matrices and embeddings normal(0, init_std); the matrices that write to the residual stream
 normal(0, init_std / sqrt(2 x layers)) (Radford et al. 2019); norms 1, biases 0. Since a value depends on the seed and the
 logical name alone, every layout starts from the same bits.
+
+With muP (Yang et al. 2022, Tensor Programs V, table 8) the matrices of the blocks shrink with the root of the width; their
+learning rate shrinks with the width (`train.optim`) and so do the logits (`train.model.heads`). Heads keep their size, so the
+scale of the attention scores stays.
 """
 
 from __future__ import annotations
@@ -21,10 +25,14 @@ from train.model.logical import LogicalTensor
 # (pattern of the logical name, standard deviation from the configuration, or a constant)
 TABLE: tuple[tuple[str, Callable[[ModelConfig], float] | None, float], ...] = (
     (r"embedding\.(tokens|positions)\.weight", lambda model: model.init_std, 0.0),
-    (r"blocks\.\d+\.(attention\.qkv|mlp\.gate_up|mlp\.up)\.weight", lambda model: model.init_std, 0.0),
+    (
+        r"blocks\.\d+\.(attention\.qkv|mlp\.gate_up|mlp\.up)\.weight",
+        lambda model: model.init_std / sqrt(model.width_ratio),
+        0.0,
+    ),
     (
         r"blocks\.\d+\.(attention\.output|mlp\.down)\.weight",
-        lambda model: model.init_std / sqrt(2 * model.num_layers),
+        lambda model: model.init_std / sqrt(2 * model.num_layers * model.width_ratio),
         0.0,
     ),
     (r"head\.weight", lambda model: model.init_std, 0.0),

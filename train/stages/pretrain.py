@@ -50,6 +50,7 @@ def build(config: PretrainConfig, context: ParallelContext, run_dir: Path, metri
         micro_batch=config.batch.micro_batch,
         dropout_seed=config.run.seed,
         context=context,
+        width_ratio=config.model.width_ratio,
     )
     store = CheckpointStore(
         run_dir / "checkpoints",

@@ -1,0 +1,104 @@
+"""Which parameter gets which learning rate and decay; and that muP's rates and values keep a network's motion the same size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conf.errors import ConfigError
+from tests.distributed import uneven
+from tests.unit.plan.test_plan import settings
+from train.config.training import GroupRule, OptimConfig
+from train.model.blueprint import Blueprint
+from train.model.logical import logical_of
+from train.model.transformer import Decoder, Reading, build_layers
+from train.optim import parameter_groups
+from train.plan import make_plan
+
+READING = Reading(sequence_length=uneven.SEQUENCE, document_mask=True)
+
+
+def rates(model, optim: OptimConfig) -> dict[str, tuple[float, float]]:
+    """Name -> (learning-rate scale, decay)."""
+    decoder = Decoder(build_layers(Blueprint(model=model), READING, seed=1))
+    return {
+        logical_of(parameter).name: (group["lr_scale"], group["weight_decay"])
+        for group in parameter_groups(decoder, optim, width_ratio=model.width_ratio)
+        for parameter in group["params"]
+    }
+
+
+def test_the_first_rule_that_fits_counts() -> None:
+    rules = (
+        GroupRule(pattern="embedding.*", lr_scale=0.5, weight_decay=0.0),
+        GroupRule(pattern="*.attention.*", lr_scale=2.0),
+        GroupRule(pattern="blocks.1.*", lr_scale=3.0, weight_decay=0.7),
+    )
+    found = rates(uneven.TINY_GPT2, OptimConfig(weight_decay=0.1, rules=rules))
+    assert found["embedding.tokens.weight"] == (0.5, 0.0)
+    assert found["blocks.1.attention.qkv.weight"] == (2.0, 0.1)
+    assert found["blocks.1.attention.qkv.bias"] == (2.0, 0.0)
+    assert found["blocks.1.mlp_norm.weight"] == (3.0, 0.7)
+    assert found["blocks.0.mlp.down.weight"] == (1.0, 0.1)
+    assert found["final_norm.weight"] == (1.0, 0.0)
+
+
+def test_a_rule_that_fits_nothing_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"optim.rules\[0\].pattern=embeddings.*fits no parameter"):
+        make_plan(settings("optim.rules=[{pattern: 'embeddings.*'}]"), 1)
+
+
+def test_mup_scales_the_growing_matrices_alone() -> None:
+    model = replace(uneven.TINY, mup_base_width=8)  # four times as wide
+    found = rates(model, OptimConfig(rules=(GroupRule(pattern="blocks.0.mlp.down.*", lr_scale=2.0),)))
+    assert {name for name, (scale, _) in found.items() if scale != 1.0} == {
+        name for name in found if name.endswith(("qkv.weight", "output.weight", "gate_up.weight", "down.weight"))
+    }
+    assert found["blocks.1.mlp.down.weight"][0] == 0.25 and found["blocks.0.mlp.down.weight"][0] == 0.5
+
+
+def test_mup_at_its_base_changes_nothing() -> None:
+    plain, based = (
+        Decoder(build_layers(Blueprint(model=replace(uneven.TINY, mup_base_width=width)), READING, seed=1))
+        for width in (None, uneven.TINY.hidden_size)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), based.parameters(), strict=True))
+    batch = uneven.micro_batch([1, 2])
+    inputs = (batch.tokens, batch.labels, batch.positions, batch.document_bounds)
+    assert torch.equal(plain(*inputs)[0], based(*inputs)[0])
+
+
+def motion(width: int, mup: bool) -> float:
+    """How far four AdamW steps move the logits of a model, root mean square: the coordinate check of Tensor Programs V."""
+    model = replace(
+        uneven.TINY, hidden_size=width, num_heads=width // 8, num_kv_heads=width // 8, ffn_size=2 * width, tied_head=False,
+        mup_base_width=64 if mup else None,
+    )  # fmt: skip
+    decoder = Decoder(build_layers(Blueprint(model=model), READING, seed=1))
+    groups = parameter_groups(decoder, OptimConfig(weight_decay=0.0), width_ratio=model.width_ratio)
+    for group in groups:
+        group["lr"] = 3e-3 * group["lr_scale"]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    batch = uneven.micro_batch([1, 2, 3, 4])
+    inputs = (batch.tokens, batch.labels, batch.positions, batch.document_bounds)
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return decoder.logits(batch.tokens, batch.positions, batch.document_bounds)[:, : model.vocab_size]
+
+    before = logits()
+    for _ in range(4):
+        optimizer.zero_grad()
+        objective, _, targets = decoder(*inputs)
+        (objective / targets).backward()
+        optimizer.step()
+    return (logits() - before).square().mean().sqrt().item()
+
+
+def test_mup_keeps_the_motion_of_the_logits() -> None:
+    """From 64 to 512 wide the logits move alike with muP, and further and further without."""
+    with_mup, without = ([motion(width, mup) for width in (64, 512)] for mup in (True, False))
+    assert 0.5 < with_mup[1] / with_mup[0] < 2.0, with_mup
+    assert without[1] / without[0] > 3.0, without
