@@ -16,7 +16,7 @@ from train.model.init import initial_value
 from train.model.tensor_parallel import own_draws
 from train.parallel import ParallelContext, split_ranks
 
-MODELS = {"llama": uneven.TINY, "gpt2": uneven.TINY_GPT2}
+MODELS = {"llama": uneven.TINY, "gpt2": uneven.TINY_GPT2, "qwen3": uneven.TINY_QWEN3}
 LAYOUTS = [(2, data, zero, rows) for data in (1, 2) for zero in (1, 2, 3) for rows in (False, True)]
 
 

@@ -32,6 +32,12 @@ TINY_GPT2 = ModelConfig(
     vocab_size=61, vocab_multiple=16, positions="learned", norm="layer", mlp="gelu", bias=True, tied_head=True,
 )  # fmt: skip
 
+TINY_QWEN3 = ModelConfig(
+    family="qwen3", num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, head_size=12, ffn_size=48,
+    max_positions=SEQUENCE, vocab_size=61, vocab_multiple=16, positions="rotary", norm="rms", mlp="swiglu", bias=False,
+    qk_norm=True, tied_head=False,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from tests.parity import hugging_face
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig, RopeConfig
 from train.convert.keymap import KeyMap
@@ -52,6 +53,56 @@ _LLAMA = ModelConfig(
     tied_head=False,
 )
 
+_QWEN = replace(_LLAMA, family="qwen2", qkv_bias=True, num_heads=6, num_kv_heads=2, rope=RopeConfig(base=900.0))
+_GEMMA2 = replace(
+    _LLAMA,
+    family="gemma2",
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_size=16,
+    norm_placement="both",
+    norm_one_plus=True,
+    mlp="geglu",
+    embedding_scale=72**0.5,
+    window=23,
+    window_pattern="SL",
+    attention_scale=20**-0.5,
+    attention_softcap=3.0,  # low, so that scores reach it
+    logit_softcap=2.0,
+    tied_head=True,
+)
+_GEMMA3 = replace(
+    _GEMMA2,
+    family="gemma3",
+    num_layers=4,
+    qk_norm=True,
+    window_pattern="SSL",
+    rope=RopeConfig(base=3000.0, scaling="linear", factor=8.0),
+    local_rope=RopeConfig(base=100.0),
+    attention_softcap=None,
+    logit_softcap=None,
+)
+_GPT_NEOX = replace(
+    _GPT2,
+    family="gpt_neox",
+    positions="rotary",
+    rope=RopeConfig(base=500.0, fraction=0.25),
+    residual="parallel",
+    mlp="gelu_exact",
+    tied_head=False,
+)
+_STABLELM = replace(
+    _LLAMA,
+    family="stablelm",
+    norm="layer",
+    num_heads=6,
+    num_kv_heads=2,
+    residual="parallel_shared",
+    rope=RopeConfig(base=500.0, fraction=0.5),
+)
+_EXAONE4 = replace(_LLAMA, family="exaone4", norm_placement="post", qk_norm=True)
+
 CASES: dict[str, ModelConfig] = {
     "gpt2": _GPT2,
     "gpt2-untied": replace(_GPT2, tied_head=False, num_heads=1, vocab_size=128),
@@ -59,68 +110,30 @@ CASES: dict[str, ModelConfig] = {
     "llama-tied-llama3": replace(_LLAMA, tied_head=True, rope=STRETCHED, num_heads=6, num_kv_heads=2),
     "llama-head-size": replace(_LLAMA, head_size=12, num_kv_heads=1),
     "llama-mha-biases": replace(_LLAMA, bias=True, num_kv_heads=None),
+    "mistral": replace(_LLAMA, family="mistral", window=37),
+    "qwen2": _QWEN,
+    "qwen2-tied-linear": replace(_QWEN, tied_head=True, rope=RopeConfig(scaling="linear", factor=4.0)),
+    "qwen3": replace(_QWEN, family="qwen3", qkv_bias=None, qk_norm=True, head_size=20),
+    "gemma2": _GEMMA2,
+    "gemma3": _GEMMA3,
+    "gpt-neox": _GPT_NEOX,
+    "gpt-neox-sequential": replace(_GPT_NEOX, residual="sequential", rope=RopeConfig(fraction=1.0), tied_head=True),
+    "stablelm-shared-norm": _STABLELM,
+    "stablelm-qkv-bias": replace(_STABLELM, residual="sequential", qkv_bias=True),
+    "exaone4": _EXAONE4,
 }
 
 
 def hf_model(model: ModelConfig, seed: int = 0) -> PreTrainedModel:
-    """A Hugging Face model of the shape of `model`, its configuration written out here by hand, all weights random."""
-    if model.family == "gpt2":
-        module: PreTrainedModel = GPT2LMHeadModel(_gpt2_config(model))
-    else:
-        module = LlamaForCausalLM(_llama_config(model))
+    """A Hugging Face model of the shape of `model`, its configuration written out by hand, all weights random."""
+    module = hugging_face.build(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():  # norms and biases too: zeros and ones hide a swap
-            centre = 1.0 if ("norm" in name or "ln_" in name) and name.endswith("weight") else 0.0
+            is_weight_of_norm = ("norm" in name or "ln_" in name) and name.endswith("weight")
+            centre = 1.0 if is_weight_of_norm and not model.norm_one_plus else 0.0
             parameter.normal_(centre, 0.1, generator=generator)
     return module.eval()
-
-
-def _gpt2_config(model: ModelConfig) -> GPT2Config:
-    return GPT2Config(
-        vocab_size=model.vocab_size,
-        n_positions=model.max_positions,
-        n_embd=model.hidden_size,
-        n_layer=model.num_layers,
-        n_head=model.num_heads,
-        n_inner=model.ffn_size,
-        layer_norm_epsilon=model.norm_epsilon,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        tie_word_embeddings=model.tied_head,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-
-
-def _llama_config(model: ModelConfig) -> LlamaConfig:
-    rope: dict[str, object] = {"rope_type": "default", "rope_theta": model.rope.base}
-    if model.rope.scaling == "llama3":
-        rope |= {
-            "rope_type": "llama3",
-            "factor": model.rope.factor,
-            "low_freq_factor": model.rope.low_frequency_factor,
-            "high_freq_factor": model.rope.high_frequency_factor,
-            "original_max_position_embeddings": model.rope.original_max_positions,
-        }
-    return LlamaConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        max_position_embeddings=model.max_positions,
-        rms_norm_eps=model.norm_epsilon,
-        rope_parameters=rope,
-        attention_bias=model.bias,
-        mlp_bias=model.bias,
-        tie_word_embeddings=model.tied_head,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +156,8 @@ class Pair:
         return decoder.requires_grad_()
 
     def named_weights(self) -> dict[str, nn.Parameter]:
-        """Parameters of the Hugging Face model, a tied one once."""
-        return dict(self.theirs.named_parameters())
+        """Parameters of the Hugging Face model by their names in files, a tied one once."""
+        return hugging_face.named_weights(self.theirs)
 
     def their_gradients(self) -> dict[str, Tensor]:
         """Gradients of the Hugging Face model by logical name, through the key map."""
@@ -156,7 +169,7 @@ def make_pair(model: ModelConfig, seed: int = 0) -> Pair:
     """Both models; the key map is checked to cover every weight of the Hugging Face one."""
     theirs = hf_model(model, seed)
     keymap = KeyMap(model)
-    keymap.check_foreign({name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()})
+    keymap.check_foreign({name: tuple(parameter.shape) for name, parameter in hugging_face.named_weights(theirs).items()})
     return Pair(model=model, theirs=theirs, keymap=keymap)
 
 

@@ -1,15 +1,17 @@
-"""Logits, loss and every gradient of our decoder against Hugging Face's GPT-2 and Llama, fp32."""
+"""Logits, loss and every gradient of our decoder against the classes of Hugging Face, fp32."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.parity.pairs import CASES, VOCAB_SIZE, gradients_of, make_pair, whole_sequence_inputs
+from train.convert.hf_config import SpecialIds, model_config
 
 TOLERANCE = 1e-5
 SEQUENCES, LENGTH = 2, 150  # beyond position 100, and beyond the 64 that the stretched rope was made for
@@ -45,6 +47,20 @@ def test_logits_loss_and_gradients(case):
         )
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_exported_configuration_means_the_same_model(case):
+    """config.json as we write it, read by transformers, computes to the bit what the one written by hand does."""
+    pair = make_pair(CASES[case])
+    content = json.loads(json.dumps(model_config(pair.model, SpecialIds(bos=None, eos=None), "fp32")))
+    config = AutoConfig.for_model(content.pop("model_type"), **content)
+    exported = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    assert [type(exported).__name__] == config.architectures == [type(pair.theirs).__name__]
+    exported.load_state_dict(pair.theirs.state_dict())
+    tokens_BS = whole_sequence_inputs(SEQUENCES, LENGTH, vocab_size=pair.model.vocab_size)[0].view(SEQUENCES, LENGTH)
+    with torch.no_grad():
+        assert torch.equal(exported(input_ids=tokens_BS).logits, pair.theirs(input_ids=tokens_BS).logits)
+
+
 @pytest.mark.parametrize("case", ["gpt2", "llama-gqa"])
 def test_hugging_faces_own_loss_agrees(case):
     """The shift of the labels is ours: their model, given the tokens as labels, must find the same loss."""
@@ -58,20 +74,14 @@ def test_hugging_faces_own_loss_agrees(case):
 
 @pytest.mark.parametrize("window", [1, 7, 64])
 def test_a_sliding_window_is_mistrals(window):
-    """Mistral is Llama with a window, so its class takes the same weights; the query itself counts."""
-    pair = make_pair(CASES["llama-gqa"])
-    settings = pair.theirs.config.to_dict()
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
-    config = MistralConfig(**{name: settings[name] for name in names}, sliding_window=window, tie_word_embeddings=False)
-    theirs = MistralForCausalLM(config).eval()
-    theirs.load_state_dict(pair.theirs.state_dict())
+    """The query itself counts."""
+    pair = make_pair(replace(CASES["mistral"], window=window))
     tokens_T, _, positions_T, bounds = whole_sequence_inputs(SEQUENCES, LENGTH)
-    ours = replace(pair, model=replace(pair.model, window=window)).ours(LENGTH)
     with torch.no_grad():
-        theirs_TV = theirs(input_ids=tokens_T.view(SEQUENCES, LENGTH)).logits.flatten(0, 1)
-        ours_TV = ours.logits(tokens_T, positions_T, bounds)[:, :VOCAB_SIZE]
-        without_TV = pair.ours(LENGTH).logits(tokens_T, positions_T, bounds)[:, :VOCAB_SIZE]
+        theirs_TV = pair.theirs(input_ids=tokens_T.view(SEQUENCES, LENGTH)).logits.flatten(0, 1)
+        ours_TV = pair.ours(LENGTH).logits(tokens_T, positions_T, bounds)[:, :VOCAB_SIZE]
+        without = replace(pair, model=replace(pair.model, window=None))
+        without_TV = without.ours(LENGTH).logits(tokens_T, positions_T, bounds)[:, :VOCAB_SIZE]
     torch.testing.assert_close(ours_TV, theirs_TV, atol=TOLERANCE, rtol=0)
     assert (without_TV - theirs_TV).abs().max() > 1e-2
 

@@ -6,16 +6,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from conf.errors import ConfigError
+from train.config.families import FamilyName, family_problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     base: float = 10_000.0
     """Base of the rotary frequencies (theta)."""
-    scaling: Literal["none", "llama3"] = "none"
-    """Stretching of the frequencies to longer contexts; llama3 is the rule of Llama 3.1."""
+    fraction: float = 1.0
+    """Part of each head that is rotated, its first dimensions; the rest knows no position. GPT-NeoX has 0.25."""
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    """Stretching to longer contexts: linear stretches all frequencies alike; llama3 is the rule of Llama 3.1."""
     factor: float = 8.0
-    """llama3: how many times slow frequencies are stretched."""
+    """linear, llama3: how many times (slow) frequencies are stretched."""
     low_frequency_factor: float = 1.0
     """llama3: wavelengths above original_max_positions / this are stretched fully."""
     high_frequency_factor: float = 4.0
@@ -23,16 +26,22 @@ class RopeConfig:
     original_max_positions: int = 8192
     """llama3: context length in tokens that the unstretched model was trained at."""
 
+    def rotated_size(self, head_size: int) -> int:
+        """How many dimensions of a head are rotated."""
+        return int(head_size * self.fraction)
+
     def __post_init__(self) -> None:
         problems = []
         if self.base <= 1:
             problems.append(f"base={self.base}: must be above 1; Llama 2 has 10000, Llama 3 has 500000")
+        if not 0 < self.fraction <= 1:
+            problems.append(f"fraction={self.fraction}: must be above 0 and at most 1, which rotates whole heads")
         if self.scaling == "llama3" and not 0 < self.low_frequency_factor < self.high_frequency_factor:
             problems.append(
                 f"low_frequency_factor={self.low_frequency_factor}: must be above 0 and below "
                 f"high_frequency_factor={self.high_frequency_factor}; Llama 3.1 has 1 and 4"
             )
-        if self.scaling == "llama3" and (self.factor < 1 or self.original_max_positions < 1):
+        if self.scaling != "none" and (self.factor < 1 or self.original_max_positions < 1):
             problems.append(f"factor={self.factor}: must be at least 1, with original_max_positions at least 1")
         if problems:
             raise ConfigError(problems)
@@ -40,8 +49,9 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    family: Literal["gpt2", "llama"]
-    """Whose checkpoint names an export uses; the computation is set by the fields below."""
+    family: FamilyName
+    """Whose checkpoint names an export uses, which limits the fields below to what the family has; they alone set the
+    computation. custom: any of them together, for a model that trains and generates but has no export."""
     num_layers: int
     """Number of decoder blocks."""
     hidden_size: int
@@ -53,7 +63,7 @@ class ModelConfig:
     head_size: int | None = None
     """Width of one head; null: hidden_size / num_heads."""
     ffn_size: int
-    """Inner width of the MLP; for swiglu the width of each of gate and up."""
+    """Inner width of the MLP; for swiglu and geglu the width of each of gate and up."""
     max_positions: int
     """Longest context in tokens: rows of the learned position table, and the limit of data.sequence_length."""
     vocab_size: int | None = None
@@ -64,14 +74,31 @@ class ModelConfig:
     """How a token knows its place: a learned table added to the embedding, or rotation of queries and keys."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Rotary settings; read when positions=rotary."""
+    local_rope: RopeConfig | None = None
+    """Rotary settings of the layers with a window, as Gemma 3; null: rope, as all others."""
     norm: Literal["layer", "rms"]
-    """LayerNorm (with bias) or RMSNorm (without), before each sublayer and before the head."""
+    """LayerNorm (with bias) or RMSNorm (without), around the sublayers and before the head."""
     norm_epsilon: float = 1e-5
     """Added to the variance (or mean square) before the root."""
-    mlp: Literal["gelu", "swiglu"]
-    """GELU (tanh form, as GPT-2) with two matrices, or SwiGLU with three."""
+    norm_placement: Literal["pre", "post", "both"] = "pre"
+    """Where a sublayer has its norm: on what it reads, on its output before that is added, or both, as Gemma 2."""
+    norm_one_plus: bool = False
+    """Whether norms multiply by 1 + weight, with weights that start from 0, as Gemma."""
+    residual: Literal["sequential", "parallel", "parallel_shared"] = "sequential"
+    """Whether the MLP reads what attention has added to, or the same as attention: parallel by a norm of its own, as
+    GPT-NeoX, parallel_shared by the same norm, as Phi."""
+    mlp: Literal["gelu", "gelu_exact", "swiglu", "geglu"]
+    """GELU with two matrices, in tanh form, as GPT-2, or exact, as GPT-NeoX; SwiGLU or GeGLU (tanh form) with three."""
     bias: bool
     """Whether linear layers have a bias."""
+    qkv_bias: bool | None = None
+    """Whether the query, key and value projections have one; null: as bias."""
+    qk_norm: bool = False
+    """Whether each query and key head is RMS-normalised before it is rotated, as Qwen 3."""
+    embedding_scale: float = 1.0
+    """What token embeddings are multiplied with; Gemma has the root of hidden_size."""
+    logit_softcap: float | None = None
+    """Bound on the logits, which become this x tanh(logit / this); null: none. Gemma 2 has 30."""
     tied_head: bool
     """Whether the output matrix is the embedding matrix."""
     dropout: float = 0.0
@@ -102,6 +129,16 @@ class ModelConfig:
         return self.head_size or self.hidden_size // self.num_heads
 
     @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the query, key and value projections have a bias."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def gated_mlp(self) -> bool:
+        """Whether the MLP has a gate beside its up-projection."""
+        return self.mlp in ("swiglu", "geglu")
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: vocab_size rounded up to vocab_multiple."""
         assert self.vocab_size is not None, "vocab_size is filled in from the corpus before a model is built"
@@ -121,6 +158,12 @@ class ModelConfig:
         """How many times wider this model is than the one its settings were tuned at; 1 without muP."""
         return 1.0 if self.mup_base_width is None else self.hidden_size / self.mup_base_width
 
+    def rope_of(self, window: int | None) -> RopeConfig | None:
+        """Rotary settings of the layers with this window; None: their queries and keys are not rotated."""
+        if self.positions == "learned":
+            return None
+        return self.rope if window is None or self.local_rope is None else self.local_rope
+
     def __post_init__(self) -> None:
         problems = []
         sizes = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size", "ffn_size")
@@ -132,7 +175,7 @@ class ModelConfig:
             problems += self._shape_problems()
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout={self.dropout}: must be at least 0 and below 1")
-        for name in ("norm_epsilon", "init_std"):
+        for name in ("norm_epsilon", "init_std", "embedding_scale"):
             if getattr(self, name) <= 0:
                 problems.append(f"{name}={getattr(self, name)}: must be above 0")
         if self.mup_base_width is not None and self.mup_base_width < 1:
@@ -140,6 +183,8 @@ class ModelConfig:
         if self.z_loss < 0:
             problems.append(f"z_loss={self.z_loss}: must not be negative; 0 turns it off")
         problems += self._attention_problems()
+        problems += self._block_problems()
+        problems = problems or family_problems(self)
         if problems:
             raise ConfigError(problems)
 
@@ -149,7 +194,9 @@ class ModelConfig:
             problems.append(f"window_pattern={self.window_pattern}: must be made of S and L, such as SSSL")
         elif self.window is None and self.window_pattern != "S":
             problems.append(f"window_pattern={self.window_pattern}: needs the window that its S layers have; give window")
-        for name in ("attention_scale", "attention_softcap"):
+        if self.local_rope is not None and (self.window is None or self.positions != "rotary"):
+            problems.append("local_rope: is of layers with a window and rotary positions; give window, or local_rope=null")
+        for name in ("attention_scale", "attention_softcap", "logit_softcap"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 problems.append(f"{name}={value}: must be above 0; null is the usual")
@@ -159,8 +206,32 @@ class ModelConfig:
         problems = []
         if self.head_size is None and self.hidden_size % self.num_heads:
             problems.append(f"num_heads={self.num_heads}: must divide hidden_size={self.hidden_size}; or give head_size")
-        elif self.positions == "rotary" and self.head_dim % 2:
-            problems.append(f"head_size={self.head_dim}: rotary positions need an even head size")
+        elif self.positions == "rotary":
+            problems += self._rotary_problems()
         if self.num_heads % self.kv_heads:
             problems.append(f"num_kv_heads={self.kv_heads}: must divide num_heads={self.num_heads}")
+        return problems
+
+    def _rotary_problems(self) -> list[str]:
+        problems = []
+        if self.head_dim % 2:
+            problems.append(f"head_size={self.head_dim}: rotary positions need an even head size")
+            return problems
+        ropes = {"rope": self.rope} | ({} if self.local_rope is None else {"local_rope": self.local_rope})
+        for name, rope in ropes.items():
+            rotated = rope.rotated_size(self.head_dim)
+            if rotated % 2 or rotated == 0:
+                problems.append(
+                    f"{name}.fraction={rope.fraction}: rotates {rotated} of head_size={self.head_dim}, which must be an even "
+                    f"number above 0; 1 rotates whole heads"
+                )
+        return problems
+
+    def _block_problems(self) -> list[str]:
+        problems = []
+        if self.residual != "sequential" and self.norm_placement != "pre":
+            problems.append(
+                f"norm_placement={self.norm_placement}: residual={self.residual} has norms before its sublayers only; "
+                f"take norm_placement=pre or residual=sequential"
+            )
         return problems

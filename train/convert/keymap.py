@@ -83,6 +83,10 @@ QKV_CONV1D = Transform(
     split=lambda fused, model: (_concatenate_groups(fused, model)[0].T,),
     join=lambda parts, model: _regroup((parts[0].T,), model),
 )
+QKV_BY_HEAD = Transform(
+    split=lambda fused, _: (fused.flatten(0, 2),),
+    join=lambda parts, model: parts[0].unflatten(0, (model.kv_heads, -1, model.head_dim)),
+)
 GATE_AND_UP = Transform(split=lambda fused, _: (fused[0], fused[1]), join=lambda parts, _: torch.stack(parts))
 
 
@@ -117,14 +121,13 @@ GPT2: tuple[Rule, ...] = (
     _pair("head.weight", "lm_head.weight", VOCABULARY),
 )
 
-LLAMA: tuple[Rule, ...] = (
+# What Llama's descendants have in common: all but the norms.
+_DECODER: tuple[Rule, ...] = (
     _pair("embedding.tokens.weight", "model.embed_tokens.weight", VOCABULARY),
-    _pair("blocks.{layer}.attention_norm.weight", "model.layers.{layer}.input_layernorm.weight"),
     _fan("blocks.{layer}.attention.qkv.weight", "model.layers.{layer}.self_attn.*_proj.weight", _QKV, QKV_APART),
     _fan("blocks.{layer}.attention.qkv.bias", "model.layers.{layer}.self_attn.*_proj.bias", _QKV, QKV_APART),
     _pair("blocks.{layer}.attention.output.weight", "model.layers.{layer}.self_attn.o_proj.weight"),
     _pair("blocks.{layer}.attention.output.bias", "model.layers.{layer}.self_attn.o_proj.bias"),
-    _pair("blocks.{layer}.mlp_norm.weight", "model.layers.{layer}.post_attention_layernorm.weight"),
     _fan("blocks.{layer}.mlp.gate_up.weight", "model.layers.{layer}.mlp.*_proj.weight", _GATE_UP, GATE_AND_UP),
     _fan("blocks.{layer}.mlp.gate_up.bias", "model.layers.{layer}.mlp.*_proj.bias", _GATE_UP, GATE_AND_UP),
     _pair("blocks.{layer}.mlp.down.weight", "model.layers.{layer}.mlp.down_proj.weight"),
@@ -132,8 +135,64 @@ LLAMA: tuple[Rule, ...] = (
     _pair("final_norm.weight", "model.norm.weight"),
     _pair("head.weight", "lm_head.weight", VOCABULARY),
 )
+_PRE_NORMS: tuple[Rule, ...] = (
+    _pair("blocks.{layer}.attention_norm.weight", "model.layers.{layer}.input_layernorm.weight"),
+    _pair("blocks.{layer}.mlp_norm.weight", "model.layers.{layer}.post_attention_layernorm.weight"),
+)
+_POST_NORMS: tuple[Rule, ...] = (
+    _pair("blocks.{layer}.attention_post_norm.weight", "model.layers.{layer}.post_attention_layernorm.weight"),
+    _pair("blocks.{layer}.mlp_post_norm.weight", "model.layers.{layer}.post_feedforward_layernorm.weight"),
+)
+_QK_NORMS: tuple[Rule, ...] = (
+    _pair("blocks.{layer}.attention.query_norm.weight", "model.layers.{layer}.self_attn.q_norm.weight"),
+    _pair("blocks.{layer}.attention.key_norm.weight", "model.layers.{layer}.self_attn.k_norm.weight"),
+)
+LLAMA: tuple[Rule, ...] = _DECODER + _PRE_NORMS
+GEMMA2: tuple[Rule, ...] = (
+    *_DECODER,
+    *_POST_NORMS,
+    _pair("blocks.{layer}.attention_norm.weight", "model.layers.{layer}.input_layernorm.weight"),
+    _pair("blocks.{layer}.mlp_norm.weight", "model.layers.{layer}.pre_feedforward_layernorm.weight"),
+)
+STABLELM: tuple[Rule, ...] = (
+    *LLAMA,
+    _pair("blocks.{layer}.attention_norm.bias", "model.layers.{layer}.input_layernorm.bias"),
+    _pair("blocks.{layer}.mlp_norm.bias", "model.layers.{layer}.post_attention_layernorm.bias"),
+    _pair("final_norm.bias", "model.norm.bias"),
+)
+GPT_NEOX: tuple[Rule, ...] = (
+    _pair("embedding.tokens.weight", "gpt_neox.embed_in.weight", VOCABULARY),
+    _pair("blocks.{layer}.attention_norm.weight", "gpt_neox.layers.{layer}.input_layernorm.weight"),
+    _pair("blocks.{layer}.attention_norm.bias", "gpt_neox.layers.{layer}.input_layernorm.bias"),
+    _pair("blocks.{layer}.attention.qkv.weight", "gpt_neox.layers.{layer}.attention.query_key_value.weight", QKV_BY_HEAD),
+    _pair("blocks.{layer}.attention.qkv.bias", "gpt_neox.layers.{layer}.attention.query_key_value.bias", QKV_BY_HEAD),
+    _pair("blocks.{layer}.attention.output.weight", "gpt_neox.layers.{layer}.attention.dense.weight"),
+    _pair("blocks.{layer}.attention.output.bias", "gpt_neox.layers.{layer}.attention.dense.bias"),
+    _pair("blocks.{layer}.mlp_norm.weight", "gpt_neox.layers.{layer}.post_attention_layernorm.weight"),
+    _pair("blocks.{layer}.mlp_norm.bias", "gpt_neox.layers.{layer}.post_attention_layernorm.bias"),
+    _pair("blocks.{layer}.mlp.up.weight", "gpt_neox.layers.{layer}.mlp.dense_h_to_4h.weight"),
+    _pair("blocks.{layer}.mlp.up.bias", "gpt_neox.layers.{layer}.mlp.dense_h_to_4h.bias"),
+    _pair("blocks.{layer}.mlp.down.weight", "gpt_neox.layers.{layer}.mlp.dense_4h_to_h.weight"),
+    _pair("blocks.{layer}.mlp.down.bias", "gpt_neox.layers.{layer}.mlp.dense_4h_to_h.bias"),
+    _pair("final_norm.weight", "gpt_neox.final_layer_norm.weight"),
+    _pair("final_norm.bias", "gpt_neox.final_layer_norm.bias"),
+    # The published name; transformers 5 calls it lm_head and reads both.
+    _pair("head.weight", "embed_out.weight", VOCABULARY),
+)
 
-TABLES: dict[str, tuple[Rule, ...]] = {"gpt2": GPT2, "llama": LLAMA}
+TABLES: dict[str, tuple[Rule, ...]] = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA + _QK_NORMS,
+    "gemma2": GEMMA2,
+    "gemma3": GEMMA2 + _QK_NORMS,
+    "gpt_neox": GPT_NEOX,
+    "stablelm": STABLELM,
+    "exaone4": _DECODER + _POST_NORMS + _QK_NORMS,
+    "custom": (),
+}
 
 
 class KeyMap:
@@ -163,8 +222,8 @@ class KeyMap:
                 self.foreign_shapes[key] = tuple(part.shape)
         if homeless:
             raise UserError(
-                f"model.family={model.family}: the format has no place for {_few(homeless)}; "
-                "choose the family that fits the model's fields"
+                f"model.family={model.family}: has no place for {_few(homeless)}; "
+                "only a model whose fields fit one of the other families can be exported"
             )
 
     def foreign_names(self, logical_name: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from conf.errors import UserError
 from train.config.model import ModelConfig
 from train.model.attention import attend_cached, view_of_cache
-from train.model.layers import rotary_frequencies, rotary_tables
+from train.model.layers import Rotary
 from train.model.transformer import Block, Decoder
 
 
@@ -60,9 +60,7 @@ class CachedDecoder:
         self.embedding, *_, self.final_norm, self.head = decoder.layers
         self.blocks = decoder.blocks
         self.weight = self.embedding.tokens.weight
-        self.frequency = None
-        if model.positions == "rotary":
-            self.frequency = rotary_frequencies(model.head_dim, model.rope).to(self.weight.device)
+        self.rotary = Rotary(model)
 
     def new_cache(self, *, num_sequences: int, capacity: int) -> KeyValueCache:
         """An empty cache in the decoder's dtype and on its device.
@@ -92,9 +90,7 @@ class CachedDecoder:
         positions_S = torch.arange(start, end, device=tokens_BS.device)
         positions_T = positions_S.repeat(num_sequences)
         hidden_TH = self.embedding.embed(tokens_BS.flatten(), positions_T)
-        rotary = None
-        if self.frequency is not None:
-            rotary = rotary_tables(positions_T, self.frequency, hidden_TH.dtype)
+        rotary = self.rotary.tables(positions_T, hidden_TH.dtype)
         views = {
             window: view_of_cache(start, end, window=window, device=tokens_BS.device)
             for window in {block.attention.window for block in self.blocks}
@@ -103,7 +99,7 @@ class CachedDecoder:
         for layer, block in enumerate(self.blocks):
 
             def attention(normed_TH: Tensor, layer: int = layer, block: Block = block) -> Tensor:
-                parts = block.attention.project(normed_TH, rotary)
+                parts = block.attention.project(normed_TH, rotary[block.attention.window])
                 query_BNSD, key_BKSD, value_BKSD = (
                     part.view(num_sequences, num_new, *part.shape[1:]).transpose(1, 2) for part in parts
                 )

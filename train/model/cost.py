@@ -26,27 +26,34 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     if model.positions == "learned":
         shapes["embedding.positions.weight"] = (model.max_positions, hidden)
 
-    def norm(name: str) -> None:
+    def norm(name: str, present: bool = True) -> None:
+        if not present:
+            return
         shapes[f"{name}.weight"] = (hidden,)
         if model.norm == "layer":
             shapes[f"{name}.bias"] = (hidden,)
 
-    def linear(name: str, out: tuple[int, ...], inner: int) -> None:
+    def linear(name: str, out: tuple[int, ...], inner: int, *, bias: bool = model.bias) -> None:
         shapes[f"{name}.weight"] = (*out, inner)
-        if model.bias:
+        if bias:
             shapes[f"{name}.bias"] = out
 
+    before, after = model.norm_placement != "post", model.norm_placement != "pre"
     for number in range(model.num_layers):
         block = f"blocks.{number}"
-        norm(f"{block}.attention_norm")
-        linear(f"{block}.attention.qkv", (model.kv_heads, per_kv, head), hidden)
+        norm(f"{block}.attention_norm", before)
+        linear(f"{block}.attention.qkv", (model.kv_heads, per_kv, head), hidden, bias=model.has_qkv_bias)
+        if model.qk_norm:
+            shapes |= {f"{block}.attention.{kind}_norm.weight": (head,) for kind in ("query", "key")}
         linear(f"{block}.attention.output", (hidden,), model.num_heads * head)
-        norm(f"{block}.mlp_norm")
-        if model.mlp == "swiglu":
+        norm(f"{block}.attention_post_norm", after)
+        norm(f"{block}.mlp_norm", before and model.residual != "parallel_shared")
+        if model.gated_mlp:
             linear(f"{block}.mlp.gate_up", (2, ffn), hidden)
         else:
             linear(f"{block}.mlp.up", (ffn,), hidden)
         linear(f"{block}.mlp.down", (hidden,), ffn)
+        norm(f"{block}.mlp_post_norm", after)
     norm("final_norm")
     if not model.tied_head:
         shapes["head.weight"] = (model.padded_vocab_size, hidden)
@@ -125,9 +132,11 @@ def memory_per_rank(
     parameters = parameters_per_rank(model, tensor_parallel)
     shard = -(-parameters // data_parallel)
     attention_width = (model.num_heads + 2 * model.kv_heads) * model.head_dim
-    mlp_width = model.ffn_size * (4 if model.mlp == "swiglu" else 2)
+    mlp_width = model.ffn_size * (4 if model.gated_mlp else 2)
     split = attention_width + model.num_heads * model.head_dim + mlp_width
-    per_block = 6 * model.hidden_size + split // tensor_parallel
+    # What the norms and the residual stream keep; each norm its input and its output.
+    norms = {"pre": 2, "post": 2, "both": 4}[model.norm_placement]
+    per_block = (2 + 2 * norms) * model.hidden_size + split // tensor_parallel
     held_blocks = 1 if kernels.recompute == "full" else model.num_layers
     kept_inputs = model.num_layers * model.hidden_size if kernels.recompute == "full" else 0
     activations = micro_tokens * bytes_per_value * (held_blocks * per_block + kept_inputs + 2 * model.hidden_size)

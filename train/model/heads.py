@@ -33,7 +33,7 @@ class LossHead(nn.Module):
         super().__init__()
         model = blueprint.model
         self.vocab_size = model.vocab_size
-        self.z_loss = model.z_loss
+        self.z_loss, self.softcap = model.z_loss, model.logit_softcap
         self.tensor = blueprint.tensor
         rows = model.padded_vocab_size // self.tensor.size
         self.shrink = 1.0 / model.width_ratio
@@ -69,6 +69,8 @@ class LossHead(nn.Module):
     def _logits(self, hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
         """[C, V] in the model's dtype, the padded columns -inf."""
         logits_CV = F.linear(hidden_CH * self.shrink if self.shrink != 1.0 else hidden_CH, weight_VH)
+        if self.softcap is not None:
+            logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
         real = max(0, self.vocab_size - self.first_id)
         if real < logits_CV.shape[1]:
             logits_CV[:, real:] = float("-inf")

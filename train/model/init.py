@@ -1,8 +1,8 @@
-"""Initial values: one table, one generator per (seed, logical name).
+"""Initial values: a table by logical name, one generator per (seed, logical name).
 
 GPT-2 and Llama practice: matrices and embeddings normal(0, init_std); the matrices that write to the residual stream
-normal(0, init_std / sqrt(2 x layers)) (Radford et al. 2019); norms 1, biases 0. Since a value depends on the seed and the
-logical name alone, every layout starts from the same bits.
+normal(0, init_std / sqrt(2 x layers)) (Radford et al. 2019); norms act as 1, biases as 0. Since a value depends on the seed
+and the logical name alone, every layout starts from the same bits.
 
 With muP (Yang et al. 2022, Tensor Programs V, table 8) the matrices of the blocks shrink with the root of the width; their
 learning rate shrinks with the width (`train.optim`) and so do the logits (`train.model.heads`). Heads keep their size, so the
@@ -22,23 +22,34 @@ from torch import Tensor
 from train.config.model import ModelConfig
 from train.model.logical import LogicalTensor
 
-# (pattern of the logical name, standard deviation from the configuration, or a constant)
-TABLE: tuple[tuple[str, Callable[[ModelConfig], float] | None, float], ...] = (
-    (r"embedding\.(tokens|positions)\.weight", lambda model: model.init_std, 0.0),
-    (
-        r"blocks\.\d+\.(attention\.qkv|mlp\.gate_up|mlp\.up)\.weight",
-        lambda model: model.init_std / sqrt(model.width_ratio),
-        0.0,
-    ),
-    (
-        r"blocks\.\d+\.(attention\.output|mlp\.down)\.weight",
-        lambda model: model.init_std / sqrt(2 * model.num_layers * model.width_ratio),
-        0.0,
-    ),
-    (r"head\.weight", lambda model: model.init_std, 0.0),
-    (r"(.*_norm|final_norm)\.weight", None, 1.0),
-    (r".*\.bias", None, 0.0),
-)
+
+def _plain(model: ModelConfig) -> float:
+    return model.init_std
+
+
+def _inner(model: ModelConfig) -> float:
+    return model.init_std / sqrt(model.width_ratio)
+
+
+def _to_residual(model: ModelConfig) -> float:
+    return model.init_std / sqrt(2 * model.num_layers * model.width_ratio)
+
+
+def _neutral_weight(model: ModelConfig) -> float:
+    return 0.0 if model.norm_one_plus else 1.0
+
+
+# Pattern of the logical name -> standard deviation around 0, or the value of all elements.
+SPREADS: dict[str, Callable[[ModelConfig], float]] = {
+    r"embedding\.(tokens|positions)\.weight": _plain,
+    r"blocks\.\d+\.(attention\.qkv|mlp\.gate_up|mlp\.up)\.weight": _inner,
+    r"blocks\.\d+\.(attention\.output|mlp\.down)\.weight": _to_residual,
+    r"head\.weight": _plain,
+}
+CONSTANTS: dict[str, Callable[[ModelConfig], float]] = {
+    r".*_norm\.weight": _neutral_weight,
+    r".*\.bias": lambda model: 0.0,
+}
 
 
 def keyed_seed(*parts: object) -> int:
@@ -49,11 +60,12 @@ def keyed_seed(*parts: object) -> int:
 
 def initial_value(model: ModelConfig, logical: LogicalTensor, seed: int) -> Tensor:
     """This rank's slice of the initial value of `logical`: fp32, on the CPU, of its local shape."""
-    for pattern, std_of, constant in TABLE:
+    for pattern, std_of in SPREADS.items():
         if re.fullmatch(pattern, logical.name):
-            if std_of is None:
-                return torch.full(logical.local_shape, constant)
             generator = torch.Generator().manual_seed(keyed_seed(seed, logical.name))
             whole = torch.empty(logical.shape).normal_(0.0, std_of(model), generator=generator)
             return logical.cut(whole).contiguous()
+    for pattern, value_of in CONSTANTS.items():
+        if re.fullmatch(pattern, logical.name):
+            return torch.full(logical.local_shape, value_of(model))
     raise AssertionError(f"{logical.name} has no line in the table of initial values")

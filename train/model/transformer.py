@@ -23,7 +23,7 @@ from train.model.attention import Attend, Needs, choose
 from train.model.blueprint import Blueprint
 from train.model.heads import LossHead
 from train.model.init import initial_value
-from train.model.layers import MLPS, Norm, rotary_frequencies, rotary_tables, rotate
+from train.model.layers import GatedMLP, Norm, PlainMLP, Rotary, rotate
 from train.model.logical import LogicalTensor, logical_of, tag
 from train.model.recompute import trained
 from train.model.tensor_parallel import expand_linear, own_draws, own_rows, reduce_linear, replicated, vocab_embedding
@@ -41,11 +41,11 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Derived:
-    """What the blocks of one micro-batch share: attention over its documents, and the rotary tables if there are any."""
+    """What the blocks of one micro-batch share, by a layer's window: attention over its documents, and the rotary tables."""
 
     attend: dict[int | None, Attend]
-    """By the layer's window."""
-    rotary: tuple[Tensor, Tensor] | None
+    rotary: dict[int | None, tuple[Tensor, Tensor] | None]
+    """None where queries and keys are not rotated."""
 
 
 class Deriver:
@@ -57,7 +57,7 @@ class Deriver:
     def __init__(self, blueprint: Blueprint, reading: Reading) -> None:
         model = blueprint.model
         self.blueprint = blueprint
-        self.frequency = rotary_frequencies(model.head_dim, model.rope) if model.positions == "rotary" else None
+        self.rotary = Rotary(model)
         self.windows = dict.fromkeys(model.window_of(number) for number in range(model.num_layers))
         self.read_as(reading)
 
@@ -80,9 +80,7 @@ class Deriver:
                 needs = replace(self.needs[window], dtype=dtype)
                 layout = backend.lay_out(needs, document_bounds, positions_T.shape[0])
                 attend[window] = Attend(backend=backend, needs=needs, layout=layout)
-            rotary = None
-            if self.frequency is not None:
-                rotary = rotary_tables(positions_T, self.frequency.to(positions_T.device), dtype)
+            rotary = self.rotary.tables(positions_T, dtype)
         self._asked, self._answer = (positions_T, document_bounds, dtype), Derived(attend=attend, rotary=rotary)
         return self._answer
 
@@ -119,7 +117,7 @@ class Embedding(nn.Module):
     def __init__(self, blueprint: Blueprint) -> None:
         super().__init__()
         model = blueprint.model
-        self.dropout = model.dropout
+        self.dropout, self.scale = model.dropout, model.embedding_scale
         self.tensor = blueprint.tensor
         self.tokens = vocab_embedding("embedding.tokens", blueprint)
         self.positions = None
@@ -131,6 +129,8 @@ class Embedding(nn.Module):
     def embed(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
         """[T] ids and positions -> [T, H]."""
         hidden_TH = self.tokens(tokens_T)
+        if self.scale != 1:
+            hidden_TH = hidden_TH * self.scale
         if self.positions is not None:
             table = replicated(self.positions.weight, self.tensor, partial=False)
             hidden_TH = hidden_TH + F.embedding(own_rows(positions_T, self.tensor), table)
@@ -154,22 +154,24 @@ class Attention(nn.Module):
         self.queries_per_kv = model.num_heads // model.kv_heads
         self.dropout = model.dropout
         self.qkv = expand_linear(
-            f"{name}.qkv", (model.kv_heads, self.queries_per_kv + 2, model.head_dim), blueprint, bias=model.bias
+            f"{name}.qkv", (model.kv_heads, self.queries_per_kv + 2, model.head_dim), blueprint, bias=model.has_qkv_bias
         )
+        self.query_norm = Norm(f"{name}.query_norm", blueprint, of_heads=True) if model.qk_norm else nn.Identity()
+        self.key_norm = Norm(f"{name}.key_norm", blueprint, of_heads=True) if model.qk_norm else nn.Identity()
         self.output = reduce_linear(f"{name}.output", model.num_heads * model.head_dim, blueprint, bias=model.bias)
 
     def project(self, hidden_TH: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, N, D], keys and values [T, K, D], turned by their positions."""
+        """Queries [T, N, D], keys and values [T, K, D]; queries and keys normalised and turned by their positions."""
         rows = self.qkv(hidden_TH).unflatten(1, (self.kv_heads, self.queries_per_kv + 2, self.head_dim))
-        query_TND = rows[:, :, :-2].flatten(1, 2)
-        key_TKD, value_TKD = rows[:, :, -2], rows[:, :, -1]
+        query_TND = self.query_norm(rows[:, :, :-2].flatten(1, 2))
+        key_TKD, value_TKD = self.key_norm(rows[:, :, -2]), rows[:, :, -1]
         if rotary is not None:
             query_TND, key_TKD = rotate(query_TND, *rotary), rotate(key_TKD, *rotary)
         return query_TND, key_TKD, value_TKD
 
     def forward(self, hidden_TH: Tensor, derived: Derived) -> Tensor:
         """[T, H] -> [T, H]."""
-        query_TND, key_TKD, value_TKD = self.project(hidden_TH, derived.rotary)
+        query_TND, key_TKD, value_TKD = self.project(hidden_TH, derived.rotary[self.window])
         dropout = self.dropout if self.training else 0.0
         with own_draws(self.tensor, self.name, dropout=dropout):
             mixed_TND = derived.attend[self.window](query_TND, key_TKD, value_TKD, dropout=dropout)
@@ -177,17 +179,27 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm decoder block: attention, then MLP, each added to the residual stream."""
+    """Decoder block: attention and MLP, each added to the residual stream; one after the other, or side by side.
+
+    A norm that the model has not is an identity.
+    """
 
     def __init__(self, number: int, blueprint: Blueprint, deriver: Deriver) -> None:
         super().__init__()
         name, model = f"blocks.{number}", blueprint.model
-        self.dropout = model.dropout
+        self.dropout, self.residual = model.dropout, model.residual
         self.deriver = deriver
-        self.attention_norm = Norm(f"{name}.attention_norm", blueprint)
+
+        def norm(sublayer: str, present: bool) -> nn.Module:
+            return Norm(f"{name}.{sublayer}", blueprint) if present else nn.Identity()
+
+        before, after = model.norm_placement != "post", model.norm_placement != "pre"
+        self.attention_norm = norm("attention_norm", before)
         self.attention = Attention(f"{name}.attention", number, blueprint)
-        self.mlp_norm = Norm(f"{name}.mlp_norm", blueprint)
-        self.mlp = MLPS[model.mlp](f"{name}.mlp", blueprint)
+        self.attention_post_norm = norm("attention_post_norm", after)
+        self.mlp_norm = norm("mlp_norm", before and model.residual != "parallel_shared")
+        self.mlp = (GatedMLP if model.gated_mlp else PlainMLP)(f"{name}.mlp", blueprint)
+        self.mlp_post_norm = norm("mlp_post_norm", after)
         self.run = trained(self.body, blueprint.kernels)
 
     def body(self, hidden_TH: Tensor, derived: Derived) -> Tensor:
@@ -196,8 +208,13 @@ class Block(nn.Module):
 
     def around(self, hidden_TH: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
         """The block's arithmetic around any `attention` [T, H] -> [T, H]; a cached one attends over other keys."""
-        hidden_TH = hidden_TH + self._drop(attention(self.attention_norm(hidden_TH)))
-        return hidden_TH + self._drop(self.mlp(self.mlp_norm(hidden_TH)))
+        normed_TH = self.attention_norm(hidden_TH)
+        attended_TH = hidden_TH + self._drop(self.attention_post_norm(attention(normed_TH)))
+        if self.residual == "sequential":
+            normed_TH = self.mlp_norm(attended_TH)
+        elif self.residual == "parallel":
+            normed_TH = self.mlp_norm(hidden_TH)
+        return attended_TH + self._drop(self.mlp_post_norm(self.mlp(normed_TH)))
 
     def forward(self, state: State) -> State:
         """Advance the hidden states of the tuple by one block."""

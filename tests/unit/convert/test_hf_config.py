@@ -1,15 +1,20 @@
-"""config.json in the words of old and new readers; models that a family cannot hold."""
+"""config.json in the words of old and new readers; a model without a family."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from transformers import AutoConfig, GPT2Config, LlamaConfig
 
 from conf.errors import UserError
+from tests.parity.pairs import CASES
 from tests.unit.convert.checkpoints import GPT2, LLAMA, LLAMA_STRETCHED
-from train.convert.hf_config import SpecialIds, generation_config, model_config
+from train.config.families import FAMILIES, FamilyName
+from train.config.model import RopeConfig
+from train.convert.hf_config import WRITERS, SpecialIds, generation_config, model_config
+from train.convert.keymap import TABLES
 
 SPECIAL = SpecialIds(bos=None, eos=0)
 
@@ -60,23 +65,32 @@ def test_generation_config_names_what_there_is():
     assert generation_config(SpecialIds(bos=1, eos=None)) == {"bos_token_id": 1}
 
 
-@pytest.mark.parametrize(
-    ("model", "told"),
-    [
-        (replace(GPT2, bias=False), "model.bias=False"),
-        (replace(GPT2, head_size=8), "model.head_size=8"),
-        (replace(GPT2, num_kv_heads=1), "model.num_kv_heads=1"),
-        (replace(LLAMA, norm="layer"), "model.norm=layer"),
-        (replace(LLAMA, num_heads=6, num_kv_heads=3, head_size=16), "model.num_heads=6"),
-    ],
-)
-def test_a_model_that_the_family_cannot_hold(model, told):
-    with pytest.raises(UserError, match=told):
-        model_config(model, SPECIAL, "bf16")
+def test_old_and_new_words_of_other_families():
+    rope = RopeConfig(base=700.0, fraction=0.25, scaling="linear", factor=4.0)
+    neox = model_config(CASES["gpt-neox"], SPECIAL, "fp32")
+    assert (neox["rotary_pct"], neox["rotary_emb_base"], neox["rope_theta"]) == (0.25, 500.0, 500.0)
+    neox = _read_back(model_config(replace(CASES["gpt-neox"], rope=rope), SPECIAL, "fp32")).rope_parameters
+    expected = {"rope_type": "linear", "factor": 4.0, "rope_theta": 700.0, "partial_rotary_factor": 0.25}
+    assert {name: neox[name] for name in expected} == expected
+    stablelm = _read_back(
+        model_config(replace(CASES["stablelm-shared-norm"], num_heads=3, num_kv_heads=1, rope=rope), SPECIAL, "fp32")
+    ).rope_parameters
+    assert {name: stablelm[name] for name in expected} == expected
+    gemma = model_config(CASES["gemma3"], SPECIAL, "fp32")
+    assert (gemma["rope_theta"], gemma["rope_local_base_freq"], gemma["sliding_window_pattern"]) == (3000.0, 100.0, 3)
+    assert gemma["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
 
 
-def test_all_reasons_are_told_at_once():
-    with pytest.raises(UserError) as caught:
-        model_config(replace(LLAMA, norm="layer", mlp="gelu", positions="learned"), SPECIAL, "bf16")
-    for name in ("norm", "mlp", "positions"):
-        assert f"model.{name}=" in str(caught.value)
+def test_no_id_is_padding_by_a_class_default():
+    assert model_config(CASES["gemma2"], SPECIAL, "fp32")["pad_token_id"] is None
+
+
+def test_a_custom_model_has_no_class():
+    custom = replace(LLAMA, family="custom", window=8)
+    with pytest.raises(UserError, match=r"model\.family=custom: no Hugging Face class .* one of gpt2, llama, mistral"):
+        model_config(custom, SPECIAL, "bf16")
+
+
+def test_every_family_but_custom_is_written_and_mapped():
+    names = set(get_args(FamilyName))
+    assert names == set(FAMILIES) == set(WRITERS) | {"custom"} == set(TABLES)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conf.errors import UserError
+from tests.parity.pairs import CASES
 from tests.unit.convert.checkpoints import GPT2, LLAMA, LLAMA_STRETCHED, VOCAB_SIZE
 from train.convert.keymap import LLAMA as LLAMA_TABLE
 from train.convert.keymap import KeyMap
@@ -19,6 +20,7 @@ MODELS = {
     "llama": LLAMA,
     "llama-tied-biases": LLAMA_STRETCHED,
     "llama-one-kv-head": replace(LLAMA, num_kv_heads=1, num_heads=8, head_size=4, num_layers=11),
+    **{name: replace(model, vocab_size=VOCAB_SIZE) for name, model in CASES.items() if model.family not in ("gpt2", "llama")},
 }
 
 
@@ -76,9 +78,29 @@ def test_gpt2_rows_by_hand():
     assert torch.equal(down, _numbered((48, 112)).T)
 
 
+def test_gpt_neox_rows_by_hand():
+    keymap = KeyMap(CASES["gpt-neox"])  # 3 heads of size 16
+    fused = _numbered((3, 3, 16, 48))
+    (rows,) = keymap.to_foreign("blocks.1.attention.qkv.weight", fused).values()
+    for head in range(3):
+        for kind in range(3):
+            start = 48 * head + 16 * kind
+            assert torch.equal(rows[start : start + 16], fused[head, kind])
+
+
+def test_gemma_norms_by_hand():
+    """Their post_attention_layernorm is another norm than Llama's of that name."""
+    names = KeyMap(CASES["gemma3"]).foreign_names
+    assert names("blocks.1.attention_post_norm.weight") == ("model.layers.1.post_attention_layernorm.weight",)
+    assert names("blocks.1.mlp_norm.weight") == ("model.layers.1.pre_feedforward_layernorm.weight",)
+    assert KeyMap(LLAMA).foreign_names("blocks.1.mlp_norm.weight") == ("model.layers.1.post_attention_layernorm.weight",)
+
+
 def test_a_tensor_without_a_place_is_an_error():
     with pytest.raises(UserError, match="no place for embedding.positions.weight"):
-        KeyMap(replace(LLAMA, positions="learned"))
+        KeyMap(replace(LLAMA, family="custom", positions="learned"), LLAMA_TABLE)
+    with pytest.raises(UserError, match="family=custom: has no place for embedding.tokens.weight"):
+        KeyMap(replace(LLAMA, family="custom"))
     shorter = tuple(rule for rule in LLAMA_TABLE if not rule.logical.startswith("final_norm"))
     with pytest.raises(UserError, match="no place for final_norm.weight"):
         KeyMap(LLAMA, shorter)

@@ -18,7 +18,7 @@ from train.model.transformer import Decoder, Reading, build_layers
 
 ON_A_CPU = Needs(num_heads=4, kv_heads=2, head_size=64, sequence_length=256, packed=True, scale=0.125)
 ON_A_GPU = replace(ON_A_CPU, dtype=torch.bfloat16, device=torch.device("cuda"), sequence_length=4096)
-MODEL = CASES["llama-gqa"]
+MODEL = replace(CASES["llama-gqa"], family="custom")
 ALL = ("flash2", "flash3", "flash4")
 
 

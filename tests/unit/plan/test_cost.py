@@ -92,7 +92,7 @@ def test_flops_by_hand() -> None:
 
 def test_flops_count_only_the_keys_of_a_window() -> None:
     plain = model("llama_mini")
-    windowed = replace(plain, window=64, window_pattern="SSL")  # on 4 of the 6 layers
+    windowed = replace(plain, family="custom", window=64, window_pattern="SSL")  # on 4 of the 6 layers
     width, matmul = plain.num_heads * plain.head_dim, 6 * cost.num_matmul_parameters(plain)
     full, causal = cost.flops_per_token(windowed, 1024)
     assert full == matmul + 12 * width * (4 * 64 + 2 * 1024)
