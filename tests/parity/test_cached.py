@@ -54,7 +54,7 @@ WINDOWED = {
 @pytest.mark.parametrize("prefill", [(1,), (40, 33)], ids=str)
 def test_cached_logits_with_a_window_and_a_softcap(changes, prefill):
     pair = make_pair(CASES["llama-gqa"])
-    model = replace(pair.model, **changes)
+    model = replace(pair.model, family="custom", **changes)
     tokens_T, _, positions_T, bounds = whole_sequence_inputs(SEQUENCES, LENGTH, vocab_size=model.vocab_size)
     decoder = replace(pair, model=model).ours(LENGTH)
     with torch.no_grad():
