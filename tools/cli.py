@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from conf.errors import UserError
 from tools.multirun import run_all
@@ -134,6 +134,11 @@ def _run(words: list[str]) -> int:
     if "help" in options:
         from tools.help import verb_help
 
+        if name == "bench" and overrides:
+            from tools.verbs import bench_of
+
+            module, schema, root = bench_of(overrides[0])
+            name, verb = f"{name} {overrides[0]}", replace(verb, root=root, schema=f"{module}:{schema}")
         print(verb_help(name, verb, config_dir))
         return 0
     if "multirun" in options:

@@ -68,11 +68,16 @@ BENCHES = {  # what is measured: module, its settings, root file
 }
 
 
+def bench_of(what: str) -> tuple[str, str, str]:
+    """Module, settings and root file of a bench. Raises UserError for one that is not there."""
+    if what not in BENCHES:
+        raise UserError(f"{what or '(nothing)'}: no such bench; there is: longhaul bench {' | '.join(BENCHES)}")
+    return BENCHES[what]
+
+
 def bench(overrides: Sequence[str], config_dir: str | None = None) -> int:
     """`longhaul bench WHAT`."""
     what, *rest = overrides or [""]
-    if what not in BENCHES:
-        raise UserError(f"{what or '(nothing)'}: no such bench; there is: longhaul bench {' | '.join(BENCHES)}")
-    module_name, schema, root = BENCHES[what]
+    module_name, schema, root = bench_of(what)
     module = importlib.import_module(module_name)
     return module.run(validate(getattr(module, schema), compose(root, rest, config_dir)))

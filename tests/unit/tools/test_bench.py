@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tools.bench_step import make_report
+from tools.cli import main
+from tools.verbs import BENCHES
 
 TINY = (
     "model.num_layers=1", "model.hidden_size=32", "model.num_heads=2", "model.ffn_size=64", "model.vocab_size=320",
@@ -70,3 +72,10 @@ def test_a_bench_that_is_not_there() -> None:
     )
     assert done.returncode == 93
     assert "there is: longhaul bench attention | checkpoint | loader | startup | step" in done.stderr
+
+
+@pytest.mark.parametrize("what", sorted(BENCHES))
+def test_each_bench_has_its_own_help(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", what, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"bench {what}" in shown and ("block_steps" in shown) == (what == "step")
