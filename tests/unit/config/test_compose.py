@@ -51,7 +51,7 @@ ROOTS = {"pretrain": (PretrainConfig, ENOUGH), "prepare": (PrepareConfig, ["corp
         (["data.sources=[x]"], "data.sources[0]=x: must be written {path: ...}, with further fields if need be"),
         (["monitor.wandb.tags=a"], "monitor.wandb.tags=a: must be a list, which is given as a whole: monitor.wandb.tags=[A,B]"),
         (["run=x"], "run=x: is a section, not a value; set its fields, such as run.name=..."),
-        (["model=llama_160"], "model=llama_160: no such option. Did you mean llama_160m? There are: gpt2_124m,"),
+        (["model=llama_160"], "model=llama_160: no such option. Did you mean llama_160m? There are: gemma2_2b,"),
         (["experiment=quickstar"], "experiment=quickstar: no such option. Did you mean quickstart? There are:"),
         (["corpus=stdlib"], "corpus=stdlib: pretrain has no group corpus; the groups here are model, optim,"),
         (["optim.lr"], "optim.lr: not understood; settings are given as name=value"),
