@@ -87,7 +87,7 @@ class StepBenchConfig:
             problems.append("model.vocab_size=null: give the size of the vocabulary to compute with")
         if self.peer == "hf" and self.processes > 1:
             problems.append(f"processes={self.processes}: the peer runs on one rank; use processes=1 or peer=none")
-        fixed = {"positions": "rotary", "norm": "rms", "mlp": "swiglu", "bias": False, "dropout": 0.0}
+        fixed = {"family": "llama", "bias": False, "dropout": 0.0}
         for name, value in fixed.items() if self.peer == "hf" else ():
             if getattr(self.model, name) != value:
                 problems.append(

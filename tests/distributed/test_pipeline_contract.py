@@ -70,7 +70,7 @@ def train(context: ParallelContext, model: ModelConfig) -> list[tuple[float, flo
     return curve
 
 
-@pytest.mark.parametrize("model", [uneven.TINY, uneven.TINY_GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("model", [uneven.TINY, uneven.TINY_GPT2, uneven.TINY_GEMMA], ids=["llama", "gpt2", "gemma"])
 def test_two_stages_equal_one_process(model: ModelConfig) -> None:
     expected, _ = reference(model)
     for curve in run_ranks(train, 2, model):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from train.config.kernels import KernelsConfig
-from train.config.model import ModelConfig
+from train.config.model import ModelConfig, RopeConfig
 from train.config.training import OptimConfig, ParallelConfig
 from train.engine import Engine
 from train.model.blueprint import Blueprint
@@ -31,12 +31,16 @@ TINY_GPT2 = ModelConfig(
     family="gpt2", num_layers=2, hidden_size=32, num_heads=4, ffn_size=64, max_positions=SEQUENCE,
     vocab_size=61, vocab_multiple=16, positions="learned", norm="layer", mlp="gelu", bias=True, tied_head=True,
 )  # fmt: skip
-
-TINY_QWEN3 = ModelConfig(
-    family="qwen3", num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, head_size=12, ffn_size=48,
-    max_positions=SEQUENCE, vocab_size=61, vocab_multiple=16, positions="rotary", norm="rms", mlp="swiglu", bias=False,
-    qk_norm=True, tied_head=False,
+TINY_QWEN3 = replace(TINY, family="qwen3", head_size=12, qk_norm=True)
+# Everything that a block can have besides, of the order of Gemma 3; and a block with its sublayers side by side.
+TINY_GEMMA = replace(
+    TINY, family="custom", head_size=12, qk_norm=True, qkv_bias=True, norm_placement="both", norm_one_plus=True, mlp="geglu",
+    embedding_scale=2.0, logit_softcap=2.0, attention_softcap=1.5, window=5, window_pattern="SL",
+    local_rope=RopeConfig(base=50),
 )  # fmt: skip
+TINY_PARALLEL = replace(
+    TINY_GPT2, family="custom", positions="rotary", rope=RopeConfig(fraction=0.5), residual="parallel_shared"
+)
 
 
 @dataclass(frozen=True)

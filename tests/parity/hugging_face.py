@@ -105,7 +105,7 @@ def _qwen3(model: ModelConfig) -> tuple[PreTrainedConfig, Callable[..., PreTrain
 def _gemma(model: ModelConfig) -> dict[str, Any]:
     return _grouped(model) | {
         "head_dim": model.head_dim,
-        "query_pre_attn_scalar": round(model.attention_scale**-2),
+        "query_pre_attn_scalar": round(model.score_scale**-2),
         "sliding_window": model.window,
         "final_logit_softcapping": model.logit_softcap,
         "attn_logit_softcapping": model.attention_softcap,
@@ -118,7 +118,9 @@ def _gemma2(model: ModelConfig) -> tuple[PreTrainedConfig, Callable[..., PreTrai
 
 def _gemma3(model: ModelConfig) -> tuple[PreTrainedConfig, Callable[..., PreTrainedModel]]:
     ropes = {"full_attention": _rope(model.rope), "sliding_attention": _rope(model.local_rope)}
-    config = transformers.Gemma3TextConfig(**_gemma(model) | {"rope_parameters": ropes}, sliding_window_pattern=3)
+    config = transformers.Gemma3TextConfig(
+        **_gemma(model) | {"rope_parameters": ropes}, sliding_window_pattern=len(model.window_pattern)
+    )
     return config, transformers.Gemma3ForCausalLM
 
 

@@ -6,12 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 
+from conf.compose import CONF_FOLDER
+from tests.parity import hugging_face
+from tests.parity.pairs import CASES
 from tests.unit.config.words import pretrain_config
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
 from train.model import cost
+from train.model.blueprint import Blueprint
+from train.model.logical import logical_parameters
+from train.model.transformer import Decoder, Reading, build_layers
 from train.plan import make_plan
 
 
@@ -27,16 +32,33 @@ def test_gpt2_is_gpt2() -> None:
     assert transformers_count(gpt2) == 124_439_808
 
 
-@pytest.mark.parametrize(
-    ("name", "published"), [("llama_1b", 1_235_814_400), ("llama_8b", 8_030_261_248), ("llama_70b", 70_553_706_496)]
-)
-def test_llama_is_llama(name: str, published: int) -> None:
-    llama = model(name)
-    assert llama.padded_vocab_size == llama.vocab_size == 128_256
-    assert cost.num_parameters(llama) == published == transformers_count(llama)
+# From the published files' own headers, each tied matrix once.
+PUBLISHED = {
+    "llama_1b": 1_235_814_400,
+    "llama_8b": 8_030_261_248,
+    "llama_70b": 70_553_706_496,
+    "mistral_7b": 7_241_732_096,
+    "qwen2_0_5b": 494_032_768,
+    "qwen2_7b": 7_615_616_512,
+    "qwen3_0_6b": 596_049_920,
+    "qwen3_8b": 8_190_735_360,
+    "gemma2_2b": 2_614_341_888,
+    "gemma3_1b": 999_885_952,
+    "pythia_160m": 162_322_944,
+}
 
 
-@pytest.mark.parametrize("name", ["gpt2_tiny", "llama_tiny", "llama_mini", "llama_160m", "llama_quickstart"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_has_its_size(name: str) -> None:
+    published = model(name)
+    assert published.padded_vocab_size == published.vocab_size
+    assert cost.num_parameters(published) == PUBLISHED[name] == transformers_count(published)
+    if "llama" not in name:
+        first_line = (CONF_FOLDER / f"model/{name}.yaml").read_text().splitlines()[0]
+        assert f" {PUBLISHED[name]:,} parameters." in first_line
+
+
+@pytest.mark.parametrize("name", ["gpt2_tiny", "llama_tiny", "llama_mini", "llama_160m", "llama_quickstart", "qwen3_tiny"])
 def test_small_models_have_what_transformers_counts(name: str) -> None:
     settings = model(name)
     padding = (settings.padded_vocab_size - settings.vocab_size) * settings.hidden_size
@@ -45,32 +67,19 @@ def test_small_models_have_what_transformers_counts(name: str) -> None:
 
 def transformers_count(settings: ModelConfig) -> int:
     """Parameters of the model as transformers makes it from the same numbers; nothing is allocated."""
-    common = {"vocab_size": settings.vocab_size, "tie_word_embeddings": settings.tied_head}
-    if settings.family == "gpt2":
-        config = transformers.GPT2Config(
-            n_embd=settings.hidden_size,
-            n_layer=settings.num_layers,
-            n_head=settings.num_heads,
-            n_inner=settings.ffn_size,
-            n_positions=settings.max_positions,
-            **common,
-        )
-        make = transformers.GPT2LMHeadModel
-    else:
-        config = transformers.LlamaConfig(
-            hidden_size=settings.hidden_size,
-            num_hidden_layers=settings.num_layers,
-            num_attention_heads=settings.num_heads,
-            num_key_value_heads=settings.kv_heads,
-            head_dim=settings.head_dim,
-            intermediate_size=settings.ffn_size,
-            attention_bias=settings.bias,
-            mlp_bias=settings.bias,
-            **common,
-        )
-        make = transformers.LlamaForCausalLM
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in make(config).parameters())
+        return sum(parameter.numel() for parameter in hugging_face.build(settings).parameters())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_counted_is_what_is_built(case: str) -> None:
+    with torch.device("meta"):
+        decoder = Decoder(
+            build_layers(Blueprint(model=CASES[case]), Reading(sequence_length=8, document_mask=False), seed=None)
+        )
+    built = {name: tuple(parameter.logical.shape) for name, parameter in logical_parameters(decoder).items()}
+    assert list(built.items()) == list(cost.parameter_shapes(CASES[case]).items())
+    assert cost.num_parameters(CASES[case]) == sum(parameter.numel() for parameter in decoder.parameters())
 
 
 def test_biases_of_a_llama_are_counted() -> None:
