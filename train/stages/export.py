@@ -10,6 +10,7 @@ from train.checkpoint.manifest import resolve_checkpoint
 from train.checkpoint.reader import CheckpointReader
 from train.config.export import ExportConfig
 from train.convert.card import model_card
+from train.convert.hf_config import check_expressible
 from train.convert.hf_export import resolve_export_dtype, write_model
 from train.convert.prove import Task, check_can_prove, prove_in_child, write_report
 from train.convert.publication import Publication
@@ -23,6 +24,7 @@ def run(config: ExportConfig) -> int:
     if config.proof:
         check_can_prove()
     reader = CheckpointReader(resolve_checkpoint(config.checkpoint))
+    check_expressible(reader.config.model)  # before its files are read, which takes long
     dtype = resolve_export_dtype(config.dtype, reader.config)
     out = Path(config.out) if config.out is not None else default_folder(reader)
     with Publication(out, overwrite=config.overwrite) as folder:

@@ -81,7 +81,7 @@ def write_checkpoint(
     tensors, index = {}, {}
     for name, shape in parameter_shapes(model).items():
         generator = torch.Generator().manual_seed(keyed_seed("checkpoint", name))
-        centre = 1.0 if "norm.weight" in name else 0.0
+        centre = 1.0 if "norm.weight" in name and not model.norm_one_plus else 0.0
         tensors[f"weight/{name}"] = torch.empty(shape).normal_(centre, 0.1, generator=generator).flatten()
         piece = StoredFragment(file="rank-00000.safetensors", start=0, length=tensors[f"weight/{name}"].numel())
         index[name] = StoredTensor(shape=shape, fragments=(piece,))

@@ -51,6 +51,13 @@ def test_export_with_its_proof(tmp_path, corpus, capsys):
     assert model.config.eos_token_id == AutoTokenizer.from_pretrained(out).eos_token_id == 0
 
 
+def test_a_custom_model_is_refused_before_anything_is_read(tmp_path):
+    (write_checkpoint(tmp_path / "run", replace(LLAMA, family="custom", window=8)) / "rank-00000.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"model\.family=custom: no Hugging Face class is named for this model"):
+        run(_config(tmp_path))
+    assert not (tmp_path / "hf").exists()
+
+
 def test_held_out_text_that_is_gone_or_another_is_not_measured(tmp_path, corpus):
     gone = CheckpointReader(write_checkpoint(tmp_path / "gone", LLAMA))
     assert "no-corpus" in find_held_out(gone).figures["not_measured"]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.unit.convert.checkpoints import GPT2, LLAMA, LLAMA_STRETCHED, HeldOut, open_checkpoint
+from tests.parity.pairs import CASES as PARITY_CASES
+from tests.unit.convert.checkpoints import GPT2, LLAMA, LLAMA_STRETCHED, VOCAB_SIZE, HeldOut, open_checkpoint
 from train.convert import keymap as keymap_module
 from train.convert import proof
 from train.convert.hf_export import TORCH_DTYPES, write_model
@@ -17,6 +18,11 @@ from train.convert.keymap import LLAMA as LLAMA_TABLE
 from train.convert.proof import LOGITS_TOLERANCE, _parted_at_a_tie, load_ours, load_theirs, prove, prove_generation
 
 CASES = {"gpt2": GPT2, "llama": LLAMA, "llama-stretched-biases": LLAMA_STRETCHED}
+FAMILIES = {
+    name: replace(model, vocab_size=VOCAB_SIZE)
+    for name, model in PARITY_CASES.items()
+    if model.family not in ("gpt2", "llama") and name not in ("qwen2-tied-linear", "stablelm-qkv-bias")
+}
 
 
 def _export(tmp_path, model, dtype="fp32"):
@@ -44,6 +50,14 @@ def few(monkeypatch):
     """A fault needs not a thousand positions to show."""
     monkeypatch.setattr(proof, "MIN_POSITIONS", 100)
     monkeypatch.setattr(proof, "PROMPTS", 1)
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_a_faithful_export_of_every_family_is_proved(tmp_path, few, case):
+    findings = _prove(*_export(tmp_path, FAMILIES[case]))
+    assert not [problem for finding in findings.values() for problem in finding.problems]
+    assert findings.keys() >= {"logits", "generation", "held_out_loss"}
+    assert findings["logits"].figures["max_abs_difference"] < LOGITS_TOLERANCE / 2
 
 
 @pytest.mark.parametrize("case", CASES)

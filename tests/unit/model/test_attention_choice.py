@@ -11,6 +11,7 @@ import torch._dynamo
 from conf.errors import UserError
 from tests.parity.pairs import CASES
 from train.config.kernels import KernelsConfig
+from train.config.model import RopeConfig
 from train.model.attention import BACKENDS, Needs, choice, choose
 from train.model.attention.flash import Flash, Functions
 from train.model.blueprint import Blueprint
@@ -188,9 +189,12 @@ def test_layers_with_and_without_a_window_choose_apart(gpu) -> None:
     assert decoder.attention_line == "varlen (window 64), sdpa_cudnn (full)"
 
 
-@pytest.mark.parametrize("kernel", ["eager", "sdpa", "sdpa_flash"])
-def test_a_block_compiles_into_one_graph_for_every_batch(kernel: str) -> None:
-    decoder = Decoder(layers(kernel, num_layers=3, window=8, window_pattern="SSL"))
+GEMMA = {"local_rope": RopeConfig(base=50.0), "qk_norm": True, "norm_placement": "both", "norm_one_plus": True, "mlp": "geglu"}
+
+
+@pytest.mark.parametrize(("kernel", "changes"), [("eager", {}), ("sdpa", {}), ("sdpa_flash", {}), ("sdpa", GEMMA)])
+def test_a_block_compiles_into_one_graph_for_every_batch(kernel: str, changes: dict) -> None:
+    decoder = Decoder(layers(kernel, num_layers=3, window=8, window_pattern="SSL", **changes))
     graphs = []
 
     def count(graph: torch.fx.GraphModule, inputs: list) -> object:
