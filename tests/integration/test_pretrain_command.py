@@ -125,7 +125,7 @@ def test_it_goes_on_in_another_layout(story: Story) -> None:
     assert (outcome.state, outcome.step, dict(outcome.rank_codes)) == ("finished", END, {"0": 0})
     newest = CheckpointReader(story.run_dir / "checkpoints" / f"step-{END:08d}")
     newest.verify()
-    assert newest.manifest.layout == {"world_size": 1, "zero": 3}
+    assert newest.manifest.layout == {"world_size": 1, "tensor": 1, "zero": 3}
 
 
 def test_changes_are_recorded_with_their_step(story: Story) -> None:
