@@ -49,6 +49,7 @@ def run(config: CheckpointBenchConfig) -> int:
     from train.engine import Engine
     from train.model.blueprint import Blueprint
     from train.model.transformer import Reading, build_layers
+    from train.optim import OptimizerSpec
 
     layout = {"tensor_parallel": config.parallel.tensor, "sequence_parallel": config.parallel.sequence_parallel}
     with ranks(config.processes, "cpu", **layout) as context, tempfile.TemporaryDirectory(dir=config.folder) as made:
@@ -61,7 +62,7 @@ def run(config: CheckpointBenchConfig) -> int:
             build_layers(
                 Blueprint(model=config.model, tensor=context.tensor), Reading(sequence_length=64, document_mask=False), seed=1
             ),
-            optim=OptimConfig(),
+            optimizer=OptimizerSpec(settings=OptimConfig()),
             parallel=config.parallel,
             precision="bf16",
             micro_batch=1,

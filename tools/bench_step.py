@@ -257,7 +257,7 @@ def _ways(
     from train.engine import BareEngine
     from train.metrics import Metrics, NullMetrics, RunIdentity
     from train.model.transformer import Reading, build_layers
-    from train.stages.pretrain import blueprint_of, build
+    from train.stages.pretrain import blueprint_of, build, optimizer_of
 
     facts = inspect_sources(settings.data)
     if facts.vocab_size > config.model.vocab_size:
@@ -278,7 +278,7 @@ def _ways(
     reading = Reading(sequence_length=config.sequence_length, document_mask=config.document_mask)
     bare = BareEngine(
         build_layers(blueprint_of(settings, context), reading, seed=1),
-        optim=config.optim,
+        optimizer=optimizer_of(settings),
         parallel=config.parallel,
         precision=config.precision,
         micro_batch=config.micro_batch,

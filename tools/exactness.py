@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from conf.errors import UserError
-from train.checkpoint.manifest import KINDS, CheckpointError, published
+from train.checkpoint.manifest import CheckpointError, published
 from train.metrics.jsonl import FILE_NAME, read_metrics
 from train.metrics.record import Value
 
@@ -70,7 +70,7 @@ def checkpoint_differences(reference: Path, other: Path) -> list[str]:
     if left.names != right.names:
         return [*found, "newest checkpoint: holds other tensors"]
     for name in left.names:
-        for kind in KINDS:
+        for kind in left.kinds(name):
             mine, theirs = left.read(name, kind), right.read(name, kind)
             # As integers: a NaN is equal to itself, and 0.0 is not -0.0.
             unequal = int((mine.view(torch.int32) != theirs.view(torch.int32)).sum())

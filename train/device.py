@@ -25,12 +25,15 @@ FP32_SHARE = 0.5  # TF32 runs at half the bf16 rate on the cards above
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
-    """Peak of one rank's device in FLOP/s: the data sheet's for a GPU (None: not known), measured for a CPU."""
+    """Peak of one rank's device in FLOP/s: the data sheet's for a GPU (None: not known), measured for a CPU.
+
+    That of bf16 for fp8 too, so that its utilisation shows what it gains.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         tflops = next((value for part, value in GPU_BF16_TFLOPS if part in name), None)
-        return None if tflops is None else tflops * 1e12 * (1.0 if precision == "bf16" else FP32_SHARE)
-    return measured_cpu_flops(torch.bfloat16 if precision == "bf16" else torch.float32)
+        return None if tflops is None else tflops * 1e12 * (FP32_SHARE if precision == "fp32" else 1.0)
+    return measured_cpu_flops(torch.float32 if precision == "fp32" else torch.bfloat16)
 
 
 def measured_cpu_flops(dtype: torch.dtype, *, size: int = 1024, repeats: int = 8) -> float:

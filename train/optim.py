@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import cos, pi, sqrt
 
 from torch import nn
 
 from train.config.training import OptimConfig, ScheduleConfig
+from train.model.cost import is_block_matrix
 from train.model.logical import logical_parameters
 from train.plan import RunPlan
 
-# Matrices whose input grows with the width: muP divides their learning rate by how much it has grown.
-GROWING = re.compile(r"blocks\.\d+\.(attention\.(qkv|output)|mlp\.(gate_up|up|down))\.weight")
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSpec:
+    """The optimizer's settings, and what of the model and its kernels it depends on."""
+
+    settings: OptimConfig
+    width_ratio: float = 1.0
+    """How much wider the model is than the one that the learning rate was tuned on (muP)."""
+    compile: bool = False
+    """Whether the arithmetic of an update may be compiled."""
 
 
-def parameter_groups(module: nn.Module, optim: OptimConfig, *, width_ratio: float = 1.0) -> list[dict]:
-    """The optimizer's groups, each with `weight_decay` and `lr_scale`, the multiple of the run's learning rate.
+def parameter_groups(module: nn.Module, spec: OptimizerSpec) -> list[dict]:
+    """The optimizer's groups, each with `weight_decay`, `use_muon` and `lr_scale`, the multiple of the run's learning rate.
 
     Matrices and embeddings decay, norms and biases do not, unless a rule says otherwise. A fused bias has more than one
-    logical axis and still is a bias, so the name decides, not the number of axes.
+    logical axis and still is a bias, so the name decides, not the number of axes. muP divides the rate of the blocks'
+    matrices by how much their input has grown; not Muon's, whose updates have the same spectral norm at every width.
     """
-    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    optim = spec.settings
+    groups: dict[tuple[bool, bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in logical_parameters(module).items():
         is_matrix = name.endswith(".weight") and not name.endswith("_norm.weight")
-        scale = 1.0 / width_ratio if GROWING.fullmatch(name) else 1.0
+        use_muon = optim.kind == "muon" and is_block_matrix(name)
+        scale = 1.0 / spec.width_ratio if is_block_matrix(name) else 1.0
+        if use_muon:
+            scale = optim.muon_lr / optim.lr
         decay = optim.weight_decay if is_matrix else 0.0
         rule = next((rule for rule in optim.rules if fnmatchcase(name, rule.pattern)), None)
         if rule is not None:
             scale *= rule.lr_scale
             decay = decay if rule.weight_decay is None else rule.weight_decay
-        groups.setdefault((not is_matrix, decay, scale), []).append(parameter)
+        groups.setdefault((not is_matrix, use_muon, decay, scale), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
-        for (_, decay, scale), parameters in sorted(groups.items(), key=lambda item: item[0][0])
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale, "use_muon": use_muon}
+        for (_, use_muon, decay, scale), parameters in sorted(groups.items(), key=lambda item: item[0][0])
     ]
 
 

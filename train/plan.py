@@ -109,8 +109,9 @@ def make_plan(config: PretrainConfig, world_size: int) -> RunPlan:
             data_parallel=data_parallel,
             tensor_parallel=tensor,
             zero=config.parallel.zero,
-            bytes_per_value=2 if config.precision == "bf16" else 4,
+            bytes_per_value=4 if config.precision == "fp32" else 2,
             kernels=config.kernels,
+            muon=config.optim.kind == "muon",
         ),
     )
 

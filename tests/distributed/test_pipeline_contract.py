@@ -14,7 +14,7 @@ from train.config.training import OptimConfig, ParallelConfig
 from train.engine.engine import deepspeed_config
 from train.model.blueprint import Blueprint
 from train.model.transformer import Layer, Reading, build_layers
-from train.optim import parameter_groups
+from train.optim import OptimizerSpec, parameter_groups
 from train.parallel import ParallelContext
 
 STEPS = 5
@@ -54,7 +54,9 @@ def train(context: ParallelContext, model: ModelConfig) -> list[tuple[float, flo
         partition_method="uniform",
     )
     optim = OptimConfig(lr=uneven.LR, epsilon=uneven.EPSILON, grad_clip=0.5)
-    optimizer = torch.optim.AdamW(parameter_groups(module, optim), lr=optim.lr, betas=(0.9, 0.95), eps=optim.epsilon)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module, OptimizerSpec(settings=optim)), lr=optim.lr, betas=(0.9, 0.95), eps=optim.epsilon
+    )
     config = deepspeed_config(optim, ParallelConfig(zero=1), "fp32", uneven.MICRO)
     config["gradient_accumulation_steps"] = micro_batches
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)

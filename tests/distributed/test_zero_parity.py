@@ -81,3 +81,10 @@ def test_bf16_stays_near_fp32(zero: int, world_size: int) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
     losses = torch.tensor([loss for loss, _ in curve])
     torch.testing.assert_close(losses, torch.tensor([loss for loss, _ in expected_curve]), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_bf16_gradients_are_summed_over_the_ranks_in_fp32(zero: int) -> None:
+    """Two ranks then have the gradient norm of one, but for the last bits; sums in bf16 would differ in the fifth digit."""
+    alone, together = (run_ranks(train, size, zero, "bf16", uneven.TINY)[0][0][0] for size in (1, 2))
+    assert together[1] == pytest.approx(alone[1], rel=1e-6)

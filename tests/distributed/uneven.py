@@ -15,6 +15,7 @@ from train.model.blueprint import Blueprint
 from train.model.cost import parameter_shapes
 from train.model.logical import LogicalTensor
 from train.model.transformer import Reading, build_layers
+from train.optim import OptimizerSpec
 from train.parallel import ParallelContext
 
 SEQUENCE, SEQUENCES, MICRO = 16, 8, 2
@@ -22,6 +23,8 @@ SEQUENCE, SEQUENCES, MICRO = 16, 8, 2
 LR, EPSILON = 3e-3, 1e-5
 STEPS = 20
 PLAIN = KernelsConfig()
+# Clipping is tight enough to be active.
+ADAMW = OptimConfig(lr=LR, epsilon=EPSILON, grad_clip=0.5, weight_decay=0.1)
 
 TINY = ModelConfig(
     family="llama", num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_size=48, max_positions=SEQUENCE,
@@ -101,18 +104,19 @@ def make_engine(
     precision: str,
     model: ModelConfig = TINY,
     kernels: KernelsConfig = PLAIN,
-    dropout_seed: int = 3,
+    optim: OptimConfig = ADAMW,
+    float8: str | None = None,
 ) -> Engine:
-    """A fresh engine for `model`; clipping is tight enough to be active."""
-    blueprint = Blueprint(model=model, kernels=kernels, tensor=context.tensor)
+    """A fresh engine for `model`."""
+    blueprint = Blueprint(model=model, kernels=kernels, tensor=context.tensor, float8=float8)
     reading = Reading(sequence_length=SEQUENCE, document_mask=True)
     return Engine(
         build_layers(blueprint, reading, seed=7),
-        optim=OptimConfig(lr=LR, epsilon=EPSILON, grad_clip=0.5, weight_decay=0.1),
+        optimizer=OptimizerSpec(settings=optim),
         parallel=ParallelConfig(zero=zero, bucket_elements=5000),
         precision=precision,
         micro_batch=MICRO,
-        dropout_seed=dropout_seed,
+        dropout_seed=3,
         context=context,
     )
 

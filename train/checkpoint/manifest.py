@@ -17,7 +17,7 @@ from conf.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
+ADAM_KINDS = ("weight", "exp_avg", "exp_avg_sq")
 FOLDER_NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -39,10 +39,11 @@ class StoredFragment:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A logical tensor: its whole shape and its pieces; every piece holds the weight and both moments."""
+    """A logical tensor: its whole shape and its pieces; every piece holds the weight and what the optimizer keeps of it."""
 
     shape: tuple[int, ...]
     fragments: tuple[StoredFragment, ...]
+    kinds: tuple[str, ...] = ADAM_KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,9 @@ def read_manifest(folder: Path) -> Manifest:
             files={name: StoredFile(**entry) for name, entry in raw["files"].items()},
             tensors={
                 name: StoredTensor(
-                    shape=tuple(entry["shape"]), fragments=tuple(StoredFragment(**item) for item in entry["fragments"])
+                    shape=tuple(entry["shape"]),
+                    fragments=tuple(StoredFragment(**item) for item in entry["fragments"]),
+                    kinds=tuple(entry.get("kinds", ADAM_KINDS)),
                 )
                 for name, entry in raw["tensors"].items()
             },

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from conf.compose import read_config
-from train.checkpoint.manifest import KINDS, CheckpointError, StoredTensor, check_files, read_manifest
+from train.checkpoint.manifest import CheckpointError, StoredTensor, check_files, read_manifest
 from train.config.pretrain import PretrainConfig
 from train.model.logical import LogicalTensor
 
@@ -60,12 +60,16 @@ class CheckpointReader:
         """Logical shape of a tensor."""
         return self._stored(name).shape
 
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """What is stored of a tensor: its weight, and what its optimizer keeps."""
+        return self._stored(name).kinds
+
     def verify(self) -> None:
         """Compare every file with the manifest; raises CheckpointError at the first that differs."""
         check_files(self.path, self.manifest, self.manifest.files)
 
     def read(self, name: str, kind: str = "weight") -> Tensor:
-        """A whole logical tensor, fp32: its weight, exp_avg or exp_avg_sq. Raises CheckpointError when a part is missing."""
+        """A whole logical tensor, fp32: its weight or another of its `kinds`. Raises CheckpointError when a part is missing."""
         stored = self._stored(name)
         whole = torch.empty(stored.shape, dtype=torch.float32)
         covered = 0
@@ -83,8 +87,11 @@ class CheckpointReader:
 
         A slice that was stored as it is asked for is read piece by piece; another cut goes through the whole tensor.
         """
-        assert kind in KINDS, f"unknown kind {kind}"
         stored = self._stored(logical.name)
+        if kind not in stored.kinds:
+            raise CheckpointError(
+                f"{self.path}: holds no {kind} of {logical.name}, only {', '.join(stored.kinds)}; another optimizer wrote it"
+            )
         if stored.shape != logical.shape:
             raise CheckpointError(
                 f"{self.path}: {logical.name} has shape {list(stored.shape)}, the model needs {list(logical.shape)}; "

@@ -111,9 +111,9 @@ class CheckpointStore:
         files: dict[str, StoredFile] = {file: facts for file, facts, _ in reports}
         tensors: dict[str, StoredTensor] = {}
         for _, _, index in reports:
-            for name, shape, piece in index:
+            for name, shape, kinds, piece in index:
                 before = tensors[name].fragments if name in tensors else ()
-                tensors[name] = StoredTensor(shape=shape, fragments=(*before, piece))
+                tensors[name] = StoredTensor(shape=shape, fragments=(*before, piece), kinds=kinds)
         write_durably(folder / "state.json", json.dumps(dict(state), indent=1).encode())
         write_config(self.run_config, folder / "config.yaml")
         shutil.copytree(self.tokenizer_folder, folder / "tokenizer")
@@ -184,12 +184,13 @@ def _write_fragments(path: Path, fragments: Sequence[Fragment]) -> StoredFile:
     return file_facts(path)
 
 
-def _index(fragments: Sequence[Fragment], file: str) -> list[tuple[str, tuple[int, ...], StoredFragment]]:
-    """Name, logical shape and place of each piece of a file."""
+def _index(fragments: Sequence[Fragment], file: str) -> list[tuple[str, tuple[int, ...], tuple[str, ...], StoredFragment]]:
+    """Name, logical shape, kinds and place of each piece of a file."""
     return [
         (
             fragment.logical.name,
             fragment.logical.shape,
+            tuple(fragment.tensors),
             StoredFragment(
                 file=file,
                 start=fragment.start,

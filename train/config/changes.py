@@ -30,6 +30,7 @@ KINDS: dict[str, Kind] = {
     "budget": "adjustable",
     "budget.stop_at_step": "free",
     "optim": "adjustable",
+    "optim.kind": "fixed",  # another optimizer keeps other state
     "schedule": "adjustable",
     "parallel": "layout",
     "kernels": "layout",

@@ -33,7 +33,8 @@ class KernelsConfig:
     """Activations kept for the backward pass: all; the results of matrix products and attention kernels; one per block."""
     logits_bytes: int = 1 << 30
     """Most bytes of fp32 logits on a rank; beyond it head and loss run over chunks of tokens, at no further cost."""
-
+    fp8_scaling: Literal["tensorwise", "rowwise"] = "tensorwise"
+    """precision=fp8: one scale for a matrix, with gradients in e5m2 (fastest), or one for each row, all in e4m3 (closest)."""
     collect_garbage_steps: int | None = 1000
     """Steps between runs of Python's garbage collector, on all ranks at once; null: Python's own moments, each rank's other."""
 

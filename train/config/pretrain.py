@@ -36,7 +36,7 @@ class PretrainConfig:
     budget: BudgetConfig
     """When the run is finished."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """AdamW."""
+    """AdamW or Muon, and the rates of groups of parameters."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning rate over the run."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -44,7 +44,8 @@ class PretrainConfig:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     """How the arithmetic is carried out."""
     precision: Precision = "bf16"
-    """bf16: weights and activations in bf16, master weights and moments in fp32; fp32: all in fp32."""
+    """bf16: weights and activations in bf16, master weights and moments in fp32; fp32: all in fp32; fp8: as bf16, with the
+    products of all blocks but the first and the last in 8-bit floats, for GPUs from compute capability 8.9 on."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When checkpoints are written and which are kept."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -72,9 +73,57 @@ class PretrainConfig:
             )
         if self.schedule.kind == "inverse_sqrt" and self.schedule.warmup_steps == 0:
             problems.append("schedule.warmup_steps=0: inverse_sqrt starts from the end of a warm-up; give at least 1")
-        problems += self._tensor_problems()
+        problems += self._tensor_problems() + self._muon_problems() + self._fp8_problems()
         if problems:
             raise ConfigError(problems)
+
+    def _muon_problems(self) -> list[str]:
+        """Layouts in which Muon would compute something else than on one rank, or clip something else than gradients."""
+        if self.optim.kind != "muon":
+            return []
+        way_out = "or optim.kind=adamw"
+        problems = []
+        if self.parallel.tensor > 1:
+            problems.append(
+                f"parallel.tensor={self.parallel.tensor}: Muon needs whole matrices, a rank would orthogonalize its slices; "
+                f"use parallel.tensor=1, {way_out}"
+            )
+        if self.parallel.zero != 1 or self.precision == "fp32":
+            problems.append(
+                f"optim.kind=muon: with parallel.zero={self.parallel.zero} and precision={self.precision} DeepSpeed takes the "
+                f"gradient norm, and clips, after the matrices were made orthogonal; use parallel.zero=1 and precision=bf16, "
+                f"{way_out}"
+            )
+        return problems
+
+    def _fp8_problems(self) -> list[str]:
+        """What the products of 8-bit floats cannot do."""
+        if self.precision != "fp8":
+            return []
+        model, problems = self.model, []
+        if self.parallel.tensor > 1:
+            problems.append(
+                f"parallel.tensor={self.parallel.tensor}: precision=fp8 is for whole matrices; use parallel.tensor=1, or "
+                f"precision=bf16"
+            )
+        if model.num_layers < 3:
+            problems.append(
+                f"model.num_layers={model.num_layers}: precision=fp8 leaves the first and the last block in bf16, so it needs "
+                f"at least 3; use precision=bf16"
+            )
+        sizes = {
+            "model.hidden_size": model.hidden_size,
+            "model.ffn_size": model.ffn_size,
+            "model.head_size x (num_heads + 2 num_kv_heads)": model.head_dim * (model.num_heads + 2 * model.kv_heads),
+            "model.head_size x num_heads": model.head_dim * model.num_heads,
+            "batch.micro_batch x data.sequence_length": self.batch.micro_batch * self.data.sequence_length,
+        }
+        problems += [
+            f"{name}={size}: precision=fp8 needs a multiple of 16; change it, or use precision=bf16"
+            for name, size in sizes.items()
+            if size % 16
+        ]
+        return problems
 
     def _tensor_problems(self) -> list[str]:
         """What does not come out even over the tensor-parallel ranks."""

@@ -35,8 +35,16 @@ class GroupRule:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: momentum made orthogonal for the matrices of the blocks, AdamW for all else; bf16 and ZeRO 1 only."""
     lr: float = 3e-4
     """Peak learning rate of AdamW."""
+    muon_lr: float = 0.02
+    """muon: peak learning rate of the blocks' matrices; it follows the same schedule."""
+    muon_momentum: float = 0.95
+    """muon: decay of the running mean of gradients, of the Nesterov kind."""
+    newton_schulz: Literal["gram", "standard"] = "gram"
+    """muon: how five steps of Newton-Schulz are carried out: gram on the smaller product in fp16, standard in bf16."""
     beta1: float = 0.9
     """Decay of the running mean of gradients."""
     beta2: float = 0.95
@@ -52,9 +60,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.lr <= 0:
-            problems.append(f"lr={self.lr}: must be above 0")
-        for name in ("beta1", "beta2"):
+        for name in ("lr", "muon_lr"):
+            if getattr(self, name) <= 0:
+                problems.append(f"{name}={getattr(self, name)}: must be above 0")
+        for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
         if self.epsilon <= 0:
@@ -261,5 +270,5 @@ class RunConfig:
         _raise_if(problems)
 
 
-Precision = Literal["bf16", "fp32"]
-"""bf16: weights and activations in bf16, master weights and moments in fp32. fp32: everything in fp32."""
+Precision = Literal["bf16", "fp32", "fp8"]
+"""bf16: weights and activations in bf16, master weights and moments in fp32. fp8: as bf16, with products in fp8."""

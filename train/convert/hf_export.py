@@ -24,7 +24,9 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def resolve_export_dtype(name: Literal["auto", "fp32", "bf16"], config: PretrainConfig) -> Literal["fp32", "bf16"]:
     """The dtype to write; auto is what the run computed with: bf16 loses nothing that a forward pass has seen."""
-    return config.precision if name == "auto" else name
+    if name != "auto":
+        return name
+    return "fp32" if config.precision == "fp32" else "bf16"
 
 
 def write_model(reader: CheckpointReader, folder: Path, *, dtype: Literal["fp32", "bf16"], shard_bytes: int) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from train.config.training import OptimConfig, ParallelConfig, Precision
+from train.config.training import ParallelConfig, Precision
 from train.engine.engine import Batch, build_module, deepspeed_config, initialize
 from train.model.transformer import Layer
-from train.optim import parameter_groups
+from train.optim import OptimizerSpec
 from train.parallel import ParallelContext
 
 
@@ -20,18 +18,14 @@ class BareEngine:
         self,
         layers: Sequence[Layer],
         *,
-        optim: OptimConfig,
+        optimizer: OptimizerSpec,
         parallel: ParallelConfig,
         precision: Precision,
         micro_batch: int,
         context: ParallelContext,
     ) -> None:
-        config = deepspeed_config(optim, parallel, precision, micro_batch)
-        module = build_module(layers, config, context)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(module, optim), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.epsilon, fused=True
-        )
-        self._deepspeed, _ = initialize(module, optimizer, config, context)
+        config = deepspeed_config(optimizer.settings, parallel, precision, micro_batch)
+        self._deepspeed, _ = initialize(build_module(layers, config, context), optimizer, config, context)
         self._device = context.device
 
     def step(self, batch: Batch) -> float:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from train.config.training import OptimConfig, ParallelConfig, Precision
 from train.engine import fragments
+from train.engine.optimizers import make_optimizer, update_stance
 from train.model.init import keyed_seed
 from train.model.transformer import Decoder, Layer
-from train.optim import parameter_groups
+from train.optim import OptimizerSpec
 from train.parallel import ParallelContext
 
 
@@ -67,31 +68,23 @@ class Engine:
         self,
         layers: Sequence[Layer],
         *,
-        optim: OptimConfig,
+        optimizer: OptimizerSpec,
         parallel: ParallelConfig,
         precision: Precision,
         micro_batch: int,
         dropout_seed: int,
         context: ParallelContext,
-        width_ratio: float = 1.0,
     ) -> None:
         self.context = context
         self.zero = parallel.zero
         self.dropout_seed = dropout_seed
-        config = deepspeed_config(optim, parallel, precision, micro_batch)
-        module = build_module(layers, config, context)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(module, optim, width_ratio=width_ratio),
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.epsilon,
-            fused=True,
-        )
-        self._deepspeed, self._optimizer = initialize(module, optimizer, config, context)
+        self._spec = optimizer
+        config = deepspeed_config(optimizer.settings, parallel, precision, micro_batch)
+        self._deepspeed, self._optimizer = initialize(build_module(layers, config, context), optimizer, config, context)
         if context.data_parallel == 1 and hasattr(self._optimizer, "fp32_groups_flat_partition"):
             # One data rank has nothing to reduce, yet DeepSpeed would copy all gradients out and back: 6 % of a CPU's step.
             self._deepspeed.enable_backward_allreduce = False
-        fragments.create_moments(self._optimizer, self.zero)
+        fragments.create_state(self._optimizer, self.zero)
 
     @property
     def module(self) -> Decoder:
@@ -120,7 +113,8 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         skipped_before = self._deepspeed.skipped_steps
-        self._deepspeed.step()
+        with update_stance(self._spec):
+            self._deepspeed.step()
         self.context.sum_over_data(loss_sum)
         return StepResult(
             loss_sum=loss_sum.item(),
@@ -137,7 +131,7 @@ class Engine:
         return EvaluationResult(loss_sum=float(loss), target_tokens=int(targets))
 
     def fragments(self) -> list[fragments.Fragment]:
-        """This rank's part of the fp32 weights and moments, as live views."""
+        """This rank's part of the fp32 weights and of the optimizer's state, as live views."""
         return fragments.fragments_of(self.module, self._optimizer, self.zero)
 
     def loaded(self, updates: int) -> None:
@@ -176,12 +170,12 @@ def load_deepspeed(context: ParallelContext) -> ModuleType:
     return deepspeed
 
 
-def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict, context: ParallelContext) -> tuple[Any, Any]:
+def initialize(module: nn.Module, spec: OptimizerSpec, config: dict, context: ParallelContext) -> tuple[Any, Any]:
     """(DeepSpeed's engine, its optimizer) around `module`."""
     deepspeed = load_deepspeed(context)
     with redirect_stdout(StringIO()):  # it prints a dozen lines on memory
         engine, wrapped, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=config, mpu=context.mpu, dist_init_required=False
+            model=module, optimizer=make_optimizer(module, spec), config=config, mpu=context.mpu, dist_init_required=False
         )
     return engine, wrapped
 
@@ -209,15 +203,17 @@ def build_module(layers: Sequence[Layer], config: dict, context: ParallelContext
 def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, precision: Precision, micro_batch: int) -> dict:
     """DeepSpeed's dictionary for our settings.
 
-    Accumulation is driven by the caller (a batch ramp changes it), so DeepSpeed's own is 1. Overlapped reduction stays
-    off: under stage 2 it has been seen to change gradients (DeepSpeed issues 5294 and 4298).
+    Accumulation is driven by the caller (a batch ramp changes it), so DeepSpeed's own is 1. Gradients are summed over the
+    ranks in fp32; left alone, DeepSpeed would sum them in bf16. Overlapped reduction stays off: under stage 2 it has been
+    seen to change gradients (DeepSpeed issues 5294 and 4298).
     """
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.grad_clip or 0.0,
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": precision != "fp32"},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,

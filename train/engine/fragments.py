@@ -1,4 +1,4 @@
-"""Where ZeRO keeps the fp32 weight and the moments of a logical tensor on this rank, as flat views.
+"""Where ZeRO keeps the fp32 weight and the optimizer's state of a logical tensor on this rank, as flat views.
 
 DeepSpeed's own maps are used: `_hp_mapping` under stages 1 and 2, `grad_position` under stage 3. Writing into the views
 and then calling `publish_weights` is how a checkpoint comes back.
@@ -9,13 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from train.engine.optimizers import first_state, state_names
 from train.model.logical import LogicalTensor, logical_of, logical_parameters
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,40 +35,50 @@ def flat_partitions(optimizer: Any, zero: int) -> list[Tensor]:
     return list(optimizer.single_partition_of_fp32_groups)
 
 
-def create_moments(optimizer: Any, zero: int) -> None:
-    """Give every buffer its moments and step counter now, so that memory is claimed and fragments exist at step 0."""
-    inner = optimizer.optimizer
-    fused = bool(inner.defaults.get("fused"))
-    for flat in flat_partitions(optimizer, zero):
-        step = torch.zeros((), dtype=torch.float32, device=flat.device if fused else None)
-        inner.state[flat] = {"step": step, **{kind: torch.zeros_like(flat.data) for kind in MOMENTS}}
+def create_state(optimizer: Any, zero: int) -> None:
+    """Give every buffer its state now, so that memory is claimed and fragments exist at step 0."""
+    for group, flat in _buffers(optimizer, zero):
+        optimizer.optimizer.state[flat] = first_state(group, flat)
 
 
 def set_update_count(optimizer: Any, zero: int, updates: int) -> None:
-    """Set Adam's count of applied updates on every buffer; each has a counter of its own."""
-    for flat in flat_partitions(optimizer, zero):
-        optimizer.optimizer.state[flat]["step"].fill_(float(updates))
+    """Set Adam's count of applied updates on every buffer; each has a counter of its own. Muon's matrices need none."""
+    for counter in _counters(optimizer, zero):
+        counter.fill_(float(updates))
 
 
 def update_count(optimizer: Any, zero: int) -> int:
     """Adam's count of applied updates."""
-    return int(optimizer.optimizer.state[flat_partitions(optimizer, zero)[0]]["step"].item())
+    return int(_counters(optimizer, zero)[0].item())
+
+
+def _counters(optimizer: Any, zero: int) -> list[Tensor]:
+    states = (optimizer.optimizer.state[flat] for flat in flat_partitions(optimizer, zero))
+    return [state["step"] for state in states if "step" in state]
+
+
+def _buffers(optimizer: Any, zero: int) -> list[tuple[dict, Tensor]]:
+    """Every buffer with the group that it is of; stage 3 may cut a group into several."""
+    buffers = flat_partitions(optimizer, zero)
+    if zero == 3:
+        return [(optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[i]], flat) for i, flat in enumerate(buffers)]
+    return list(zip(optimizer.optimizer.param_groups, buffers, strict=True))
 
 
 def fragments_of(module: nn.Module, optimizer: Any, zero: int) -> list[Fragment]:
     """Every fragment that this rank owns, in the order of the layers."""
     find = _place_under_stage_3 if zero == 3 else _place_under_stages_1_and_2
-    buffers = flat_partitions(optimizer, zero)
+    buffers = _buffers(optimizer, zero)
     found = []
     for parameter in logical_parameters(module).values():
         place = find(parameter, optimizer)
         if place is None:
             continue
         buffer_index, offset, start, length = place
-        flat = buffers[buffer_index]
+        group, flat = buffers[buffer_index]
         state = optimizer.optimizer.state[flat]
         tensors = {"weight": flat.data.narrow(0, offset, length)}
-        tensors |= {kind: state[kind].narrow(0, offset, length) for kind in MOMENTS}
+        tensors |= {kind: state[name].narrow(0, offset, length) for kind, name in state_names(group).items()}
         found.append(Fragment(logical=logical_of(parameter), start=start, length=length, tensors=tensors))
     return found
 

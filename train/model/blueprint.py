@@ -8,6 +8,7 @@ import torch
 
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
+from train.model.float8 import Scaling
 from train.parallel import ALONE, TensorRanks
 
 
@@ -22,3 +23,5 @@ class Blueprint:
     """What the layers will compute on, wherever they are built."""
     dtype: torch.dtype = torch.float32
     """What the layers will compute in."""
+    float8: Scaling | None = None
+    """How the products of linear layers are scaled into 8-bit floats; None: they are computed in `dtype`."""

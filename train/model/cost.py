@@ -5,6 +5,7 @@ Sources: Kaplan et al. 2020 and the PaLM paper, appendix B, for the two FLOP con
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import prod
 
@@ -12,6 +13,12 @@ from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
 
 GIB = 1024**3
+BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(attention\.(qkv|output)|mlp\.(gate_up|up|down))\.weight")
+
+
+def is_block_matrix(name: str) -> bool:
+    """Whether a logical name is that of a matrix inside a block: what grows with the width squared."""
+    return BLOCK_MATRIX.fullmatch(name) is not None
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -124,10 +131,12 @@ def memory_per_rank(
     zero: int,
     bytes_per_value: int,
     kernels: KernelsConfig,
+    muon: bool = False,
 ) -> MemoryEstimate:
     """Estimate the bytes that one rank holds, for `micro_tokens` tokens at a time.
 
-    bf16 keeps fp32 gradient accumulators, fp32 master weights and both moments; fp32 the same without a bf16 copy.
+    bf16 keeps fp32 gradient accumulators, fp32 master weights and both moments; fp32 the same without a bf16 copy. Muon has
+    one moment of the blocks' matrices.
     """
     parameters = parameters_per_rank(model, tensor_parallel)
     shard = -(-parameters // data_parallel)
@@ -140,10 +149,11 @@ def memory_per_rank(
     held_blocks = 1 if kernels.recompute == "full" else model.num_layers
     kept_inputs = model.num_layers * model.hidden_size if kernels.recompute == "full" else 0
     activations = micro_tokens * bytes_per_value * (held_blocks * per_block + kept_inputs + 2 * model.hidden_size)
+    saved = 4 * sum(prod(shape) for name, shape in parameter_shapes(model).items() if muon and is_block_matrix(name))
     return MemoryEstimate(
         weights=bytes_per_value * (shard if zero == 3 else parameters),
         gradients=4 * (shard if zero >= 2 else parameters),
-        optimizer=12 * shard,
+        optimizer=12 * shard - saved // data_parallel,
         activations=activations,
         logits=_logits_bytes(model, micro_tokens, tensor_parallel, kernels.logits_bytes) * (8 + bytes_per_value) // 4,
     )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from train.model.blueprint import Blueprint
+from train.model.float8 import Float8Linear
 from train.model.init import keyed_seed
 from train.model.logical import LogicalTensor, tag
 from train.parallel import TensorRanks
@@ -32,7 +33,7 @@ def expand_linear(name: str, out_shape: tuple[int, ...], blueprint: Blueprint, *
     """Linear layer from the hidden size to `out_shape`, flattened; ranks share it along `cut_dim` of that shape."""
     tensor, hidden = blueprint.tensor, blueprint.model.hidden_size
     if tensor.size == 1:
-        layer: nn.Module = nn.Linear(hidden, prod(out_shape), bias=bias)
+        layer: nn.Module = _whole_linear(hidden, prod(out_shape), blueprint, bias=bias)
     else:
         layer = _split_layers().Expand(hidden, prod(out_shape), bias=bias, tensor=tensor)
     part = {"dim": cut_dim, "index": tensor.rank, "parts": tensor.size}
@@ -46,7 +47,7 @@ def reduce_linear(name: str, in_size: int, blueprint: Blueprint, *, bias: bool) 
     """Linear layer from `in_size`, of which each rank holds a part, to the hidden size: weight [hidden, in_size]."""
     tensor, hidden = blueprint.tensor, blueprint.model.hidden_size
     if tensor.size == 1:
-        layer: nn.Module = nn.Linear(in_size, hidden, bias=bias)
+        layer: nn.Module = _whole_linear(in_size, hidden, blueprint, bias=bias)
     else:
         layer = _split_layers().Reduce(in_size, hidden, bias=bias, tensor=tensor)
     part = {"dim": 1, "index": tensor.rank, "parts": tensor.size}
@@ -54,6 +55,13 @@ def reduce_linear(name: str, in_size: int, blueprint: Blueprint, *, bias: bool) 
     if bias:
         tag(layer.bias, LogicalTensor(name=f"{name}.bias", shape=(hidden,)))
     return layer
+
+
+def _whole_linear(in_size: int, out_size: int, blueprint: Blueprint, *, bias: bool) -> nn.Module:
+    """A linear layer of one rank alone."""
+    if blueprint.float8 is None:
+        return nn.Linear(in_size, out_size, bias=bias)
+    return Float8Linear(in_size, out_size, bias=bias, scaling=blueprint.float8)
 
 
 def vocab_embedding(name: str, blueprint: Blueprint) -> nn.Module:

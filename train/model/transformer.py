@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from train.config.model import ModelConfig
 from train.model.attention import Attend, Needs, choose
 from train.model.blueprint import Blueprint
+from train.model.float8 import check_device
 from train.model.heads import LossHead
 from train.model.init import initial_value
 from train.model.layers import GatedMLP, Norm, PlainMLP, Rotary, rotate
@@ -248,9 +250,12 @@ class Layer:
 def build_layers(blueprint: Blueprint, reading: Reading, *, seed: int | None) -> list[Layer]:
     """THE model: its layers in order, each built and initialised when asked, so that a stage builds only its own.
 
-    `seed` None leaves the values unset, for a caller that puts others in their place.
+    `seed` None leaves the values unset, for a caller that puts others in their place. Products in 8-bit floats are of the
+    blocks between the first and the last. Raises UserError when the device has none.
     """
     model = blueprint.model
+    if blueprint.float8 is not None:
+        check_device(blueprint.device, blueprint.float8)
     deriver = Deriver(blueprint, reading)
 
     def made(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -261,7 +266,9 @@ def build_layers(blueprint: Blueprint, reading: Reading, *, seed: int | None) ->
         Layer(name="embedding", build=made(lambda: Embedding(blueprint)), tied_key=tied, tied_weight=tied and "tokens.weight")
     ]
     for number in range(model.num_layers):
-        layers.append(Layer(name=f"blocks.{number}", build=made(lambda number=number: Block(number, blueprint, deriver))))
+        inner = 0 < number < model.num_layers - 1
+        plan = blueprint if inner else replace(blueprint, float8=None)
+        layers.append(Layer(name=f"blocks.{number}", build=made(partial(Block, number, plan, deriver))))
     layers.append(Layer(name="final_norm", build=made(lambda: FinalNorm("final_norm", blueprint))))
     layers.append(
         Layer(name="head", build=made(lambda: LossHead(blueprint)), tied_key=tied, tied_weight=tied and "output.weight")

@@ -22,6 +22,7 @@ from train.loop import Ending, Trainer, TrainState
 from train.metrics import Metrics, NullMetrics, RunIdentity, Throughput
 from train.model.blueprint import Blueprint
 from train.model.transformer import Reading, build_layers
+from train.optim import OptimizerSpec
 from train.parallel import ParallelContext
 from train.plan import RunPlan, make_plan
 
@@ -34,7 +35,13 @@ def blueprint_of(config: PretrainConfig, context: ParallelContext) -> Blueprint:
         tensor=context.tensor,
         device=context.device,
         dtype=torch.float32 if config.precision == "fp32" else torch.bfloat16,
+        float8=config.kernels.fp8_scaling if config.precision == "fp8" else None,
     )
+
+
+def optimizer_of(config: PretrainConfig) -> OptimizerSpec:
+    """How the run's parameters are updated."""
+    return OptimizerSpec(settings=config.optim, width_ratio=config.model.width_ratio, compile=config.kernels.compile)
 
 
 def build(config: PretrainConfig, context: ParallelContext, run_dir: Path, metrics: Metrics | NullMetrics) -> Trainer:
@@ -44,13 +51,12 @@ def build(config: PretrainConfig, context: ParallelContext, run_dir: Path, metri
     reading = Reading(sequence_length=config.data.sequence_length, document_mask=config.data.document_mask)
     engine = Engine(
         build_layers(blueprint_of(config, context), reading, seed=config.run.seed),
-        optim=config.optim,
+        optimizer=optimizer_of(config),
         parallel=config.parallel,
         precision=config.precision,
         micro_batch=config.batch.micro_batch,
         dropout_seed=config.run.seed,
         context=context,
-        width_ratio=config.model.width_ratio,
     )
     store = CheckpointStore(
         run_dir / "checkpoints",

@@ -47,6 +47,7 @@ def test_nothing_changed() -> None:
         ("model.num_kv_heads=null", "model.num_kv_heads", "2", "null"),
         ("model.tied_head=false", "model.tied_head", "true", "false"),
         ("model.rope.base=2e4", "model.rope.base", "10000.0", "20000.0"),
+        ("optim.kind=muon", "optim.kind", "adamw", "muon"),
         ("run.seed=7", "run.seed", "1234", "7"),
         ("data.sequence_length=32", "data.sequence_length", "64", "32"),
         ("data.document_mask=false", "data.document_mask", "true", "false"),

@@ -44,7 +44,7 @@ ROOTS = {"pretrain": (PretrainConfig, ENOUGH), "prepare": (PrepareConfig, ["corp
         (["model.bias=3"], "model.bias=3: must be true or false"),
         (["run.name=5"], """run.name=5: must be text; quote it twice, for the shell and for YAML: run.name="'5'\""""),
         (["run.notes=null"], "run.notes=null: must be text"),
-        (["precision=fp16"], "precision=fp16: must be bf16 or fp32"),
+        (["precision=fp16"], "precision=fp16: must be bf16, fp32 or fp8"),
         (["schedule.kind=cosin"], "must be cosine, wsd, linear, constant or inverse_sqrt; did you mean cosine?"),
         (["data.sources=x"], "data.sources=x: must be a list, which is given as a whole: data.sources=[{path: ...}]"),
         (["data.sources.0.weight=2"], "must be a list, which is given as a whole: data.sources=[{path: ...}]"),

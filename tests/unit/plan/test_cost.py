@@ -145,6 +145,17 @@ def test_memory_of_the_model_state_by_hand() -> None:
     assert memory("llama_8b", zero=1, ranks=1, bytes_per_value=4).weights == 4 * parameters
 
 
+def test_muon_has_one_moment_of_the_blocks_matrices() -> None:
+    def optimizer(muon: bool) -> int:
+        return cost.memory_per_rank(
+            model("gpt2_124m"), micro_tokens=1, data_parallel=2, tensor_parallel=1, zero=1, bytes_per_value=2,
+            kernels=KernelsConfig(), muon=muon,
+        ).optimizer  # fmt: skip
+
+    matrices = 12 * 12 * 768 * 768  # per block 3 + 1 of attention, 4 + 4 of the MLP
+    assert optimizer(False) - optimizer(True) == 4 * matrices / 2
+
+
 def test_memory_is_sane() -> None:
     """An 8 B model fits on 64 cards of 80 GiB with ZeRO 3 and not on one; recomputation spares activations, not logits."""
     assert 1 < memory("llama_8b", zero=3, ranks=64).total / cost.GIB < 80 < memory("llama_8b", zero=1, ranks=1).total / cost.GIB

@@ -11,10 +11,11 @@ from conf.errors import ConfigError
 from tests.distributed import uneven
 from tests.unit.plan.test_plan import settings
 from train.config.training import GroupRule, OptimConfig
+from train.engine.optimizers import make_optimizer, update_stance
 from train.model.blueprint import Blueprint
 from train.model.logical import logical_of
 from train.model.transformer import Decoder, Reading, build_layers
-from train.optim import parameter_groups
+from train.optim import OptimizerSpec, parameter_groups
 from train.plan import make_plan
 
 READING = Reading(sequence_length=uneven.SEQUENCE, document_mask=True)
@@ -25,7 +26,7 @@ def rates(model, optim: OptimConfig) -> dict[str, tuple[float, float]]:
     decoder = Decoder(build_layers(Blueprint(model=model), READING, seed=1))
     return {
         logical_of(parameter).name: (group["lr_scale"], group["weight_decay"])
-        for group in parameter_groups(decoder, optim, width_ratio=model.width_ratio)
+        for group in parameter_groups(decoder, OptimizerSpec(settings=optim, width_ratio=model.width_ratio))
         for parameter in group["params"]
     }
 
@@ -70,17 +71,18 @@ def test_mup_at_its_base_changes_nothing() -> None:
     assert torch.equal(plain(*inputs)[0], based(*inputs)[0])
 
 
-def motion(width: int, mup: bool) -> float:
-    """How far four AdamW steps move the logits of a model, root mean square: the coordinate check of Tensor Programs V."""
+def motion(width: int, *, mup: bool, kind: str = "adamw") -> float:
+    """How far four updates move the logits of a model, root mean square: the coordinate check of Tensor Programs V."""
     model = replace(
         uneven.TINY, hidden_size=width, num_heads=width // 8, num_kv_heads=width // 8, ffn_size=2 * width, tied_head=False,
         mup_base_width=64 if mup else None,
     )  # fmt: skip
     decoder = Decoder(build_layers(Blueprint(model=model), READING, seed=1))
-    groups = parameter_groups(decoder, OptimConfig(weight_decay=0.0), width_ratio=model.width_ratio)
-    for group in groups:
-        group["lr"] = 3e-3 * group["lr_scale"]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    settings = OptimConfig(kind=kind, lr=3e-3, weight_decay=0.0, newton_schulz="standard")
+    spec = OptimizerSpec(settings=settings, width_ratio=model.width_ratio)
+    optimizer = make_optimizer(decoder, spec)
+    for group in optimizer.param_groups:
+        group["lr"] = settings.lr * group["lr_scale"]
     batch = uneven.micro_batch([1, 2, 3, 4])
     inputs = (batch.tokens, batch.labels, batch.positions, batch.document_bounds)
 
@@ -93,12 +95,30 @@ def motion(width: int, mup: bool) -> float:
         optimizer.zero_grad()
         objective, _, targets = decoder(*inputs)
         (objective / targets).backward()
-        optimizer.step()
+        with update_stance(spec):
+            optimizer.step()
     return (logits() - before).square().mean().sqrt().item()
 
 
-def test_mup_keeps_the_motion_of_the_logits() -> None:
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_mup_keeps_the_motion_of_the_logits(kind: str) -> None:
     """From 64 to 512 wide the logits move alike with muP, and further and further without."""
-    with_mup, without = ([motion(width, mup) for width in (64, 512)] for mup in (True, False))
+    with_mup, without = ([motion(width, mup=mup, kind=kind) for width in (64, 512)] for mup in (True, False))
     assert 0.5 < with_mup[1] / with_mup[0] < 2.0, with_mup
-    assert without[1] / without[0] > 3.0, without
+    assert without[1] / without[0] > (3.0 if kind == "adamw" else 2.0), without
+
+
+def test_muon_takes_the_matrices_of_the_blocks_at_its_own_rate() -> None:
+    optim = OptimConfig(kind="muon", lr=1e-3, muon_lr=0.02, rules=(GroupRule(pattern="*.down.*", lr_scale=0.5),))
+    decoder = Decoder(build_layers(Blueprint(model=uneven.TINY), READING, seed=1))
+    muon = {
+        logical_of(parameter).name: group["lr_scale"]
+        for group in parameter_groups(decoder, OptimizerSpec(settings=optim, width_ratio=4.0))
+        for parameter in group["params"]
+        if group["use_muon"]
+    }
+    assert muon == {
+        f"blocks.{number}.{name}.weight": pytest.approx(10.0 if name == "mlp.down" else 20.0)
+        for number in (0, 1)
+        for name in ("attention.qkv", "attention.output", "mlp.gate_up", "mlp.down")
+    }
