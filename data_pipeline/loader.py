@@ -44,14 +44,6 @@ class MicroBatch:
     target_bytes: int
     """UTF-8 bytes of those labels' text: the denominator of bits per byte."""
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MicroBatch:
-        """The same batch with its tensors on `device`."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("tokens", "labels", "positions", "document_bounds")
-        }
-        return dataclasses.replace(self, **moved)
-
     def pin_memory(self) -> MicroBatch:
         """The same batch in page-locked memory, from where a GPU copies without making the CPU wait."""
         pinned = {name: getattr(self, name).pin_memory() for name in ("tokens", "labels", "positions", "document_bounds")}
@@ -65,13 +57,13 @@ class Loader:
     every token that has a token before it (in its document, with a document mask) is a target exactly once.
     """
 
-    def __init__(self, config: DataConfig, *, split: Split, seed: int, vocab_size: int) -> None:
-        """vocab_size: ids that the model knows.
+    def __init__(self, config: DataConfig, *, split: Split, seed: int, vocab_size: int, pin: bool = False) -> None:
+        """vocab_size: ids that the model knows. pin: put batches into page-locked memory.
 
         Raises UserError when a source is missing, damaged or too short, the tokenizers differ, or an id is beyond `vocab_size`.
         """
         self.split, self.sequence_length, self.document_mask = split, config.sequence_length, config.document_mask
-        self.vocab_size = vocab_size
+        self.vocab_size, self.pin = vocab_size, pin
         manifests = read_sources(config)
         self.names = tuple(source.label for source in config.sources)
         self.eod_id = manifests[0].eod_id
@@ -142,7 +134,7 @@ class Loader:
             labels_BS[row, real_B[row] - 1 :] = IGNORE
         targets = labels_BS[labels_BS != IGNORE]
         positions_T, bounds = self._positions_and_bounds(begins_BS, sample_ids, source_B)
-        return MicroBatch(
+        made = MicroBatch(
             tokens=torch.from_numpy(np.ascontiguousarray(inputs_BS).reshape(-1)),
             labels=torch.from_numpy(labels_BS.reshape(-1)),
             positions=torch.from_numpy(positions_T),
@@ -151,6 +143,7 @@ class Loader:
             target_tokens=int(targets.size),
             target_bytes=int(self._token_bytes_V[targets].sum(dtype=np.int64)),
         )
+        return made.pin_memory() if self.pin else made
 
     def _locate(self, sample_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Source and window of every sample."""

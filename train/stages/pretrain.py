@@ -72,7 +72,7 @@ def build(config: PretrainConfig, context: ParallelContext, run_dir: Path, metri
         plan=plan,
         context=context,
         engine=engine,
-        loader=Loader(config.data, split="train", **split),
+        loader=Loader(config.data, split="train", pin=context.device.type == "cuda", **split),
         held_out=None if config.evaluate.max_samples == 0 else Loader(config.data, split="validation", **split),
         store=store,
         metrics=metrics,

@@ -124,8 +124,6 @@ def test_shapes_and_types_are_fixed(tiny: Manifest) -> None:
     assert batch.tokens.dtype == batch.labels.dtype == batch.positions.dtype == torch.int64
     assert batch.document_bounds.dtype == torch.int32
     assert all(getattr(batch, name).is_contiguous() for name in ("tokens", "labels", "positions", "document_bounds"))
-    moved = batch.to("cpu")
-    assert moved.sample_ids == (3, 1) and torch.equal(moved.tokens, batch.tokens)
     with pytest.raises(TypeError, match="no end"):
         _ = train.num_samples
 
