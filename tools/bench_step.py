@@ -171,8 +171,9 @@ def measure(config: StepBenchConfig, context: Any, folder: Path) -> dict[str, An
     rates: list[float] = []
     for number in range(config.rounds):
         rates.append(peak())
-        for name, way in ways.items():
-            times[name].append(_block(way, config.block_steps))
+        first = number % len(ways)  # in another order each time, so that none always follows the same other
+        for name in [*ways, *ways][first : first + len(ways)]:
+            times[name].append(_block(ways[name], config.block_steps))
         print(f"round {number + 1}/{config.rounds}: " + ", ".join(f"{n} {_ms(t[-1])}" for n, t in times.items()), flush=True)
     if config.trace is not None:
         _trace(ways["loop"], Path(config.trace))

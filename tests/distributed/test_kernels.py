@@ -49,7 +49,7 @@ def train(context: ParallelContext, layout: tuple, kernels: KernelsConfig, model
         pytest.param((1, 1, False), 1, KernelsConfig(compile=True), id="compiled"),
         pytest.param((2, 1, False), 2, KernelsConfig(compile=True, recompute="selective"), id="compiled-zero2-selective"),
         pytest.param((3, 1, False), 2, KernelsConfig(compile=True), id="compiled-zero3"),
-        pytest.param((1, 2, False), 2, KernelsConfig(compile=True), id="compiled-tensor2"),
+        pytest.param((1, 2, False), 2, KernelsConfig(compile=True), id="compiled-tensor2", marks=pytest.mark.thorough),
     ],
 )
 def test_kernels_give_the_plain_result(layout: tuple, ranks: int, kernels: KernelsConfig) -> None:

@@ -116,7 +116,7 @@ def test_a_changed_bit_of_a_checkpoint_is_noticed(undisturbed: Path, tmp_path: P
     assert differences(undisturbed, copy) == [f"{kind} of {logical}: 1 of {tensors[name].numel():,} elements differ"]
 
 
-@pytest.mark.parametrize(("zero", "kills", "in_save"), [(1, 2, 1), (3, 1, 1)])
+@pytest.mark.parametrize(("zero", "kills", "in_save"), [(1, 2, 1), pytest.param(3, 1, 1, marks=pytest.mark.thorough)])
 def test_killed_runs_end_as_the_undisturbed_one(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], zero: int, kills: int, in_save: int
 ) -> None:

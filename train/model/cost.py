@@ -140,15 +140,21 @@ def memory_per_rank(
     """
     parameters = parameters_per_rank(model, tensor_parallel)
     shard = -(-parameters // data_parallel)
-    attention_width = (model.num_heads + 2 * model.kv_heads) * model.head_dim
-    mlp_width = model.ffn_size * (4 if model.gated_mlp else 2)
-    split = attention_width + model.num_heads * model.head_dim + mlp_width
-    # What the norms and the residual stream keep; each norm its input and its output.
+    queries = model.num_heads * model.head_dim
+    fused = queries + 2 * model.kv_heads * model.head_dim
+    mlp = model.ffn_size * (2 if model.gated_mlp else 1)
+    # Norms and the residual stream: each norm its input and its output. Then what the split layers make: query-key-value,
+    # attention's output, the MLP's first product and what its activation makes of it.
     norms = {"pre": 2, "post": 2, "both": 4}[model.norm_placement]
-    per_block = (2 + 2 * norms) * model.hidden_size + split // tensor_parallel
-    held_blocks = 1 if kernels.recompute == "full" else model.num_layers
-    kept_inputs = model.num_layers * model.hidden_size if kernels.recompute == "full" else 0
-    activations = micro_tokens * bytes_per_value * (held_blocks * per_block + kept_inputs + 2 * model.hidden_size)
+    whole = (2 + 2 * norms) * model.hidden_size + (fused + queries + 2 * mlp) // tensor_parallel
+    kept = {
+        "none": whole,
+        # A block's input and the results of its products and of attention.
+        "selective": 3 * model.hidden_size + (fused + queries + mlp) // tensor_parallel,
+        "full": model.hidden_size,
+    }[kernels.recompute]
+    again = 0 if kernels.recompute == "none" else whole  # the block whose backward pass runs
+    activations = micro_tokens * bytes_per_value * (model.num_layers * kept + again + 2 * model.hidden_size)
     saved = 4 * sum(prod(shape) for name, shape in parameter_shapes(model).items() if muon and is_block_matrix(name))
     return MemoryEstimate(
         weights=bytes_per_value * (shard if zero == 3 else parameters),
