@@ -12,8 +12,8 @@ from tests.distributed import uneven
 from tests.distributed.test_zero_parity import reference
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
+from train.model.crossings import own_draws
 from train.model.init import initial_value
-from train.model.tensor_parallel import own_draws
 from train.parallel import ParallelContext, split_ranks
 
 MODELS = {

@@ -60,7 +60,7 @@ ONLY = {
 # Third-party modules and their owners; everything imported from outside is in here. () is: whoever likes.
 OWNERS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("train.engine",),
-    "megatron": ("data_pipeline.corpus", "train.parallel", "train.model.split_layers", "train.model.tensor_parallel"),
+    "megatron": ("data_pipeline.corpus", "train.parallel", "train.model.split_layers", "train.model.crossings"),
     "flash_attn": ("train.model.attention.flash",),  # 2, and 4 as flash_attn.cute
     "flash_attn_interface": ("train.model.attention.flash",),  # 3
     "wandb": ("train.metrics",),

@@ -13,14 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.model.blueprint import Blueprint
-from train.model.tensor_parallel import (
-    all_columns,
-    all_rows,
-    sum_of_parts,
-    vocab_embedding,
-    vocab_linear,
-    vocab_parallel_loss,
-)
+from train.model.crossings import all_columns, all_rows, sum_of_parts, vocab_parallel_loss
+from train.model.tensor_parallel import vocab_embedding, vocab_linear
 
 IGNORE = -100  # label of a position without a target; torch's and the loader's
 LOGIT_BYTES = 4  # the loss is taken in fp32

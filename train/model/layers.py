@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from train.config.model import ModelConfig, RopeConfig
 from train.model.blueprint import Blueprint
+from train.model.crossings import replicated
 from train.model.logical import LogicalTensor, tag
-from train.model.tensor_parallel import expand_linear, reduce_linear, replicated
+from train.model.tensor_parallel import expand_linear, reduce_linear
 
 
 class Norm(nn.Module):

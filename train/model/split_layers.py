@@ -9,7 +9,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor
 
-from train.model.tensor_parallel import replicated
+from train.model.crossings import replicated
 from train.parallel import TensorRanks
 
 

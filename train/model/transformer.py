@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from train.config.model import ModelConfig
 from train.model.attention import Attend, Needs, choose
 from train.model.blueprint import Blueprint
+from train.model.crossings import own_draws, own_rows, replicated
 from train.model.float8 import check_device
 from train.model.heads import LossHead
 from train.model.init import initial_value
 from train.model.layers import GatedMLP, Norm, PlainMLP, Rotary, rotate
 from train.model.logical import LogicalTensor, logical_of, tag
 from train.model.recompute import trained
-from train.model.tensor_parallel import expand_linear, own_draws, own_rows, reduce_linear, replicated, vocab_embedding
+from train.model.tensor_parallel import expand_linear, reduce_linear, vocab_embedding
 
 State: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
