@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -71,8 +71,10 @@ class StepBenchConfig:
     """Times that every way is run."""
     block_steps: int = 5
     """Steps of one turn; the first of them, which finds the caches full of another's data, is not counted."""
-    trace: str | None = None
-    """File for a profiler trace of three steps of the loop, which Perfetto reads; also prints a table of the collectives."""
+    trace: bool = False
+    """Also profile three steps of the loop: a trace that Perfetto reads, and a table of the collectives."""
+    trace_file: str = "trace.json"
+    """Where the first rank's trace goes."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -175,8 +177,8 @@ def measure(config: StepBenchConfig, context: Any, folder: Path) -> dict[str, An
         for name in [*ways, *ways][first : first + len(ways)]:
             times[name].append(_block(ways[name], config.block_steps))
         print(f"round {number + 1}/{config.rounds}: " + ", ".join(f"{n} {_ms(t[-1])}" for n, t in times.items()), flush=True)
-    if config.trace is not None:
-        _trace(ways["loop"], Path(config.trace))
+    if config.trace:
+        _trace(ways["loop"], Path(config.trace_file) if context.is_first else None)
     metrics.close("finished", "")
     tokens = settings.batch.sequences * config.sequence_length
     records = [r for r in read_metrics(folder / "metrics.jsonl") if r.get("kind") == "train"] if context.is_first else []
@@ -326,22 +328,28 @@ def _peak_memory(device: Any) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def _trace(step: Callable[[], Any], path: Path) -> None:
-    """Three steps under the profiler: a trace for Perfetto, and the collectives as a table."""
+def _trace(step: Callable[[], Any], path: Path | None) -> None:
+    """Three steps, on the rank with a `path` under the profiler: a trace for Perfetto, and the collectives as a table."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities) if path else nullcontext() as profiler:
         for _ in range(3):
             step()
+    if not path:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))
     averages = profiler.key_averages()
-    collectives = [event for event in averages if event.key.startswith(("gloo:", "nccl:", "c10d::"))]
+    collectives = [event for event in averages if event.key.startswith(("gloo:", "nccl", "c10d::"))]
+
+    def milliseconds(event: Any) -> float:
+        return max(event.cpu_time_total, event.device_time_total) / 1e3
+
     print(f"trace of 3 steps: {path} (open it at ui.perfetto.dev)")
     print(f"{'collective':44} {'calls':>7} {'ms in all':>10}")
-    for event in sorted(collectives, key=lambda event: -event.cpu_time_total):
-        print(f"{event.key:44} {event.count:7} {event.cpu_time_total / 1e3:10.2f}")
+    for event in sorted(collectives, key=milliseconds, reverse=True):
+        print(f"{event.key:44} {event.count:7} {milliseconds(event):10.2f}")
     if not collectives:
         print("none: one rank")

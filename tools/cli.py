@@ -87,7 +87,7 @@ VERBS: dict[str, Verb] = {
         schema="tools.bench_startup:BenchConfig",
         examples=(
             "longhaul bench startup",
-            "longhaul bench step peer=hf trace=trace.json",
+            "longhaul bench step peer=hf trace=true",
             "longhaul bench attention sequence_length=1024 kv_heads=2 documents=4",
             "longhaul bench loader sequence_length=1024",
             "longhaul bench checkpoint model=llama_160m",

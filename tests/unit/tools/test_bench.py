@@ -46,7 +46,7 @@ def bench(*words: str) -> tuple[str, dict]:
 def test_step_runs_and_traces(corpus: Path, tmp_path: Path) -> None:
     words = ("rounds=1", "block_steps=2", "kernels.compile=false", "sequence_length=32", "micro_batch=2", "peer=hf")
     trace = tmp_path / "trace.json"
-    text, report = bench("step", f"data={corpus}", f"trace={trace}", *TINY, *words)
+    text, report = bench("step", f"data={corpus}", "trace=true", f"trace_file={trace}", *TINY, *words)
     assert set(report["ways"]) == {"loop", "step", "deepspeed", "hf", "hf_compiled"}
     assert all(way["tokens_per_second"] > 0 for way in report["ways"].values())
     assert json.loads(trace.read_text())["traceEvents"]
