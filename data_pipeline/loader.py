@@ -19,6 +19,7 @@ from conf.errors import UserError
 from data_pipeline.config import DataConfig
 from data_pipeline.corpus import Corpus
 from data_pipeline.facts import documents_per_sample, fingerprint_of, read_sources, train_windows, validation_windows
+from data_pipeline.ledger import sample_hash
 from data_pipeline.manifest import Split
 from data_pipeline.sampler import Sampler
 
@@ -43,6 +44,8 @@ class MicroBatch:
     """Labels that are not IGNORE."""
     target_bytes: int
     """UTF-8 bytes of those labels' text: the denominator of bits per byte."""
+    data_hash: int
+    """Sum of the samples' hashes (see `data_pipeline.ledger`), modulo 2**64."""
 
     def pin_memory(self) -> MicroBatch:
         """The same batch in page-locked memory, from where a GPU copies without making the CPU wait."""
@@ -142,6 +145,7 @@ class Loader:
             sample_ids=tuple(int(sample) for sample in sample_ids),
             target_tokens=int(targets.size),
             target_bytes=int(self._token_bytes_V[targets].sum(dtype=np.int64)),
+            data_hash=sum(map(sample_hash, sample_ids, inputs_BS)) % 2**64,
         )
         return made.pin_memory() if self.pin else made
 

@@ -86,7 +86,7 @@ def _rank_main(
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds)
         )
-        context = ParallelContext(rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu"))
+        context = ParallelContext(rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu"), store=store)
         value = function(context, *arguments)
         queue.put((rank, pickle.dumps(value), ""))  # by value: shared tensors would die with the rank
         dist.barrier()

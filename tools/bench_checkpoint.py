@@ -13,7 +13,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, UserError
+from train.checkpoint.manifest import folder_of
 from train.config.model import ModelConfig
 from train.config.pretrain import PretrainConfig
 from train.config.training import BudgetConfig, CheckpointConfig, OptimConfig, ParallelConfig
@@ -77,12 +78,18 @@ def run(config: CheckpointBenchConfig) -> int:
             tokenizer_folder=tokenizer,
             data_fingerprint="bench",
         )
-        seconds: dict[str, list[float]] = {"save": [], "load": [], "plain": []}
+        seconds: dict[str, list[float]] = {"blocked": [], "save": [], "load": [], "plain": []}
         for number in range(1, config.rounds + 1):
             context.barrier()
             started = time.perf_counter()
-            path = store.save(engine, step=number, tokens=0, state={"updates": 0})
+            store.save(engine, step=number, tokens=0, state={"updates": 0})
+            store.before_update()
+            seconds["blocked"].append(time.perf_counter() - started)
+            result = store.finish()
+            if result.problem is not None:
+                raise UserError(f"folder={config.folder}: {result.problem}")
             seconds["save"].append(time.perf_counter() - started)
+            path = folder_of(store.root, number)
             started = time.perf_counter()
             store.load_newest(engine)
             seconds["load"].append(time.perf_counter() - started)
@@ -91,6 +98,7 @@ def run(config: CheckpointBenchConfig) -> int:
             if context.is_first:
                 line = ", ".join(f"{what} {times[-1]:.2f} s" for what, times in seconds.items())
                 print(f"round {number}/{config.rounds}: {line}", flush=True)
+        store.close()
         medians = {what: statistics.median(times) for what, times in seconds.items()}
         if context.is_first:
             report = {f"{what}_seconds": round(value, 3) for what, value in medians.items()}

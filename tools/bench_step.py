@@ -260,7 +260,7 @@ def _ways(
     from train.engine import BareEngine
     from train.metrics import Metrics, NullMetrics, RunIdentity
     from train.model.transformer import Reading, build_layers
-    from train.stages.pretrain import blueprint_of, build, optimizer_of
+    from train.stages.pretrain import Attempt, blueprint_of, build, optimizer_of
 
     facts = inspect_sources(settings.data)
     if facts.vocab_size > config.model.vocab_size:
@@ -272,7 +272,7 @@ def _ways(
             resolved_config={}, layout={}, notes="",
         )  # fmt: skip
         metrics = Metrics(settings.monitor, folder, identity, FAR)
-    trainer = build(settings, context, folder, metrics)
+    trainer = build(settings, context, Attempt(run_dir=folder, number=1), metrics)
     loop = trainer.steps()
     held = [
         trainer.loader.micro_batch(list(range(index * config.micro_batch, (index + 1) * config.micro_batch)))

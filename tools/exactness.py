@@ -11,11 +11,13 @@ from pathlib import Path
 
 from conf.errors import UserError
 from train.checkpoint.manifest import CheckpointError, published
+from train.metrics.goodput import Goodput
 from train.metrics.jsonl import FILE_NAME, read_metrics
 from train.metrics.record import Value
 
 TIME_LIKE = frozenset(
     {"time", "attempt", "seconds", "step_seconds", "data_wait_seconds", "tokens_per_second", "mfu", "mfu_causal", "memory_gib"}
+    | {"checkpoint_stall_seconds", "goodput", *Goodput().fields()}
 )
 """Fields of a record that differ between two runs of the same program on the same machine."""
 

@@ -17,7 +17,7 @@ from conf.compose import as_yaml, compose, read_config, validate, write_config
 from conf.errors import UserError
 from conf.schema import shown
 from data_pipeline.facts import CorpusFacts, check_epochs, inspect_sources, verify_sources
-from train.checkpoint.manifest import published, read_manifest, write_durably
+from train.checkpoint.manifest import DamagedCheckpoint, check_files, published, read_manifest, write_durably
 from train.config.changes import check_resume
 from train.config.pretrain import PretrainConfig
 from train.outcome import ExitCode, last_attempt, read_outcome
@@ -131,21 +131,33 @@ def is_finished(run_dir: Path, plan: RunPlan) -> bool:
 def compare_with_newest(config: PretrainConfig, facts: CorpusFacts, run_dir: Path) -> list[str]:
     """What is resumed and what has changed since, as lines for a person; nothing for a run without a checkpoint.
 
-    Raises UserError when the newest checkpoint has another model or other data, before anything starts.
+    A checkpoint that is damaged is passed over here; the ranks verify all of it, and set it aside.
+    Raises UserError when the newest other one has another model or other data, or there is none, before anything starts.
     """
-    folders = published(run_dir / "checkpoints")
-    if not folders:
+    damaged: list[str] = []
+    for newest in reversed(published(run_dir / "checkpoints")):
+        try:
+            manifest = read_manifest(newest)
+            check_files(newest, manifest, [name for name in manifest.files if not name.endswith(".safetensors")])
+            break
+        except DamagedCheckpoint as error:
+            damaged.append(f"damaged          {error}")
+    else:
+        if damaged:
+            raise UserError(
+                "no checkpoint can be used, all are left as they are; put one back from a copy, or start another run with "
+                "run.name=...:\n" + "\n".join(damaged)
+            )
         return []
-    newest = folders[-1]
     recorded = check_resume(read_config(PretrainConfig, newest / "config.yaml"), config, str(newest))
-    if read_manifest(newest).data_fingerprint != facts.fingerprint:
+    if manifest.data_fingerprint != facts.fingerprint:
         raise UserError(
             f"data.sources={', '.join(str(source.path) for source in facts.sources)}: {newest} was trained on other data (its "
             f"content, weights or names differ), so its order of samples cannot go on; give the data it had (a corpus that was "
             f"renamed also needs name=OLD_NAME), or start another run with run.name=..."
         )
     changed = [f"changed          {change.field}: {shown(change.before)} -> {shown(change.after)}" for change in recorded]
-    return [f"resuming from    {newest}", *changed]
+    return [*damaged, f"resuming from    {newest}", *changed]
 
 
 def prepare_folder(run_dir: Path, config: PretrainConfig) -> None:

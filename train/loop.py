@@ -5,48 +5,43 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
+from data_pipeline.ledger import combined, format_ranges
 from data_pipeline.loader import Loader, MicroBatch
 from data_pipeline.prefetcher import Prefetcher
-from train.checkpoint.store import CheckpointStore
 from train.config.pretrain import PretrainConfig
 from train.engine import Engine, StepResult
 from train.health.garbage import GarbageSchedule
-from train.health.spike import SpikeDetector
-from train.health.stop import StopSignal
-from train.metrics import Metrics, NullMetrics
+from train.health.guard import Guard, Verdict
+from train.health.norms import by_layer
+from train.health.requests import Agreement, Requests
+from train.health.windows import ranges_between, sample_at
+from train.metrics import Goodput, Metrics, NullMetrics, Value
 from train.optim import lr_at
 from train.parallel import ParallelContext
 from train.plan import RunPlan
+from train.recovery import CannotRecover, Recovery
+from train.saver import Saver
+from train.spike_report import SpikeReporter
+from train.state import TrainState
 
-MAX_SKIPPED_IN_A_ROW = 10  # non-finite gradients; more do not come from a bad batch but from a broken model
-
-
-@dataclass(kw_only=True)
-class TrainState:
-    """Where a run stands: everything that a resumed run needs beside weights and moments.
-
-    Sample order, learning rate and dropout are functions of it, so there is no generator to save.
-    """
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    updates: int = 0
-    skipped_in_a_row: int = 0
-    adjustments: list[dict[str, Any]] = field(default_factory=list)
+ASK_EVERY_BATCHES = 8  # of an evaluation, whether to stop
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """How the loop ended: finished, stopped (resumable) or diverged (not to be restarted)."""
+    """How the loop ended: finished, stopped (resumable), diverged or unsaved (not to be restarted as it is)."""
 
-    state: Literal["finished", "stopped", "diverged"]
+    state: Literal["finished", "stopped", "diverged", "unsaved"]
     reason: str
+
+
+class Interrupted(Exception):
+    """An evaluation that was given up because the run is to stop; its text says why."""
 
 
 @dataclass(kw_only=True)
@@ -59,47 +54,90 @@ class Trainer:
     engine: Engine
     loader: Loader
     held_out: Loader | None
-    store: CheckpointStore
+    saver: Saver
+    recovery: Recovery
     metrics: Metrics | NullMetrics
-    stop: StopSignal
+    requests: Requests
+    spikes: SpikeReporter
     state: TrainState
-    spikes: SpikeDetector = field(default_factory=SpikeDetector)
+    goodput: Goodput = field(default_factory=Goodput)
 
     def run(self) -> Ending:
         """Train from the present state to the end of the budget, or until something asks to stop."""
-        ending = self._reason_to_end()
+        ending = None
         for last in self.steps():
             ending = last
+        assert ending is not None, "the last thing that comes is why it was the last"
         return ending
 
     def steps(self) -> Iterator[Ending | None]:
         """Train step by step; after each comes None, after the last why it was the last."""
-        state, plan = self.state, self.plan
-        ending = self._reason_to_end()
         garbage = GarbageSchedule(self.config.kernels.collect_garbage_steps)
-        with garbage, Prefetcher(self.loader.micro_batch, self._groups()) as batches:
-            while ending is None:
-                started = time.perf_counter()
-                batch = plan.batch_at(state.samples)
-                micro_batches = [next(batches) for _ in range(plan.micro_batches_at(state.samples))]
-                waited = time.perf_counter() - started
-                lr = lr_at(state.samples, batch=batch, optim=self.config.optim, schedule=self.config.schedule, plan=plan)
-                result = self.engine.train_step(micro_batches, lr=lr, step=state.step)
-                self._advance(batch, result)
-                self._log_step(result, lr, batch, waited=waited, seconds=time.perf_counter() - started)
-                ending = self._reason_to_end()
-                self._evaluate_if_due(ending)
-                self._save_if_due(ending)
-                garbage.after(state.step)
+        with garbage:
+            if (ending := self._make_up()) is not None:
                 yield ending
+            while ending is None:
+                state = self.state
+                with Prefetcher(self.loader.micro_batch, self._groups()) as batches:
+                    while ending is None and self.state is state:  # a rollback begins with another state and other data
+                        ending = self._step(batches)
+                        garbage.after(self.state.step)
+                        yield ending
+
+    def _step(self, batches: Prefetcher) -> Ending | None:
+        started = time.perf_counter()
+        state, plan = self.state, self.plan
+        batch, first = plan.batch_at(state.samples), state.samples
+        micro_batches = [next(batches) for _ in range(plan.micro_batches_at(state.samples))]
+        waited = time.perf_counter() - started
+        lr = lr_at(state.samples, batch=batch, optim=self.config.optim, schedule=self.config.schedule, plan=plan)
+        result = self.engine.train_step(micro_batches, lr=lr, step=state.step, before_update=self.saver.before_update)
+        stalled = self.saver.stalled_seconds()
+        mine = 0 if self.context.tensor.rank else sum(batch.data_hash for batch in micro_batches) % 2**64
+        agreement = self.requests.agree(mine)
+        self._advance(batch, result)
+        guard = Guard(self.config.guard, state.guard)
+        verdict = guard.judge(result.loss, skipped=result.skipped, step=state.step, samples=state.samples)
+        self.saver.note_step(result)
+        seconds = time.perf_counter() - started
+        self.goodput.add("productive", seconds - stalled)
+        self.goodput.add("checkpoint", stalled)
+        self._log_step(
+            result,
+            {"lr": lr, "batch": batch, "data_hash": combined([agreement.total]), "data_wait_seconds": waited},
+            first=first,
+            seconds=seconds,
+        )
+        self._tell(result, verdict, first=first, lr=lr)
+        if verdict.diverged is not None:
+            return self._roll_back(verdict.diverged, batch)
+        return self._after_step(agreement, is_well=guard.is_well)
+
+    def _after_step(self, agreement: Agreement, *, is_well: bool) -> Ending | None:
+        ending = self._reason_to_end(agreement)
+        every = self.config.evaluate.every_steps
+        due = every is not None and self.state.step % every == 0
+        if self.held_out is not None and (due or (ending is not None and ending.state == "finished")):
+            self.state.evaluation_due = True
+            ending = self._evaluate(self.held_out) or ending
+        return self._save(agreement, ending, is_well=is_well)
+
+    def _make_up(self) -> Ending | None:
+        """What an earlier attempt left undone; then the reason to end before the first step, if there is one."""
+        ending = self._reason_to_end(self.requests.agree())
+        if self.state.evaluation_due and self.held_out is not None and (ending is None or ending.state == "finished"):
+            ending = self._evaluate(self.held_out) or ending
+        if ending is not None and ending.state == "stopped":
+            self.requests.answered()
+        return ending
 
     def _groups(self) -> Iterator[list[int]]:
-        """Sample ids of this rank's micro-batches, from the present state on without end."""
-        samples, plan = self.state.samples, self.plan
+        """Sample numbers of this rank's micro-batches, from the present state on without end."""
+        samples, plan, left_out = self.state.samples, self.plan, self.state.left_out
         while True:
             for index in range(plan.micro_batches_at(samples)):
                 first = samples + (index * plan.data_parallel + self.context.data_rank) * plan.micro_batch
-                yield list(range(first, first + plan.micro_batch))
+                yield [sample_at(position, left_out) for position in range(first, first + plan.micro_batch)]
             samples += plan.batch_at(samples)
 
     def _advance(self, batch: int, result: StepResult) -> None:
@@ -107,63 +145,108 @@ class Trainer:
         state.step += 1
         state.samples += batch
         state.tokens += batch * self.plan.sequence_length
-        state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
         state.updates = self.engine.updates
 
-    def _reason_to_end(self) -> Ending | None:
+    def _reason_to_end(self, agreement: Agreement) -> Ending | None:
         state, budget = self.state, self.config.budget
         if state.samples >= self.plan.total_samples:
             return Ending(state="finished", reason=f"the budget of {self.plan.total_steps:,} steps is used up")
-        if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            return Ending(state="diverged", reason=f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a non-finite gradient")
-        if asked := self.stop.asked():
-            return Ending(state="stopped", reason=f"received {asked}")
+        if agreement.stop is not None:
+            return Ending(state="stopped", reason=agreement.stop)
         if budget.stop_at_step is not None and state.step >= budget.stop_at_step:
             return Ending(state="stopped", reason=f"budget.stop_at_step={budget.stop_at_step}")
         return None
 
-    def _log_step(self, result: StepResult, lr: float, batch: int, *, waited: float, seconds: float) -> None:
-        state = self.state
+    def _log_step(self, result: StepResult, more: dict[str, Value], *, first: int, seconds: float) -> None:
+        state, every = self.state, self.config.monitor.norms_every_steps
+        norms = self.engine.norms() if every is not None and state.step % every == 0 else {}
         self.metrics.train(
             {
                 "step": state.step,
                 "samples": state.samples,
                 "tokens": state.tokens,
                 "loss": result.loss,
-                "lr": lr,
                 "grad_norm": result.grad_norm,
                 "target_tokens": result.target_tokens,
-                "batch": batch,
                 "skipped": int(result.skipped),
+                "sample_ranges": format_ranges(ranges_between(first, state.samples, state.left_out)),
                 "step_seconds": seconds,
-                "data_wait_seconds": waited,
+                **more,
+                **{f"norm/{name}": norm for name, norm in by_layer(norms).items()},
+                **self.saver.stall_record(),
+                **self.goodput.fields(),
             }
         )
+
+    def _tell(self, result: StepResult, verdict: Verdict, *, first: int, lr: float) -> None:
+        """Tell people of a step that was not as it should be."""
+        state = self.state
         if result.skipped:
-            self.metrics.alert("non-finite gradient", f"step {state.step} was skipped", level="warn")
-        elif self.spikes.is_spike(result.loss):
-            self.metrics.alert("loss spike", f"loss {result.loss:.4f} at step {state.step}", level="warn")
+            self.metrics.alert("non-finite step", f"step {state.step} was skipped: its loss or gradient is not finite")
+        if verdict.spike and state.guard.spikes_in_a_row == 1:
+            path = self.spikes.write(self.engine, state, result, first=first, lr=lr)
+            self.metrics.alert("loss spike", f"loss {result.loss:.4f} at step {state.step}; {path}")
 
-    def _evaluate_if_due(self, ending: Ending | None) -> None:
-        every = self.config.evaluate.every_steps
-        due = every is not None and self.state.step % every == 0
-        if self.held_out is not None and (due or (ending is not None and ending.state == "finished")):
-            figures = self.evaluate(self.held_out)
-            self.metrics.evaluation({"step": self.state.step, "tokens": self.state.tokens, **figures})
+    def _roll_back(self, reason: str, batch: int) -> Ending | None:
+        self.saver.settle()
+        try:
+            back = self.recovery.roll_back(self.engine, self.state, reason, step_samples=batch)
+        except CannotRecover as error:
+            return Ending(state="diverged", reason=str(error))
+        entry = back.interventions[-1]
+        self.goodput.lose(self.saver.productive_since(back.step, self.goodput))
+        self.metrics.alert(
+            "rolled back",
+            f"{reason}: back from step {entry['at_step']} to {entry['to_step']}, samples {entry['left_out'][0]} to "
+            f"{entry['left_out'][1] - 1} are left out; rollback {len(back.interventions)} of {self.config.guard.max_rollbacks}",
+            level="error",
+        )
+        self.state = back
+        return None
 
-    def _save_if_due(self, ending: Ending | None) -> None:
+    def _save(self, agreement: Agreement, ending: Ending | None, *, is_well: bool) -> Ending | None:
+        """Save where it is due; the ending, with what became of its save."""
         every = self.config.checkpoint.every_steps
-        due = every is not None and self.state.step % every == 0
-        if ending is not None and ending.state == "diverged":
-            return  # the last good checkpoint stays the newest
-        if due or ending is not None:
-            self.store.save(self.engine, step=self.state.step, tokens=self.state.tokens, state=asdict(self.state))
+        due = agreement.save or (every is not None and self.state.step % every == 0)
+        if ending is None:
+            self.saver.save_if(self.engine, self.state, due=due, is_well=is_well, goodput=self.goodput)
+            if self.saver.retry_is_due(self.state.step):
+                self.requests.ask_to_save()
+            return None
+        problem = self.saver.save_last(self.engine, self.state, goodput=self.goodput)
+        if ending.state == "stopped":
+            self.requests.answered()
+        if problem is None:
+            return ending
+        kept = self.saver.newest_step()
+        reason = f"{ending.reason}, but the last checkpoint could not be written: {problem}; "
+        reason += "there is no other" if kept is None else f"the newest is of step {kept}"
+        return Ending(state="stopped" if ending.state == "stopped" else "unsaved", reason=reason)
+
+    def _evaluate(self, held_out: Loader) -> Ending | None:
+        """Read the held-out split and report; the ending, when a request to stop came before it was through."""
+        started = time.perf_counter()
+        try:
+            figures = self.evaluate(held_out)
+        except Interrupted as request:
+            return Ending(state="stopped", reason=str(request))
+        finally:
+            self.goodput.add("evaluation", time.perf_counter() - started)
+        self.state.evaluation_due = False
+        self.saver.note_validation(self.state.step, figures["loss"])
+        self.metrics.evaluation({"step": self.state.step, "tokens": self.state.tokens, **figures})
+        return None
 
     def evaluate(self, held_out: Loader) -> dict[str, float]:
-        """Loss, perplexity and bits per byte of the held-out split: sums over all targets, divided once."""
+        """Loss, perplexity and bits per byte of the held-out split: sums over all targets, divided once.
+
+        Raises Interrupted when a request to stop came in between.
+        """
         sums = torch.zeros(3, dtype=torch.float64)  # loss in nats, targets, UTF-8 bytes of the targets
         started = time.perf_counter()
-        for batch, counts in self._held_out_batches(held_out):
+        for number, (batch, counts) in enumerate(self._held_out_batches(held_out)):
+            if number % ASK_EVERY_BATCHES == 0 and (stop := self.requests.agree().stop) is not None:
+                raise Interrupted(stop)
             result = self.engine.evaluate(batch)
             if counts:
                 sums += torch.tensor([result.loss_sum, result.target_tokens, batch.target_bytes], dtype=torch.float64)

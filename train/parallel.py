@@ -6,7 +6,9 @@ Tensor-parallel ranks are neighbours (0..t-1 hold one model), data-parallel rank
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -42,6 +44,8 @@ class ParallelContext:
     tensor: TensorRanks = ALONE
     data_group: Any = field(default=None, repr=False)
     """Process group of the ranks that hold the same slice of the model; None: all ranks."""
+    store: dist.Store = field(default_factory=dist.HashStore, repr=False)
+    """Key-value store of all ranks, for what no collective is to wait for; any thread may use it."""
 
     @property
     def data_rank(self) -> int:
@@ -64,14 +68,6 @@ class ParallelContext:
             dist.all_reduce(values, group=self.data_group)
         return values
 
-    def any_rank(self, flag: bool) -> bool:
-        """Whether `flag` is set on at least one rank; all ranks must ask."""
-        if self.world_size == 1:
-            return flag
-        count = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
-        dist.all_reduce(count, op=dist.ReduceOp.MAX)
-        return bool(count.item())
-
     def from_first(self, value: object) -> object:
         """The first rank's `value` (plain data) on every rank."""
         if self.world_size == 1:
@@ -87,6 +83,32 @@ class ParallelContext:
         box: list = [None] * self.world_size
         dist.all_gather_object(box, value)
         return box
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list:
+        """The sum of each of the `values` over all ranks; all must ask with equally many.
+
+        Integers are added as int64, which wraps, anything else as float64.
+        """
+        if self.world_size == 1:
+            return list(values)
+        whole = all(isinstance(value, int) for value in values)
+        sums = torch.tensor(list(values), dtype=torch.int64 if whole else torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+    def post(self, key: str, value: bytes) -> None:
+        """Put `value` on the board that all ranks can read, from any thread."""
+        self.store.set(key, value)
+
+    def posted(self, key: str, *, is_over: Callable[[], bool] = lambda: False) -> bytes | None:
+        """Wait until a rank has posted `key`, from any thread; None when `is_over` before."""
+        pause = 0.002
+        while not self.store.check([key]):
+            if is_over():
+                return None
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)  # of thousands of ranks, none may ask all the time
+        return self.store.get(key)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -168,7 +190,7 @@ def start_rank(
         timeout=timedelta(seconds=timeout_seconds),
     )
     return split_ranks(
-        ParallelContext(rank=rank, world_size=world_size, local_rank=local_rank, device=place),
+        ParallelContext(rank=rank, world_size=world_size, local_rank=local_rank, device=place, store=store),
         tensor_parallel=tensor_parallel,
         sequence_parallel=sequence_parallel,
     )
@@ -184,11 +206,8 @@ def split_ranks(context: ParallelContext, *, tensor_parallel: int, sequence_para
     if context.device.type == "cpu":
         # megatron-core makes its buffers on "the current CUDA device", also where there is none.
         torch.cuda.current_device = lambda: context.device
-    return ParallelContext(
-        rank=context.rank,
-        world_size=context.world_size,
-        local_rank=context.local_rank,
-        device=context.device,
+    return replace(
+        context,
         tensor=TensorRanks(
             rank=parallel_state.get_tensor_model_parallel_rank(),
             size=tensor_parallel,

@@ -9,6 +9,7 @@ import faulthandler
 import json
 import os
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -59,7 +60,7 @@ def run(config: PretrainConfig, run_dir: Path, attempt: int) -> tuple[State, str
     import torch.distributed as dist
 
     from train.parallel import start_rank
-    from train.stages.pretrain import pretrain
+    from train.stages.pretrain import Attempt, pretrain
 
     context = start_rank(
         config.launch.device,
@@ -68,12 +69,16 @@ def run(config: PretrainConfig, run_dir: Path, attempt: int) -> tuple[State, str
         sequence_parallel=config.parallel.sequence_parallel,
     )
     record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    ending, step = pretrain(config, context, run_dir, attempt=attempt, run=record)
+    ends_at = None
+    if config.launch.time_limit_minutes is not None:
+        ends_at = float(os.environ.get("LONGHAUL_STARTED", time.time())) + 60 * config.launch.time_limit_minutes
+    ending, step = pretrain(config, context, Attempt(run_dir=run_dir, number=attempt, ends_at=ends_at), run=record)
     if context.is_first and ending.state == "finished":
         write_durably(run_dir / "FINISHED", json.dumps({"step": step}).encode() + b"\n")
     context.barrier()  # ranks leave together, so that no launcher sees one of them missing
     dist.destroy_process_group()
-    return {"finished": "finished", "stopped": "stopped", "diverged": "refused"}[ending.state], ending.reason, step
+    state: State = "refused" if ending.state in ("diverged", "unsaved") else ending.state
+    return state, ending.reason, step
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ def write(context: ParallelContext, root: str, layout: Layout, precision: str) -
     steps(engine, context, 0, HALF)
     store = make_store(Path(root), context, zero)
     store.save(engine, step=HALF, tokens=0, state={"updates": engine.updates})
+    assert store.finish().problem is None
     return steps(engine, context, HALF, 2 * HALF), uneven.logical_state(engine, context)
 
 

@@ -127,7 +127,9 @@ def write(context: ParallelContext, root: str) -> tuple[list[float], State]:
     """Train, save in the middle, train on."""
     engine = uneven.make_engine(context, zero=1, precision="bf16", optim=OPTIM)
     steps(engine, context, 0, STEPS)
-    make_store(Path(root), context, 1).save(engine, step=STEPS, tokens=0, state={"updates": engine.updates})
+    store = make_store(Path(root), context, 1)
+    store.save(engine, step=STEPS, tokens=0, state={"updates": engine.updates})
+    assert store.finish().problem is None
     return steps(engine, context, STEPS, 2 * STEPS), uneven.logical_state(engine, context)
 
 

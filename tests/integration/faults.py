@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import store
+from train.checkpoint import publication
 from train.checkpoint.manifest import folder_of
 from train.checkpoint.store import CheckpointStore
+from train.checkpoint.writer import WriterProcess
 from train.engine import Engine
 from train.loop import Trainer
 
@@ -75,34 +76,45 @@ def _die() -> None:
 
 def die_within_a_rank_file() -> None:
     """Half of the weights are on disk."""
-    original = store._write_fragments
+    original = WriterProcess.write
 
-    def half(path: Path, fragments: Any) -> Any:
-        facts = original(path, fragments)
+    def half(self: WriterProcess, path: Path) -> dict[str, Any]:
+        facts = original(self, path)
         if path.parent.name == folder_of(Path(), KILLED_SAVE).name:
-            os.truncate(path, facts.bytes // 2)
+            os.truncate(path, facts["bytes"] // 2)
             _die()
         return facts
 
-    store._write_fragments = half
+    WriterProcess.write = half
+
+
+def _publish_here() -> None:
+    """Publish in the rank, where what publishes can be altered."""
+
+    def publish(self: WriterProcess, task: publication.Publication, reports: Any) -> None:
+        publication.publish(task, reports)
+
+    WriterProcess.publish = publish
 
 
 def die_before_the_manifest() -> None:
     """Everything is on disk but the manifest."""
-    original = store.write_durably
+    _publish_here()
+    original = publication.write_durably
 
     def write(path: Path, data: bytes) -> None:
-        if path.name == store.MANIFEST and path.parent.name == folder_of(Path(), KILLED_SAVE).name:
+        if path.name == publication.MANIFEST and path.parent.name == folder_of(Path(), KILLED_SAVE).name:
             path.with_name(".manifest.json.partial").write_bytes(data[: len(data) // 2])
             _die()
         original(path, data)
 
-    store.write_durably = write
+    publication.write_durably = write
 
 
 def die_while_removing_the_oldest() -> None:
     """The new checkpoint is published, and the removal of an old one has begun."""
-    original = store.shutil.rmtree
+    _publish_here()
+    original = publication.shutil.rmtree
 
     def remove(path: Path) -> None:
         if folder_of(path.parent, KILLED_SAVE + 5).exists():
@@ -110,7 +122,7 @@ def die_while_removing_the_oldest() -> None:
             _die()
         original(path)
 
-    store.shutil.rmtree = remove
+    publication.shutil.rmtree = remove
 
 
 DEATHS: tuple[Callable[[], None], ...] = (die_within_a_rank_file, die_before_the_manifest, die_while_removing_the_oldest)
@@ -118,15 +130,13 @@ DEATHS: tuple[Callable[[], None], ...] = (die_within_a_rank_file, die_before_the
 
 def manifest_published_first() -> None:
     """The order of a save turned round, and a death between the manifest and the rank's file."""
+    _publish_here()
+    original = publication.publish
 
-    def save(self: CheckpointStore, engine: Engine, *, step: int, tokens: int, state: Any) -> None:
-        folder, file, fragments = folder_of(self.root, step), "rank-00000.safetensors", engine.fragments()
-        self._begin(folder)
-        elsewhere = self.root.parent / file
-        facts = store._write_fragments(elsewhere, fragments)
-        self._publish(folder, [(file, facts, store._index(fragments, file))], step, tokens, state)
-        if step == KILLED_SAVE:
+    def publish(task: publication.Publication, reports: Any) -> None:
+        original(task, reports)
+        if task.step == KILLED_SAVE:
+            (Path(task.folder) / reports[0]["file"]).unlink()
             _die()
-        elsewhere.rename(folder / file)
 
-    CheckpointStore.save = save
+    publication.publish = publish

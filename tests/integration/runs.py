@@ -20,7 +20,7 @@ from train.config.training import (
     ScheduleConfig,
 )
 from train.parallel import ParallelContext
-from train.stages.pretrain import pretrain
+from train.stages.pretrain import Attempt, pretrain
 
 STEPS, SAVE_EVERY, EVALUATE_EVERY, SEQUENCE = 16, 5, 4, 32
 
@@ -72,5 +72,6 @@ def attempt(
     if context.is_first:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
     context.barrier()
-    ending, step = pretrain(config, context, Path(run_dir), attempt=number, run={"run_id": "small", "wandb_id": "small"})
+    one = Attempt(run_dir=Path(run_dir), number=number)
+    ending, step = pretrain(config, context, one, run={"run_id": "small", "wandb_id": "small"})
     return ending.state, step

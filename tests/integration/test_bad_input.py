@@ -185,19 +185,19 @@ def test_data_that_was_moved_is_the_same_data(copied: Path, stopped: Path, tmp_p
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
-        ("config.yaml", b"model: [", "config.yaml: damaged, it is not YAML"),
-        ("config.yaml", b"model: 3\n", "config.yaml: model=3: is a section"),
-        ("manifest.json", b"{}", "manifest.json: not the manifest of a Longhaul checkpoint"),
-        ("manifest.json", b'{"format": "longhaul-checkpoint", "ver', "manifest.json: damaged"),
+        ("config.yaml", b"model: [", ["config.yaml: has 8 bytes, the manifest says"]),
+        ("state.json", b"", ["state.json: has 0 bytes, the manifest says"]),
+        ("manifest.json", b"{}", ["manifest.json: not the manifest of a Longhaul checkpoint"]),
+        ("manifest.json", b'{"format": "longhaul-checkpoint", "ver', ["manifest.json: damaged"]),
     ],
 )
 def test_a_damaged_small_file_of_a_checkpoint(
-    corpus: Path, stopped: Path, tmp_path: Path, file: str, content: bytes, expected: str
+    corpus: Path, stopped: Path, tmp_path: Path, file: str, content: bytes, expected: list[str]
 ) -> None:
     folder = Path(shutil.copytree(stopped, tmp_path / "copy"))
     (folder / "runs/bad/checkpoints/step-00000005" / file).write_bytes(content)
     before = snapshot(folder)
-    refused(pretrain(corpus, folder), "step-00000005", expected)
+    refused(pretrain(corpus, folder), "step-00000005", "no checkpoint can be used", *expected)
     assert snapshot(folder) == before
 
 
@@ -209,7 +209,7 @@ def test_a_flipped_byte_in_a_checkpoint(corpus: Path, stopped: Path, tmp_path: P
     refused(longhaul("export", "checkpoint=runs/bad", "out=model", folder=folder), weights.name, "SHA-256")
     refused(longhaul("generate", "checkpoint=runs/bad", "prompt=x", folder=folder), weights.name, "SHA-256")
     assert snapshot(folder) == before
-    refused(pretrain(corpus, folder), weights.name, "SHA-256", "to go on from the checkpoint before it")
+    refused(pretrain(corpus, folder), weights.name, "SHA-256", "no checkpoint can be used, all are left as they are")
     assert [path.name for path in (folder / "runs/bad/checkpoints").iterdir()] == ["step-00000005"]
 
 
@@ -228,7 +228,10 @@ def test_a_folder_that_is_no_checkpoint(tmp_path: Path, verb: str) -> None:
 
 def test_a_full_disk_during_a_save(corpus: Path, tmp_path: Path, small_disk: Path) -> None:
     result = pretrain(corpus, tmp_path, "model.hidden_size=128", f"run.folder={small_disk}", "budget.stop_at_step=1")
-    refused(result, str(small_disk), "MiB free")
+    assert result.returncode == 85 and "Traceback" not in result.stderr, result.stderr
+    outcome = json.loads((small_disk / "bad/logs/attempt-01/outcome.json").read_text())
+    assert "the last checkpoint could not be written" in outcome["reason"] and "MiB free" in outcome["reason"]
+    assert "there is no other" in outcome["reason"]
     assert not list((small_disk / "bad").glob("checkpoints/*")), "half a checkpoint would keep the disk full"
 
 

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.dist import run_ranks
 from tests.integration import faults
@@ -80,9 +79,10 @@ def test_a_manifest_that_comes_first_is_noticed(corpus: Path, tmp_path: Path, un
     run_dir = tmp_path / "run"
     with pytest.raises(AssertionError, match=re.escape("exit codes [-9]")):
         run_ranks(attempt, 1, settings(corpus), str(run_dir), 1, faults.manifest_published_first)
-    with pytest.raises(AssertionError, match=r"CheckpointError: .*rank-00000.safetensors: cannot be read"):
-        run_ranks(attempt, 1, settings(corpus), str(run_dir), 2)
-    assert any("rank-00000.safetensors" in line for line in differences(undisturbed, run_dir))
+    # Such a folder calls itself a checkpoint. It is found out at the load, and the one before it is taken.
+    assert run_ranks(attempt, 1, settings(corpus), str(run_dir), 2) == [("finished", STEPS)]
+    assert [path.name for path in (run_dir / "checkpoints/quarantined").iterdir() if path.is_dir()] == ["step-00000010.1"]
+    assert differences(undisturbed, run_dir) == []
 
 
 @pytest.mark.parametrize("field", ["loss", "lr", "grad_norm", "target_tokens", "samples"])
@@ -108,8 +108,10 @@ def test_a_changed_bit_of_a_checkpoint_is_noticed(undisturbed: Path, tmp_path: P
     path = published(copy / "checkpoints")[-1] / "rank-00000.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if name.startswith("exp_avg_sq/"))
-    tensors[name].view(torch.int32)[0] ^= 1
-    save_file(tensors, path, metadata={"format": "pt"})
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    content[8 + length + json.loads(content[8 : 8 + length])[name]["data_offsets"][0]] ^= 1
+    path.write_bytes(content)
     assert any("SHA-256 differs" in line for line in differences(undisturbed, copy)), "the file is not what was written"
     monkeypatch.setattr("train.checkpoint.reader.check_files", lambda *_: None)
     kind, _, logical = name.partition("/")

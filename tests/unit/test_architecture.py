@@ -37,6 +37,10 @@ ORDER = (
     "train.checkpoint",
     "train.metrics",
     "train.health",
+    "train.state",
+    "train.saver",
+    "train.recovery",
+    "train.spike_report",
     "train.inference",
     "train.scores",
     "train.loop",
@@ -94,6 +98,8 @@ TORCH_FREE = (
     "tools.multirun",
     "tools.verbs",
     "train.checkpoint.manifest",
+    "train.checkpoint.publication",
+    "train.checkpoint.writer",
     "train.launch",
     "train.model.cost",
     "train.outcome",
@@ -103,7 +109,7 @@ TORCH_FREE = (
 )
 # Which environment variables a module touches; "*" hands the whole environment on, to a process or a library.
 ENVIRONMENT: dict[str, set[str]] = {
-    "train.rank": {"LONGHAUL_ATTEMPT", "RANK", "SLURM_PROCID"},
+    "train.rank": {"LONGHAUL_ATTEMPT", "LONGHAUL_STARTED", "RANK", "SLURM_PROCID"},
     "train.parallel": {
         "RANK",
         "WORLD_SIZE",
@@ -131,7 +137,6 @@ MOST_POSITIONAL = 4
 POSITIONAL_EXCEPTIONS = {
     "data_pipeline.prepare._publish": "the last of the steps that share their five objects",
     "train.model.heads._ChunkedLoss.forward": "an autograd function is called with positions only",
-    "train.checkpoint.store.CheckpointStore._publish": "one caller, which has just made all five",
 }
 
 

@@ -10,19 +10,26 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from conf.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # version 1 has no seal
 MANIFEST = "manifest.json"
 ADAM_KINDS = ("weight", "exp_avg", "exp_avg_sq")
 FOLDER_NAME = re.compile(r"step-(\d{8,})")
+BLANK_SEAL = "0" * 64  # stands in the place of the manifest's own SHA-256 while that is computed
+_SEAL = re.compile(rb'"seal": "([0-9a-f]{64})"')
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, read or trusted."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that is not what was written: an older one may be taken in its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +71,16 @@ class Manifest:
     data_fingerprint: str
     files: dict[str, StoredFile]
     tensors: dict[str, StoredTensor]
+    health: dict[str, float] = field(default_factory=dict)
+    """Loss and gradient norm of its last step, and `validation_loss` where the held-out text was read at that step."""
+    probe: str | None = None
+    """File that holds the logits of the fixed batch; None: an older checkpoint, or a model without them."""
 
     def to_json(self) -> str:
-        """Text of manifest.json."""
-        return json.dumps({"format": "longhaul-checkpoint", "version": FORMAT_VERSION, **asdict(self)}, indent=1)
+        """Text of manifest.json, sealed with its own SHA-256."""
+        head = {"format": "longhaul-checkpoint", "version": FORMAT_VERSION, "seal": BLANK_SEAL}
+        text = json.dumps({**head, **asdict(self)}, indent=1)
+        return text.replace(BLANK_SEAL, hashlib.sha256(text.encode()).hexdigest(), 1)
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -116,14 +129,18 @@ def resolve_checkpoint(text: str) -> Path:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of `folder`.
 
-    Raises CheckpointError when it is missing, not JSON, of another version, or names a file outside the folder.
+    Raises CheckpointError when it is missing, of another version, or names a file outside the folder, and of that
+    DamagedCheckpoint when it is not what was written.
     """
     path = folder / MANIFEST
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        raw = json.loads(content.decode())
         if raw.pop("format", None) != "longhaul-checkpoint":
-            raise CheckpointError(f"{path}: not the manifest of a Longhaul checkpoint")
-        if raw.pop("version", None) != FORMAT_VERSION:
+            raise DamagedCheckpoint(f"{path}: not the manifest of a Longhaul checkpoint")
+        version = raw.pop("version", None)
+        _check_seal(path, content, version)
+        if version not in READABLE_VERSIONS:
             raise CheckpointError(f"{path}: written by another version of the format; this program reads {FORMAT_VERSION}")
         manifest = Manifest(
             step=raw["step"],
@@ -139,18 +156,36 @@ def read_manifest(folder: Path) -> Manifest:
                 )
                 for name, entry in raw["tensors"].items()
             },
+            health=raw.get("health", {}),
+            probe=raw.get("probe"),
         )
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {folder} is not a checkpoint") from None
+        raise DamagedCheckpoint(f"{path}: cannot be read ({error.strerror}); {folder} is not a checkpoint") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"{path}: damaged ({type(error).__name__}: {error}); remove {folder} to use an older one"
         ) from None
     named = [*manifest.files, *(piece.file for entry in manifest.tensors.values() for piece in entry.fragments)]
     for name in named:
         if name.startswith("/") or ".." in Path(name).parts:
             raise CheckpointError(f"{path}: names a file outside the checkpoint: {name}")
+    if FOLDER_NAME.fullmatch(folder.name) and manifest.step != step_of(folder):
+        raise DamagedCheckpoint(f"{path}: is of step {manifest.step}; remove {folder} to use an older one")
     return manifest
+
+
+def _check_seal(path: Path, content: bytes, version: object) -> None:
+    """Compare the manifest with its own hash; a checkpoint of the first version has none."""
+    found = _SEAL.search(content)
+    if found is None:
+        if version == 1:
+            return
+        raise DamagedCheckpoint(f"{path}: damaged (it has no seal); remove {path.parent} to use an older one")
+    blanked = content[: found.start(1)] + BLANK_SEAL.encode() + content[found.end(1) :]
+    if hashlib.sha256(blanked).hexdigest().encode() != found[1]:
+        raise DamagedCheckpoint(
+            f"{path}: its content is not what was written (SHA-256 differs); remove {path.parent} to use an older one"
+        )
 
 
 def file_facts(path: Path) -> StoredFile:
@@ -165,7 +200,7 @@ def file_facts(path: Path) -> StoredFile:
 def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
     """Compare size and hash of the named files with the manifest.
 
-    Raises CheckpointError that names the first file that differs.
+    Raises DamagedCheckpoint that names the first file that differs.
     """
     for name in names:
         path, expected = folder / name, manifest.files[name]
@@ -173,11 +208,11 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
         try:
             size = path.stat().st_size
             if size != expected.bytes:
-                raise CheckpointError(f"{path}: has {size} bytes, the manifest says {expected.bytes}; {way_out}")
+                raise DamagedCheckpoint(f"{path}: has {size} bytes, the manifest says {expected.bytes}; {way_out}")
             if file_facts(path).sha256 != expected.sha256:
-                raise CheckpointError(f"{path}: its content is not what was written (SHA-256 differs); {way_out}")
+                raise DamagedCheckpoint(f"{path}: its content is not what was written (SHA-256 differs); {way_out}")
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {way_out}") from None
+            raise DamagedCheckpoint(f"{path}: cannot be read ({error.strerror}); {way_out}") from None
 
 
 def sync_folder(path: Path) -> None:

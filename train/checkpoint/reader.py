@@ -17,6 +17,8 @@ from train.checkpoint.manifest import CheckpointError, StoredTensor, check_files
 from train.config.pretrain import PretrainConfig
 from train.model.logical import LogicalTensor
 
+PROBE = "probe/logits"
+
 
 class CheckpointReader:
     """One checkpoint folder. Only safetensors, JSON and YAML are read; nothing is unpickled."""
@@ -33,8 +35,14 @@ class CheckpointReader:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the loop kept: see `train.loop.TrainState`."""
+        """What the loop kept: see `train.state.TrainState`."""
         return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+
+    @property
+    def probe(self) -> Tensor | None:
+        """Logits of the fixed batch when it was written, fp32 [positions, V]; None where it has none."""
+        file = self.manifest.probe
+        return None if file is None else self._slice(file, PROBE, 0, None)
 
     @property
     def step(self) -> int:
@@ -121,7 +129,7 @@ class CheckpointReader:
         except KeyError:
             raise CheckpointError(f"{self.path}: holds no {name}; it is a checkpoint of another model") from None
 
-    def _slice(self, file: str, key: str, low: int, high: int) -> Tensor:
+    def _slice(self, file: str, key: str, low: int, high: int | None) -> Tensor:
         try:
             return self._open(file).get_slice(key)[low:high]
         except (SafetensorError, OSError) as error:

@@ -1,43 +1,48 @@
-"""Writes, publishes, retains and loads the checkpoints of one run.
-
-Order of a save: every rank's file, made durable; then the small files; then the manifest. Killed at any point, the folder
-without a manifest is no checkpoint, and the next save of that step starts it afresh.
-"""
+"""Saves and loads the checkpoints of one run; knows which of them can be trusted."""
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
-from conf.compose import write_config
+from conf.compose import as_yaml
+from train.checkpoint.image import FileImage
 from train.checkpoint.manifest import (
-    MANIFEST,
     CheckpointError,
-    Manifest,
-    StoredFile,
-    StoredFragment,
-    StoredTensor,
+    DamagedCheckpoint,
     check_files,
-    file_facts,
     folder_of,
     published,
     step_of,
-    sync_folder,
-    unpublished,
-    write_durably,
 )
-from train.checkpoint.reader import CheckpointReader
+from train.checkpoint.publication import Keep, Publication, set_aside
+from train.checkpoint.reader import PROBE, CheckpointReader
+from train.checkpoint.saving import SaveResult, SaveTask, Saving
+from train.checkpoint.writer import WriterProcess
 from train.config.pretrain import PretrainConfig
 from train.config.training import CheckpointConfig
 from train.engine import Engine, Fragment
 from train.parallel import ParallelContext
+
+# How far the logits of the fixed batch may be off, as a fraction of the largest: another layout adds in another order.
+PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp8": 0.1}
+
+ValueT = TypeVar("ValueT")
+
+_numbers = itertools.count()  # of the stores of this process; the same on all ranks, which make them together
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetAside:
+    """A checkpoint that could not be trusted, where it is now, and why."""
+
+    step: int
+    place: str
+    reason: str
 
 
 class CheckpointStore:
@@ -59,153 +64,200 @@ class CheckpointStore:
         self.run_config = run_config
         self.tokenizer_folder = tokenizer_folder
         self.data_fingerprint = data_fingerprint
+        self.set_aside: list[SetAside] = []
+        """What `load` has put into quarantine."""
+        self._key, self._saves = f"checkpoints/{next(_numbers)}", itertools.count()
+        self._image: FileImage | None = None
+        self._writer: WriterProcess | None = None
+        self._saving: Saving | None = None
+        self._total_bytes = 0
 
-    def save(self, engine: Engine, *, step: int, tokens: int, state: Mapping[str, Any]) -> Path:
-        """Write and publish the checkpoint of `step`; all ranks together. Returns its folder.
+    def save(
+        self, engine: Engine, *, step: int, tokens: int, state: Mapping[str, Any], health: Mapping[str, float] | None = None
+    ) -> None:
+        """Begin to save; all ranks together. Waits for the save before, if that is still going on.
 
-        Raises CheckpointError on every rank when one of them could not write (a full disk, say); nothing is published.
+        The values are those of now, whatever the training does meanwhile, provided that `before_update` is called before it
+        changes them. How it went is what `poll` or `finish` returns; a save that fails publishes nothing.
         """
-        folder = folder_of(self.root, step)
-        try:
-            self._together(lambda: self._begin(folder), only_first=True)
-            # What every tensor rank holds whole is written by the first of them.
-            fragments = [piece for piece in engine.fragments() if piece.logical.parts > 1 or self.context.tensor.rank == 0]
-            file = f"rank-{self.context.rank:05d}.safetensors"
-            reports = self._together(lambda: (file, _write_fragments(folder / file, fragments), _index(fragments, file)))
-            self._together(lambda: self._publish(folder, reports, step, tokens, state), only_first=True)
-        except CheckpointError:
-            if self.context.is_first and not (folder / MANIFEST).exists():
-                shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint would keep a full disk full
-            raise
-        return folder
+        self.finish()
+        # What every tensor rank holds whole is written by the first of them.
+        pieces = [piece for piece in engine.fragments() if piece.logical.parts > 1 or self.context.tensor.rank == 0]
+        tensors = {
+            f"{kind}/{piece.logical.name}": tensor.detach() for piece in pieces for kind, tensor in piece.tensors.items()
+        }
+        logits = engine.probe()
+        if self.context.is_first:
+            tensors[PROBE] = logits
+        task = SaveTask(
+            publication=self._publication(step, tokens, state, health or {}),
+            file=f"rank-{self.context.rank:05d}.safetensors",
+            index=_index(pieces),
+            has_probe=self.context.is_first,
+            total_bytes=self._make_ready({name: tuple(tensor.shape) for name, tensor in tensors.items()}),
+            key=f"{self._key}/{next(self._saves)}",
+        )
+        self._saving = Saving(task, self._image, self._writer, self.context)
+        self._saving.begin(tensors)
 
-    def load_newest(self, engine: Engine) -> CheckpointReader | None:
-        """Load the newest checkpoint into `engine`, whatever layout wrote it; None when there is none.
+    def before_update(self) -> None:
+        """To be called right before weights and moments change: waits until a save under way has copied them."""
+        if self._saving is not None:
+            self._saving.before_update()
 
-        Raises CheckpointError when a file differs from what was written, or the checkpoint is of another model.
-        """
-        found = self.context.from_first([str(path) for path in published(self.root)[-1:]])
-        if not found:
+    def poll(self) -> SaveResult | None:
+        """The result of a save that has ended since the last look; never waits."""
+        if self._saving is None or self._saving.result is None:
             return None
-        reader = CheckpointReader(Path(found[0]))
+        return self.finish()
+
+    def finish(self) -> SaveResult | None:
+        """Wait for the save under way and return its result; None when there is none."""
+        if self._saving is None:
+            return None
+        self._saving.join()
+        result, self._saving = self._saving.result, None
+        assert result is not None, "the thread fills it in whatever happens"
+        if not self.config.asynchronous:
+            self.close()  # memory is held for those who want to be quick
+        return result
+
+    def close(self) -> None:
+        """End the writing process and give its memory back."""
+        assert self._saving is None, "finish first"
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._image is not None:
+            self._image.close()
+            self._image = None
+
+    def load_newest(self, engine: Engine, *, before_step: int | None = None) -> CheckpointReader | None:
+        """Load the newest checkpoint that can be trusted into `engine`, whatever layout wrote it; None when there is none.
+
+        One that is damaged, or whose weights do not compute what they did, is set aside, and the one before it is taken.
+        `before_step`: only those of earlier steps.
+        Raises CheckpointError when it is of another model, or there are checkpoints and none can be used: a run never
+        starts again from nothing by itself.
+        """
+        found = [path for path in published(self.root) if before_step is None or step_of(path) < before_step]
+        doubtful: dict[Path, str] = {}
+        for text in reversed(self.context.from_first([str(path) for path in found])):
+            path = Path(text)
+            try:
+                reader = self._load(engine, path)
+            except DamagedCheckpoint as error:
+                doubtful[path] = str(error)
+                continue
+            for folder, reason in doubtful.items():
+                self._set_aside(folder, reason)
+            return reader
+        if doubtful:
+            listed = "; ".join(f"{path.name}: {reason}" for path, reason in doubtful.items())
+            raise CheckpointError(
+                f"{self.root}: no checkpoint can be used, all are left as they are ({listed}); put one back from a copy, or "
+                f"start another run with run.name=..."
+            )
+        return None
+
+    def quarantine_from(self, step: int, reason: str) -> None:
+        """Set aside every checkpoint of `step` and later; all ranks together."""
+        later = [str(path) for path in published(self.root) if step_of(path) >= step]
+        for text in self.context.from_first(later):
+            self._set_aside(Path(text), reason)
+
+    def _load(self, engine: Engine, path: Path) -> CheckpointReader:
+        """Verify and load one. Raises DamagedCheckpoint, on every rank, when it is not what was written."""
+        reader = self._together(lambda: CheckpointReader(path))
         names = sorted(reader.manifest.files)
-        self._together(lambda: check_files(reader.path, reader.manifest, names[self.context.rank :: self.context.world_size]))
+        self._together(lambda: check_files(path, reader.manifest, names[self.context.rank :: self.context.world_size]))
         self._together(lambda: self._fill(engine, reader))
         engine.loaded(reader.state["updates"])
-        return reader
-
-    def _begin(self, folder: Path) -> None:
-        """An empty folder to write into; what an interrupted save left there is removed."""
-        if folder.exists():
-            (folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        expected = reader.probe
+        if expected is None:
+            return reader
+        off = (engine.probe().cpu() - expected).abs().max().item() / expected.abs().max().item()
+        written_in = reader.config.precision
+        allowed = max(PROBE_TOLERANCE[written_in], PROBE_TOLERANCE[self.run_config.precision])
+        if not self.context.sum_over_ranks([int(not off <= allowed)])[0]:
+            return reader
+        raise DamagedCheckpoint(
+            f"{path}: its files are what was written, but the logits of the fixed batch are off by {off:.1%} of the largest, "
+            f"where {allowed:.1%} is allowed: the weights were copied while they changed, or the program computes otherwise"
+        )
 
     def _fill(self, engine: Engine, reader: CheckpointReader) -> None:
-        fragments = engine.fragments()
-        for fragment in fragments:
+        for fragment in engine.fragments():
             for kind, tensor in fragment.tensors.items():
                 tensor.copy_(reader.read_range(fragment.logical, kind, fragment.start, fragment.length))
 
-    def _publish(self, folder: Path, reports: Sequence[Any], step: int, tokens: int, state: Mapping[str, Any]) -> None:
-        files: dict[str, StoredFile] = {file: facts for file, facts, _ in reports}
-        tensors: dict[str, StoredTensor] = {}
-        for _, _, index in reports:
-            for name, shape, kinds, piece in index:
-                before = tensors[name].fragments if name in tensors else ()
-                tensors[name] = StoredTensor(shape=shape, fragments=(*before, piece), kinds=kinds)
-        write_durably(folder / "state.json", json.dumps(dict(state), indent=1).encode())
-        write_config(self.run_config, folder / "config.yaml")
-        shutil.copytree(self.tokenizer_folder, folder / "tokenizer")
-        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
-            files[path.relative_to(folder).as_posix()] = file_facts(path)
-        manifest = Manifest(
+    def _set_aside(self, folder: Path, reason: str) -> None:
+        place = self.context.from_first(str(set_aside(folder, reason)) if self.context.is_first else "")
+        self.set_aside.append(SetAside(step=step_of(folder), place=place, reason=reason))
+
+    def _make_ready(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Memory and writing process for a save; returns the bytes of all ranks' files."""
+        if self._image is None:
+            self._image = FileImage(shapes, pinned=self.context.device.type == "cuda")
+            self._total_bytes = self.context.sum_over_ranks([self._image.size])[0]
+        if self._writer is not None and not self._writer.alive:
+            self._writer.close()
+            self._writer = None
+        if self._writer is None:
+            self._writer = WriterProcess(self._image.fd, self._image.size)
+        return self._total_bytes
+
+    def _publication(self, step: int, tokens: int, state: Mapping[str, Any], health: Mapping[str, float]) -> Publication:
+        keep = Keep(last=self.config.keep_last, every_steps=self.config.keep_every_steps, best=self.config.keep_best)
+        layout = {
+            "world_size": self.context.world_size,
+            "tensor": self.context.tensor.size,
+            "zero": self.run_config.parallel.zero,
+        }
+        return Publication(
+            folder=str(folder_of(self.root, step)),
             step=step,
             tokens=tokens,
-            layout={
-                "world_size": self.context.world_size,
-                "tensor": self.context.tensor.size,
-                "zero": self.run_config.parallel.zero,
-            },
+            layout=layout,
             data_fingerprint=self.data_fingerprint,
-            files=files,
-            tensors=tensors,
+            config_yaml=as_yaml(self.run_config),
+            state_json=json.dumps(dict(state), indent=1),
+            tokenizer_folder=str(self.tokenizer_folder),
+            health=dict(health),
+            keep=keep,
         )
-        sync_folder(folder)
-        write_durably(folder / MANIFEST, manifest.to_json().encode())
-        sync_folder(folder)
-        sync_folder(self.root)
-        self._retain()
 
-    def _retain(self) -> None:
-        """Remove what the settings do not keep; the manifest first, so that half a removal is no checkpoint."""
-        folders = published(self.root)
-        every = self.config.keep_every_steps
-        for folder in folders[: -self.config.keep_last]:
-            if every is not None and step_of(folder) % every == 0:
-                continue
-            (folder / MANIFEST).unlink()
-            shutil.rmtree(folder)
-        # What a kill in the middle of a removal left, or a save of a cadence that was changed since.
-        for folder in unpublished(self.root):
-            if step_of(folder) < step_of(folders[-1]):
-                shutil.rmtree(folder)
-
-    def _together(self, action: Any, *, only_first: bool = False) -> list[Any]:
-        """Run `action` on every rank (or the first alone); if it fails on one, all raise the same error."""
-        value, problem = None, ""
-        if not only_first or self.context.is_first:
-            try:
-                value = action()
-            except CheckpointError as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"{error.filename or self.root}: {error.strerror or error}{_space(self.root)}"
-        reports = self.context.gather_to_all((value, problem))
-        problems = list(dict.fromkeys(problem for _, problem in reports if problem))
+    def _together(self, action: Callable[[], ValueT]) -> ValueT:
+        """Run `action` on every rank; if it fails on one, all raise the same error. Returns this rank's value."""
+        problem, damaged = "", False
+        try:
+            value = action()
+        except CheckpointError as error:
+            problem, damaged = str(error), isinstance(error, DamagedCheckpoint)
+        except OSError as error:
+            problem, damaged = f"{error.filename or self.root}: {error.strerror or error}", True
+        reports = self.context.gather_to_all((problem, damaged))
+        problems = list(dict.fromkeys(problem for problem, _ in reports if problem))
         if problems:
-            raise CheckpointError("; ".join(problems))
-        return [value for value, _ in reports]
+            kind = DamagedCheckpoint if any(damaged for _, damaged in reports) else CheckpointError
+            raise kind("; ".join(problems))
+        return value
 
 
-def _write_fragments(path: Path, fragments: Sequence[Fragment]) -> StoredFile:
-    """Write this rank's pieces as one safetensors file, durably."""
-    tensors = {
-        f"{kind}/{fragment.logical.name}": tensor.detach().cpu().contiguous()
-        for fragment in fragments
-        for kind, tensor in fragment.tensors.items()
-    }
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # the library hides a full disk in an error of its own
-        raise OSError(None, str(error), str(path)) from None
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-    return file_facts(path)
-
-
-def _index(fragments: Sequence[Fragment], file: str) -> list[tuple[str, tuple[int, ...], tuple[str, ...], StoredFragment]]:
-    """Name, logical shape, kinds and place of each piece of a file."""
+def _index(fragments: Sequence[Fragment]) -> list[Any]:
+    """Name, logical shape, kinds and place of each piece of a file, as plain data."""
     return [
         (
-            fragment.logical.name,
-            fragment.logical.shape,
-            tuple(fragment.tensors),
-            StoredFragment(
-                file=file,
-                start=fragment.start,
-                length=fragment.length,
-                dim=fragment.logical.dim if fragment.logical.parts > 1 else 0,
-                index=fragment.logical.index,
-                parts=fragment.logical.parts,
-            ),
+            piece.logical.name,
+            piece.logical.shape,
+            tuple(piece.tensors),
+            {
+                "start": piece.start,
+                "length": piece.length,
+                "dim": piece.logical.dim if piece.logical.parts > 1 else 0,
+                "index": piece.logical.index,
+                "parts": piece.logical.parts,
+            },
         )
-        for fragment in fragments
+        for piece in fragments
     ]
-
-
-def _space(folder: Path) -> str:
-    """How much room is left, for the message of a failed write."""
-    while not folder.exists():
-        folder = folder.parent
-    return f" ({shutil.disk_usage(folder).free / 1024**2:,.0f} MiB free on {folder})"

@@ -37,6 +37,8 @@ KINDS: dict[str, Kind] = {
     "precision": "adjustable",
     "checkpoint": "free",
     "evaluate": "free",
+    "guard": "adjustable",
+    "guard.report_samples": "free",
     "monitor": "free",
     "launch": "free",
 }

@@ -47,11 +47,18 @@ class WandbConfig:
 class MonitorConfig:
     console_every_steps: int = 10
     """Print every n-th step, and always the first and the last."""
+    norms_every_steps: int | None = 100
+    """Steps between records that carry the norms of weights, by layer, and of the optimizer's state; null: none."""
     tensorboard: bool = True
     """Write TensorBoard event files into the run's folder."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
 
     def __post_init__(self) -> None:
-        if self.console_every_steps < 1:
-            raise ConfigError([f"console_every_steps={self.console_every_steps}: must be at least 1"])
+        problems = [
+            f"{name}={getattr(self, name)}: must be at least 1"
+            for name in ("console_every_steps", "norms_every_steps")
+            if getattr(self, name) is not None and getattr(self, name) < 1
+        ]
+        if problems:
+            raise ConfigError(problems)

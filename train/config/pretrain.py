@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from conf.errors import ConfigError
 from data_pipeline.config import DataConfig
+from train.config.guard import GuardConfig
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
 from train.config.monitor import MonitorConfig
@@ -50,6 +51,8 @@ class PretrainConfig:
     """When checkpoints are written and which are kept."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """When the held-out split is read."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What is done about losses and gradients that are not as they should be."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     """Console, TensorBoard, Weights & Biases."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -189,6 +189,11 @@ class CheckpointConfig:
     """How many of the newest checkpoints are kept."""
     keep_every_steps: int | None = None
     """Checkpoints at multiples of this step are kept for ever; null: none."""
+    keep_best: int = 0
+    """How many of those with the lowest held-out loss are kept; only steps that are evaluated too can be among them."""
+    asynchronous: bool = True
+    """Write beside the training, which waits for a copy in host memory alone; false: wait until it is on disk, and hold no
+    memory for it in between."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -198,6 +203,8 @@ class CheckpointConfig:
                 problems.append(f"{name}={value}: must be at least 1")
         if self.keep_last < 1:
             problems.append(f"keep_last={self.keep_last}: must be at least 1, or there is nothing to resume from")
+        if self.keep_best < 0:
+            problems.append(f"keep_best={self.keep_best}: must not be negative; 0 keeps none for its held-out loss")
         _raise_if(problems)
 
 
@@ -233,6 +240,9 @@ class LaunchConfig:
     """How often a crashed attempt is started again."""
     backoff_seconds: float = 5.0
     """Wait before the first restart; doubled at each further one."""
+    time_limit_minutes: float | None = None
+    """Time from the command's start until it will be ended from outside; the run saves and stops before, by the time that a
+    save has taken so far. null: no limit."""
     collective_timeout_seconds: float = 600.0
     """How long a rank waits for the others in one collective before it gives up."""
 
@@ -244,6 +254,8 @@ class LaunchConfig:
             problems.append(f"max_restarts={self.max_restarts}: must not be negative")
         if self.backoff_seconds < 0:
             problems.append(f"backoff_seconds={self.backoff_seconds}: must not be negative")
+        if self.time_limit_minutes is not None and self.time_limit_minutes <= 0:
+            problems.append(f"time_limit_minutes={self.time_limit_minutes}: must be above 0; null sets no limit")
         if self.collective_timeout_seconds <= 0:
             problems.append(f"collective_timeout_seconds={self.collective_timeout_seconds}: must be above 0")
         _raise_if(problems)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from types import ModuleType
@@ -26,6 +26,12 @@ from train.model.init import keyed_seed
 from train.model.transformer import Decoder, Layer
 from train.optim import OptimizerSpec
 from train.parallel import ParallelContext
+
+PROBE_TOKENS, PROBE_POSITIONS = 64, 4
+
+
+def _nothing() -> None:
+    pass
 
 
 class Batch(Protocol):
@@ -91,10 +97,14 @@ class Engine:
         """The model; under ZeRO 3 its weights are gathered while a layer runs."""
         return self._deepspeed.module
 
-    def train_step(self, batches: Sequence[Batch], *, lr: float, step: int) -> StepResult:
+    def train_step(
+        self, batches: Sequence[Batch], *, lr: float, step: int, before_update: Callable[[], None] = _nothing
+    ) -> StepResult:
         """One optimizer step over `batches`, this rank's micro-batches.
 
-        All ranks must call it with equally many. A non-finite gradient skips the update: `skipped` tells.
+        All ranks must call it with equally many. A non-finite loss or gradient skips the update, nothing of it reaches
+        weights or moments: `skipped` tells. `before_update` is called when all gradients are there, right before weights
+        and moments change.
         """
         device = self.context.device
         local_targets = sum(batch.target_tokens for batch in batches)
@@ -105,17 +115,23 @@ class Engine:
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._deepspeed.train()
         for index, batch in enumerate(batches):
-            self._deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            last = index == len(batches) - 1
+            self._deepspeed.set_gradient_accumulation_boundary(last)
             self._seed_dropout(step, index)
             objective, loss, _ = self._deepspeed(*self._on_device(batch))
-            self._deepspeed.backward(objective * scale, scale_wrt_gas=False)
             loss_sum += loss
+            if last:
+                self.context.sum_over_data(loss_sum)
+                # A loss that is not finite may have gradients that are. They are made NaN here, without the CPU looking, so
+                # that one check, DeepSpeed's of the gradients' norm, keeps both from weights and moments.
+                scale = torch.where(loss_sum.isfinite(), scale, torch.nan)
+            self._deepspeed.backward(objective * scale, scale_wrt_gas=False)
+        before_update()
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         skipped_before = self._deepspeed.skipped_steps
         with update_stance(self._spec):
             self._deepspeed.step()
-        self.context.sum_over_data(loss_sum)
         return StepResult(
             loss_sum=loss_sum.item(),
             target_tokens=int(targets.item()),
@@ -130,9 +146,48 @@ class Engine:
         _, loss, targets = self._deepspeed(*self._on_device(batch))
         return EvaluationResult(loss_sum=float(loss), target_tokens=int(targets))
 
+    @torch.no_grad()
+    def probe(self) -> Tensor:
+        """Logits of a fixed batch at its last positions, fp32 [PROBE_POSITIONS, V]; all ranks together.
+
+        They tell whether weights that come back are the weights that were saved, and whether they still mean the same.
+        """
+        model = self.module
+        reading, length = model.reading, min(PROBE_TOKENS, model.reading.sequence_length)
+        tokens_T = (torch.arange(length) * 7919 + 13).remainder(model.vocab_size)
+        tensors = (tokens_T, torch.arange(length), torch.tensor([0, length], dtype=torch.int32))
+        model.read_as(replace(reading, sequence_length=length, document_mask=False))
+        model.eval()
+        try:
+            # Uncompiled: another shape would be compiled for a minute, and is seen only here.
+            with torch.compiler.set_stance("force_eager"):
+                hidden_TH = model.hidden(*(tensor.to(self.context.device) for tensor in tensors))
+                with self._gathered(model.layers[-1]):
+                    logits_TV = model.layers[-1].logits(hidden_TH)
+        finally:
+            model.read_as(reading)
+        return logits_TV[-PROBE_POSITIONS:, : model.vocab_size].float()
+
+    def _gathered(self, module: nn.Module) -> AbstractContextManager:
+        """Around a use of `module` that is no call of it: stage 3 gathers weights at calls alone."""
+        if self.zero != 3:
+            return nullcontext()
+        return load_deepspeed(self.context).zero.GatheredParameters(list(module.parameters()))
+
     def fragments(self) -> list[fragments.Fragment]:
         """This rank's part of the fp32 weights and of the optimizer's state, as live views."""
         return fragments.fragments_of(self.module, self._optimizer, self.zero)
+
+    def norms(self) -> dict[str, float]:
+        """Norm of every weight and of what the optimizer keeps of it, by `kind/logical name`; all ranks together."""
+        mine: dict[str, float] = {}
+        for piece in self.fragments():
+            if piece.logical.parts > 1 or self.context.tensor.rank == 0:  # what all tensor ranks hold counts once
+                for kind, tensor in piece.tensors.items():
+                    mine[f"{kind}/{piece.logical.name}"] = tensor.double().square().sum().item()
+        parts = self.context.gather_to_all(mine)
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: math.sqrt(sum(part.get(name, 0.0) for part in parts)) for name in names}
 
     def loaded(self, updates: int) -> None:
         """Take over what was written into the fragments: `updates` optimizer updates had been applied."""

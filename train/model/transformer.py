@@ -316,6 +316,16 @@ class Decoder(nn.Module):
         """Which backends compute attention, for a person."""
         return self.blocks[0].deriver.attention_line()
 
+    @property
+    def reading(self) -> Reading:
+        """How micro-batches are read."""
+        return self.blocks[0].deriver.reading
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that are real; the head may have more columns."""
+        return self.layers[-1].vocab_size
+
     def read_as(self, reading: Reading) -> None:
         """Read the micro-batches to come in another way; the weights stay."""
         for block in self.blocks:
@@ -330,7 +340,11 @@ class Decoder(nn.Module):
 
     def logits(self, tokens_T: Tensor, positions_T: Tensor, bounds: Tensor) -> Tensor:
         """[T, V] of a micro-batch, in the model's dtype."""
+        return self.layers[-1].logits(self.hidden(tokens_T, positions_T, bounds))
+
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, bounds: Tensor) -> Tensor:
+        """[T, H] of a micro-batch: what the head reads."""
         state = (tokens_T, tokens_T, positions_T, bounds)
         for layer in self.layers[:-1]:
             state = layer(state)
-        return self.layers[-1].logits(state[0])
+        return state[0]

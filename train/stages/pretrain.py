@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,14 +18,19 @@ from train.config.changes import check_resume
 from train.config.pretrain import PretrainConfig
 from train.device import peak_flops
 from train.engine import Engine
-from train.health.stop import StopSignal
-from train.loop import Ending, Trainer, TrainState
+from train.health.requests import Deadline, Requests
+from train.loop import Ending, Trainer
 from train.metrics import Metrics, NullMetrics, RunIdentity, Throughput
 from train.model.blueprint import Blueprint
 from train.model.transformer import Reading, build_layers
 from train.optim import OptimizerSpec
+from train.outcome import attempt_folder
 from train.parallel import ParallelContext
 from train.plan import RunPlan, make_plan
+from train.recovery import Recovery
+from train.saver import Saver
+from train.spike_report import SpikeReporter
+from train.state import TrainState, read_interventions
 
 
 def blueprint_of(config: PretrainConfig, context: ParallelContext) -> Blueprint:
@@ -44,7 +50,17 @@ def optimizer_of(config: PretrainConfig) -> OptimizerSpec:
     return OptimizerSpec(settings=config.optim, width_ratio=config.model.width_ratio, compile=config.kernels.compile)
 
 
-def build(config: PretrainConfig, context: ParallelContext, run_dir: Path, metrics: Metrics | NullMetrics) -> Trainer:
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One try at a run: where it is kept, its number, and until when it may last."""
+
+    run_dir: Path
+    number: int
+    ends_at: float | None = None
+    """Unix seconds at which it will be ended from outside; None: never."""
+
+
+def build(config: PretrainConfig, context: ParallelContext, attempt: Attempt, metrics: Metrics | NullMetrics) -> Trainer:
     """Assemble a run at its newest checkpoint, or at its beginning."""
     plan = make_plan(config, context.world_size)
     corpus = inspect_sources(config.data)
@@ -59,34 +75,45 @@ def build(config: PretrainConfig, context: ParallelContext, run_dir: Path, metri
         context=context,
     )
     store = CheckpointStore(
-        run_dir / "checkpoints",
+        attempt.run_dir / "checkpoints",
         config=config.checkpoint,
         context=context,
         run_config=config,
         tokenizer_folder=corpus.tokenizer_path,
         data_fingerprint=corpus.fingerprint,
     )
+    deadline = None if attempt.ends_at is None else Deadline(attempt.ends_at)
     split = {"seed": config.run.seed, "vocab_size": config.model.vocab_size}
+    loader = Loader(config.data, split="train", pin=context.device.type == "cuda", **split)
     return Trainer(
         config=config,
         plan=plan,
         context=context,
         engine=engine,
-        loader=Loader(config.data, split="train", pin=context.device.type == "cuda", **split),
+        loader=loader,
         held_out=None if config.evaluate.max_samples == 0 else Loader(config.data, split="validation", **split),
-        store=store,
+        saver=Saver(store, metrics, deadline),
+        recovery=Recovery(config.guard, attempt.run_dir, store=store, context=context),
         metrics=metrics,
-        stop=StopSignal(context),
-        state=resume(engine, store, config),
+        requests=Requests(context, attempt.run_dir, deadline),
+        spikes=SpikeReporter(
+            config=config,
+            context=context,
+            loader=loader,
+            tokenizer_folder=corpus.tokenizer_path,
+            folder=attempt_folder(attempt.run_dir, attempt.number),
+        ),
+        state=resume(engine, store, config, attempt.run_dir),
     )
 
 
-def resume(engine: Engine, store: CheckpointStore, config: PretrainConfig) -> TrainState:
-    """State of the newest checkpoint, its weights and moments in `engine`; a fresh state when there is none."""
+def resume(engine: Engine, store: CheckpointStore, config: PretrainConfig, run_dir: Path) -> TrainState:
+    """State of the newest checkpoint that can be trusted, its weights and moments in `engine`; a fresh one without any."""
     reader = store.load_newest(engine)
     if reader is None:
         return TrainState()
-    state = TrainState(**reader.state)
+    state = TrainState.from_plain(reader.state)
+    state.remember(read_interventions(run_dir))
     for change in check_resume(reader.config, config, str(reader.path)):
         state.adjustments.append({"step": state.step, "field": change.field, "before": change.before, "after": change.after})
     return state
@@ -109,8 +136,9 @@ def keep_wandb_id(run_dir: Path, wandb_id: str) -> None:
     write_durably(path, json.dumps(record | {"wandb_id": wandb_id}, indent=2).encode())
 
 
-def pretrain(config: PretrainConfig, context: ParallelContext, run_dir: Path, *, attempt: int, run: dict) -> tuple[Ending, int]:
+def pretrain(config: PretrainConfig, context: ParallelContext, attempt: Attempt, *, run: dict) -> tuple[Ending, int]:
     """Run pretraining on this rank: how it ended, and at which step. `run` is the content of run.json."""
+    run_dir = attempt.run_dir
     plan = make_plan(config, context.world_size)
     metrics: Metrics | NullMetrics = NullMetrics()
     if context.is_first:
@@ -118,7 +146,7 @@ def pretrain(config: PretrainConfig, context: ParallelContext, run_dir: Path, *,
             name=config.run.name,
             run_id=run["run_id"],
             wandb_id=run["wandb_id"],
-            attempt=attempt,
+            attempt=attempt.number,
             job_type="pretrain",
             group=config.monitor.wandb.group or config.run.name,
             resolved_config=to_plain(config),
@@ -141,10 +169,13 @@ def pretrain(config: PretrainConfig, context: ParallelContext, run_dir: Path, *,
         )
     outcome, reason = "crashed", ""
     try:
-        trainer = build(config, context, run_dir, metrics)
+        trainer = build(config, context, attempt, metrics)
+        for gone in trainer.saver.store.set_aside:
+            metrics.alert("checkpoint set aside", f"step {gone.step}: {gone.reason}; it is in {gone.place}", level="error")
         if context.is_first:
             print(f"attention        {trainer.engine.module.attention_line} (kernels.attention={config.kernels.attention})")
         ending = trainer.run()
+        trainer.saver.close()
         outcome, reason = ending.state, ending.reason
         return ending, trainer.state.step
     except UserError as error:

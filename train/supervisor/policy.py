@@ -49,6 +49,7 @@ def supervise(
     if processes < 1:
         raise UserError(f"launch.processes={processes}: must be at least 1")
     base = dict(os.environ if environment is None else environment)
+    base.setdefault("LONGHAUL_STARTED", repr(time.time()))  # a time limit counts from here, whatever attempt it is
     with _Signals() as signals:
         restarts = 0
         while True:

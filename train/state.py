@@ -1,0 +1,67 @@
+"""Where a run stands: what a resumed run needs beside weights and moments, and what was done to save it from itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train.checkpoint.manifest import write_durably
+from train.health.guard import GuardState
+from train.health.windows import Window, leave_out
+
+INTERVENTIONS_FILE = "interventions.json"
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Sample order, learning rate and dropout are functions of this, so there is no generator to save."""
+
+    step: int = 0
+    samples: int = 0
+    """Samples consumed; which they are follows from the windows left out."""
+    tokens: int = 0
+    updates: int = 0
+    """Optimizer updates; a skipped step is none."""
+    adjustments: list[dict[str, Any]] = field(default_factory=list)
+    """Settings that were changed on the way, each with its step."""
+    interventions: list[dict[str, Any]] = field(default_factory=list)
+    """Rollbacks: from where to where, why, and the sample numbers left out."""
+    evaluation_due: bool = False
+    """A stop came before the evaluation of this step was through; it is made up for first."""
+    guard: GuardState = field(default_factory=GuardState)
+
+    @staticmethod
+    def from_plain(raw: Mapping[str, Any]) -> TrainState:
+        """The state of a checkpoint; one that was written before a field existed has the field's default."""
+        known = {name: value for name, value in raw.items() if name in TrainState.__dataclass_fields__}
+        return TrainState(**{**known, "guard": GuardState(**raw.get("guard", {}))})
+
+    def to_plain(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    @property
+    def left_out(self) -> list[Window]:
+        """Sample numbers that are not read, disjoint and sorted."""
+        windows: list[Window] = []
+        for entry in self.interventions:
+            windows = leave_out(windows, tuple(entry["left_out"]))
+        return windows
+
+    def remember(self, interventions: list[dict[str, Any]]) -> None:
+        """Take over rollbacks that happened after this state was saved."""
+        self.interventions += [entry for entry in interventions if entry not in self.interventions]
+
+
+def read_interventions(run_dir: Path) -> list[dict[str, Any]]:
+    """The rollbacks of a run, oldest first: a checkpoint from before one does not know of it."""
+    path = run_dir / INTERVENTIONS_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def write_interventions(run_dir: Path, interventions: list[dict[str, Any]]) -> None:
+    """Keep the rollbacks, before anything else is done about one."""
+    write_durably(run_dir / INTERVENTIONS_FILE, json.dumps(interventions, indent=1).encode())
