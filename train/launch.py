@@ -141,12 +141,12 @@ def compare_with_newest(config: PretrainConfig, facts: CorpusFacts, run_dir: Pat
             check_files(newest, manifest, [name for name in manifest.files if not name.endswith(".safetensors")])
             break
         except DamagedCheckpoint as error:
-            damaged.append(f"damaged          {error}")
+            damaged.append(str(error))
     else:
         if damaged:
             raise UserError(
-                "no checkpoint can be used, all are left as they are; put one back from a copy, or start another run with "
-                "run.name=...:\n" + "\n".join(damaged)
+                f"{run_dir}: no checkpoint can be used, all are left as they are ({'; '.join(damaged)}); put one back from a "
+                f"copy, or start another run with run.name=..."
             )
         return []
     recorded = check_resume(read_config(PretrainConfig, newest / "config.yaml"), config, str(newest))
@@ -157,7 +157,8 @@ def compare_with_newest(config: PretrainConfig, facts: CorpusFacts, run_dir: Pat
             f"renamed also needs name=OLD_NAME), or start another run with run.name=..."
         )
     changed = [f"changed          {change.field}: {shown(change.before)} -> {shown(change.after)}" for change in recorded]
-    return [*damaged, f"resuming from    {newest}", *changed]
+    passed_over = [f"damaged          {problem}" for problem in damaged]
+    return [*passed_over, f"resuming from    {newest}", *changed]
 
 
 def prepare_folder(run_dir: Path, config: PretrainConfig) -> None:

@@ -36,9 +36,9 @@ class GuardConfig:
         for name in ("max_rollbacks", "leave_out_steps_before", "report_samples"):
             if getattr(self, name) < 0:
                 problems.append(f"{name}={getattr(self, name)}: must not be negative")
-        if self.spike_min_steps > self.spike_window_steps:
+        if not problems and self.spike_min_steps > self.spike_window_steps:
             problems.append(
-                f"spike_min_steps={self.spike_min_steps}: must not exceed spike_window_steps={self.spike_window_steps}"
+                f"spike_min_steps={self.spike_min_steps}: must not exceed guard.spike_window_steps={self.spike_window_steps}"
             )
         if problems:
             raise ConfigError(problems)

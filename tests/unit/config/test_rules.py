@@ -162,7 +162,7 @@ CASES: list[tuple[str, list[str], str]] = [
         "checkpoint.keep_best=-1: must not be negative; 0 keeps none for its held-out loss",
     ),
     ("pretrain", ["guard.spike_threshold=0"], "guard.spike_threshold=0.0: must be above 0"),
-    ("pretrain", ["guard.spike_window_steps=0", "guard.spike_min_steps=1"], "guard.spike_window_steps=0: must be at least 1"),
+    ("pretrain", ["guard.spike_window_steps=0"], "guard.spike_window_steps=0: must be at least 1"),
     ("pretrain", ["guard.spike_min_steps=0"], "guard.spike_min_steps=0: must be at least 1"),
     ("pretrain", ["guard.diverged_after_skips=0"], "guard.diverged_after_skips=0: must be at least 1"),
     ("pretrain", ["guard.max_rollbacks=-1"], "guard.max_rollbacks=-1: must not be negative"),
