@@ -234,7 +234,8 @@ class Trainer:
             self.goodput.add("evaluation", time.perf_counter() - started)
         self.state.evaluation_due = False
         self.saver.note_validation(self.state.step, figures["loss"])
-        self.metrics.evaluation({"step": self.state.step, "tokens": self.state.tokens, **figures})
+        place = {"step": self.state.step, "samples": self.state.samples, "tokens": self.state.tokens}
+        self.metrics.evaluation({**place, **figures})
         return None
 
     def evaluate(self, held_out: Loader) -> dict[str, float]:
