@@ -1,31 +1,45 @@
-"""`longhaul chaos`: a run that is killed again and again must be, at its end, the run that nobody disturbed, to the bit.
+"""`longhaul chaos`: a run that meets one fault after another must be, at its end, the run that met none, to the bit.
 
-The run is made once in peace and once under SIGKILL at seeded moments: after a step, a fraction of a step later, or inside
-the save of a checkpoint. What is killed is the machine (every process at once), the supervisor alone (its ranks have to end
-by themselves), or one rank alone (the supervisor has to start the attempt again).
+The run is made once in peace and once under a seeded schedule of faults. Bad data (NaN gradients, spikes, a divergence) is
+part of both: it changes a run, and has to change it alike.
 """
 
 from __future__ import annotations
 
-import random
+import statistics
 import sys
-import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 from tqdm import tqdm
 
 from conf.compose import compose, validate
 from conf.errors import ConfigError, UserError
+from tools.chaos_faults import (
+    DAMAGE,
+    ENDS_NO_ATTEMPT,
+    IN_SAVE,
+    MEANING,
+    Kind,
+    Moment,
+    Shape,
+    Strike,
+    detection_seconds,
+    do_fault,
+    faults_of,
+    plan_data_faults,
+    plan_moments,
+)
 from tools.exactness import differences, num_records
-from tools.watched_run import PUBLISHED, UnexpectedEnd, WatchedRun
-from train.checkpoint.manifest import unpublished
+from tools.fault_injection import Faults
+from tools.faulty_run import FAULTS_FILE, MODULE
+from tools.watched_run import UnexpectedEnd, WatchedRun
+from train.checkpoint.manifest import step_of, unpublished
 from train.outcome import last_attempt
 
-Victim = Literal["machine", "supervisor", "rank"]
 SHOWN_DIFFERENCES = 20
 
 
@@ -33,23 +47,25 @@ SHOWN_DIFFERENCES = 20
 class ChaosConfig:
     overrides: tuple[str, ...] = ()
     """Words of `longhaul pretrain` that make the run. Words of the command line that are no field of this come after them."""
-    kills: int = 20
-    """How often the run is killed."""
-    kills_in_save: int = 5
-    """How many of these must come inside the save of a checkpoint; a kill that came too late is made up for at a later save."""
+    faults: int = 20
+    """How many faults come, beside the bad data."""
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    """Kinds of fault, each as often as the others."""
+    bad_data: bool = True
+    """Put NaN gradients, spikes and a divergence into the data of both runs."""
     seed: int = 0
-    """Seed of the moments and of what is killed."""
+    """Seed of the moments and of what is struck."""
     folder: str = "chaos"
     """Folder for both runs; it must not exist yet."""
     patience_seconds: float = 180.0
-    """How long a started run may take to reach the moment of its kill, or its end, before the campaign gives up."""
+    """How long a started run may take to reach the moment of its fault, or its end, before the campaign gives up."""
 
     def __post_init__(self) -> None:
         problems = []
-        if self.kills < 1:
-            problems.append(f"kills={self.kills}: must be at least 1")
-        if not 0 <= self.kills_in_save <= self.kills:
-            problems.append(f"kills_in_save={self.kills_in_save}: must lie between 0 and kills={self.kills}")
+        if self.faults < 1:
+            problems.append(f"faults={self.faults}: must be at least 1")
+        if not self.kinds:
+            problems.append(f"kinds=[]: give at least one of {', '.join(get_args(Kind))}")
         if self.patience_seconds <= 0:
             problems.append(f"patience_seconds={self.patience_seconds}: must be above 0")
         if problems:
@@ -57,34 +73,10 @@ class ChaosConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moment:
-    """When a kill comes, and to whom. `fraction` of a step after the step's end, or that far into a save."""
-
-    step: int
-    in_save: bool
-    victim: Victim
-    fraction: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kill:
-    """What a kill met."""
-
-    moment: Moment
-    attempt: int
-    seconds: float
-    """Since the attempt was started."""
-    step: int
-    """Last step that the attempt had written."""
-    save: int | None
-    """Step of the checkpoint whose save it interrupted."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Killed:
+class Struck:
     """The disturbed run, after its last attempt or at the one that went wrong."""
 
-    kills: list[Kill]
+    strikes: list[Strike]
     failures: list[str]
 
 
@@ -97,46 +89,44 @@ def chaos(overrides: Sequence[str], config_dir: str | None = None) -> int:
 
 
 def run(config: ChaosConfig, config_dir: str | None = None) -> int:
-    """Run the campaign, print its table and the verdict; 0 when the killed run is the undisturbed one, else 1.
+    """Run the campaign, print its table and the verdict; 0 when the disturbed run is the undisturbed one, else 1.
 
-    Raises UserError when the words do not make a run, the run is too short for so many kills, or the folder exists.
+    Raises UserError when the words do not make a run, the run is too short for so many faults, or the folder exists.
     """
     folder = Path(config.folder)
     words = [*config.overrides, f"run.folder={folder}", "budget.stop_at_step=null"]
-    shape = shape_of(words, config_dir)
-    moments = plan_moments(config, shape)
+    shape, divergence_steps = shape_of(words, config_dir)
+    moments = plan_moments(config.faults, config.kinds, shape, seed=config.seed)
+    data = plan_data_faults(shape, divergence_steps=divergence_steps, seed=config.seed) if config.bad_data else Faults()
     if folder.exists():
         raise UserError(f"folder={folder}: exists already; remove it, or give another one")
-    command = [sys.executable, "-P", "-m", "tools.cli", "pretrain", *words]
-    command += ["--config-dir", config_dir] if config_dir else []
-    print(f"one run in peace, then {config.kills} kills, {config.kills_in_save} inside a save; both below {folder}", flush=True)
-    calm = WatchedRun([*command, "run.name=undisturbed"], folder / "undisturbed", config.patience_seconds)
+    command = [sys.executable, "-P", "-m", MODULE, *words, *([f"--config-dir={config_dir}"] if config_dir else [])]
+    print(f"one run in peace, then one with {config.faults} faults; both below {folder}", flush=True)
+    calm = _watched(command, folder / "undisturbed", config, data)
     try:
         calm.finish()
     except UnexpectedEnd as error:
         raise UserError(f"the undisturbed run failed: {error}") from None
     finally:
         calm.close()
-    restarts = [f"launch.max_restarts={len(moments) + len(shape.save_steps)}", "launch.backoff_seconds=0"]
-    hunted = WatchedRun([*command, *restarts, "run.name=disturbed"], folder / "disturbed", config.patience_seconds)
-    killed = disturb(hunted, moments, shape, step_seconds(calm))
-    failures = [*killed.failures, *judge(killed, config, calm, hunted)]
-    print_report(killed, failures, calm, hunted)
+    restarts = [f"launch.max_restarts={2 * len(moments) + len(shape.save_steps)}", "launch.backoff_seconds=0"]
+    hunted = _watched([*command, *restarts], folder / "disturbed", config, faults_of(moments, data, shape))
+    struck = disturb(hunted, moments, shape, step_seconds(calm))
+    failures = [*struck.failures, *judge(struck, calm, hunted)]
+    print_report(struck, failures, calm, hunted)
     return int(bool(failures))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What the campaign has to know of the run: its ranks, its steps, and the steps that end with a save."""
-
-    processes: int
-    steps: int
-    save_steps: tuple[int, ...]
+def _watched(command: Sequence[str], run_dir: Path, config: ChaosConfig, faults: Faults) -> WatchedRun:
+    run_dir.mkdir(parents=True)
+    faults.write(run_dir / FAULTS_FILE)
+    return WatchedRun([*command, f"run.name={run_dir.name}"], run_dir, config.patience_seconds)
 
 
-def shape_of(words: Sequence[str], config_dir: str | None) -> Shape:
-    """The shape of the run that `longhaul pretrain WORDS` makes. The final save is left out: a kill behind it would meet
-    a run that is finished.
+def shape_of(words: Sequence[str], config_dir: str | None) -> tuple[Shape, int]:
+    """The shape of the run that `longhaul pretrain WORDS` makes, and how many bad steps are a divergence to it.
+
+    The final save is left out: a fault behind it would meet a run that is finished.
     """
     from data_pipeline.facts import inspect_sources
     from train.config.pretrain import PretrainConfig
@@ -147,29 +137,11 @@ def shape_of(words: Sequence[str], config_dir: str | None) -> Shape:
     settings = settle(settings, inspect_sources(settings.data))
     processes = settings.launch.processes
     assert processes is not None, "settle fills it in"
-    steps = make_plan(settings, processes).total_steps
+    plan = make_plan(settings, processes)
     every = settings.checkpoint.every_steps
-    return Shape(processes=processes, steps=steps, save_steps=tuple(range(every, steps, every)) if every else ())
-
-
-def plan_moments(config: ChaosConfig, shape: Shape) -> list[Moment]:
-    """Seeded moments, spread over the run. Their steps rise, so that each attempt gets further and the last one finishes."""
-    if config.kills_in_save > len(shape.save_steps) or config.kills > shape.steps - 2:
-        raise UserError(
-            f"kills={config.kills}, kills_in_save={config.kills_in_save}: the run has {shape.steps} steps and "
-            f"{len(shape.save_steps)} saves before its end, and each kill needs one of its own; give a longer budget.steps, "
-            "a lower checkpoint.every_steps, or fewer kills"
-        )
-    draw = random.Random(config.seed)
-    at_saves = set(draw.sample(shape.save_steps, config.kills_in_save))
-    free = [step for step in range(1, shape.steps - 1) if step not in at_saves]
-    at_steps = set(draw.sample(free, config.kills - config.kills_in_save))
-    # A supervisor that dies takes its ranks along, but a moment later, when a small save may be over.
-    victims: dict[bool, tuple[Victim, ...]] = {True: ("machine", "rank"), False: ("machine", "supervisor", "rank")}
-    return [
-        Moment(step=step, in_save=step in at_saves, victim=draw.choice(victims[step in at_saves]), fraction=draw.random())
-        for step in sorted(at_saves | at_steps)
-    ]
+    saves = tuple(range(every, plan.total_steps, every)) if every else ()
+    shape = Shape(processes=processes, steps=plan.total_steps, samples=plan.total_samples, save_steps=saves)
+    return shape, settings.guard.diverged_after_skips
 
 
 def step_seconds(run: WatchedRun) -> float:
@@ -178,51 +150,24 @@ def step_seconds(run: WatchedRun) -> float:
     return (times[-1] - times[0]) / max(1, len(times) - 1)
 
 
-def disturb(run: WatchedRun, moments: Sequence[Moment], shape: Shape, pace_seconds: float) -> Killed:
-    """Start the run, kill it at each moment, start it again, and let it finish."""
-    left, kills, failures = deque(moments), [], []
+def disturb(run: WatchedRun, moments: Sequence[Moment], shape: Shape, pace_seconds: float) -> Struck:
+    """Start the run, do each fault to it, start it again where it does not by itself, and let it finish."""
+    left, strikes, failures = deque(moments), [], []
     try:
-        with tqdm(total=len(moments), desc="kills", unit="kill", disable=None, leave=False) as bar:
+        with tqdm(total=len(moments), desc="faults", unit="fault", disable=None, leave=False) as bar:
             while left:
                 moment = left.popleft()
-                if moment.in_save and moment.step <= run.newest_checkpoint():
-                    kill = None  # the attempt before got further than meant
-                else:
-                    kill = strike(run, moment, attempt=len(kills) + 1, shape=shape, pace_seconds=pace_seconds)
-                    kills.append(kill)
-                    bar.update()
-                if moment.in_save and (kill is None or kill.save is None):
-                    left = _with_another_try(left, moment, shape)
+                if moment.kind in IN_SAVE and moment.step <= run.newest_checkpoint():
+                    left = _with_another_try(left, moment, shape)  # an attempt before got further than meant
+                    continue
+                strikes.append(do_fault(run, moment, shape, pace_seconds))
+                bar.update()
         run.finish()
     except UnexpectedEnd as error:
-        failures.append(f"attempt {len(kills) + 1}, which nobody had touched yet: {error}")
+        failures.append(f"attempt {last_attempt(run.run_dir)}, after {len(strikes)} faults: {error}")
     finally:
         run.close()
-    return Killed(kills=kills, failures=failures)
-
-
-def strike(run: WatchedRun, moment: Moment, *, attempt: int, shape: Shape, pace_seconds: float) -> Kill:
-    """Start the run where it does not run, wait for the moment, kill."""
-    began = time.time()
-    run.start()
-    ranks = run.wait_for_ranks(attempt, shape.processes)
-    run.wait(lambda: run.last_step(attempt) >= moment.step, f"step {moment.step} was reached")
-    if moment.in_save:
-        # A save writes a file for each rank, two small ones and the tokenizer's folder before its manifest.
-        files = 1 + int(moment.fraction * (shape.processes + 3))
-        run.wait(lambda: run.files_of_save(moment.step, began) >= files, f"step {moment.step} was saved", every_seconds=1e-4)
-    else:
-        time.sleep(moment.fraction * pace_seconds)
-    seconds = time.time() - began
-    if moment.victim == "machine":
-        run.kill_all(ranks)
-    elif moment.victim == "supervisor":
-        run.kill_supervisor()
-    else:
-        run.kill_rank(ranks[int(moment.fraction * 1000) % shape.processes])
-    torn = [step for step in shape.save_steps if 0 < run.files_of_save(step, began) < PUBLISHED]
-    step = run.last_step(attempt)
-    return Kill(moment=moment, attempt=attempt, seconds=seconds, step=step, save=max(torn, default=None))
+    return Struck(strikes=strikes, failures=failures)
 
 
 def _with_another_try(left: deque[Moment], missed: Moment, shape: Shape) -> deque[Moment]:
@@ -234,18 +179,18 @@ def _with_another_try(left: deque[Moment], missed: Moment, shape: Shape) -> dequ
     return left
 
 
-def judge(killed: Killed, config: ChaosConfig, calm: WatchedRun, hunted: WatchedRun) -> list[str]:
+def judge(struck: Struck, calm: WatchedRun, hunted: WatchedRun) -> list[str]:
     """Everything that does not hold, one line each."""
     failures = [f"outlived its supervisor: {process}" for process in hunted.orphans]
-    if killed.failures:
+    failures += [f"still listening: {port}" for port in hunted.bound_ports()]
+    if struck.failures:
         return failures
-    in_save = sum(kill.save is not None for kill in killed.kills)
-    if in_save < config.kills_in_save:
-        failures.append(f"{in_save} of {config.kills_in_save} kills fell inside a save; lengthen the run or change the seed")
+    ended = [strike for strike in struck.strikes if strike.moment.kind not in ENDS_NO_ATTEMPT]
     attempts = last_attempt(hunted.run_dir)
-    if attempts != len(killed.kills) + 1:
-        failures.append(f"{attempts} attempts for {len(killed.kills)} kills: an attempt crashed by itself, see {hunted.log}")
+    if attempts != len(ended) + 1:
+        failures.append(f"{attempts} attempts for {len(ended)} faults that end one: see {hunted.log}")
     failures += [f"{folder}: left behind without a manifest" for folder in unpublished(hunted.run_dir / "checkpoints")]
+    failures += _lost_too_much(ended, hunted)
     found = differences(calm.run_dir, hunted.run_dir)
     failures += found[:SHOWN_DIFFERENCES]
     if len(found) > SHOWN_DIFFERENCES:
@@ -253,23 +198,69 @@ def judge(killed: Killed, config: ChaosConfig, calm: WatchedRun, hunted: Watched
     return failures
 
 
-def print_report(killed: Killed, failures: Sequence[str], calm: WatchedRun, hunted: WatchedRun) -> None:
-    """The table of kills and the verdict."""
-    resumed: dict[int, int] = {}
-    for record in hunted.records():
-        resumed.setdefault(int(record["attempt"]), int(record["step"]) - 1)
-    print("\n| kill | killed | after s | at step | inside a save | resumed from | steps again |\n|---|---|---|---|---|---|---|")
-    for kill in killed.kills:
-        start = resumed.get(kill.attempt + 1)
-        again = "-" if start is None else kill.step - start
-        save = "no" if kill.save is None else f"yes, of step {kill.save}"
-        print(f"| {kill.attempt} | {kill.moment.victim} | {kill.seconds:.1f} | {kill.step} | {save} | {start} | {again} |")
+def _lost_too_much(ended: Sequence[Strike], hunted: WatchedRun) -> list[str]:
+    """Attempts that went on from an older checkpoint than there was. A damaged one does not count."""
+    failures, began = [], beginnings(hunted)
+    quarantined = {
+        step_of(Path(path.name.partition(".")[0]))
+        for path in (hunted.run_dir / "checkpoints/quarantined").glob("step-*")
+        if path.is_dir()
+    }
+    for strike in ended:
+        if strike.attempt + 1 not in began:
+            continue
+        resumed = began[strike.attempt + 1][0] - 1
+        if resumed < strike.newest and not (strike.moment.kind in DAMAGE and strike.newest in quarantined):
+            failures.append(
+                f"attempt {strike.attempt + 1} went on from step {resumed}, there was a checkpoint of {strike.newest}"
+            )
+    return failures
+
+
+def beginnings(run: WatchedRun) -> dict[int, tuple[int, float]]:
+    """First step of every attempt, and the time when it was done."""
+    found: dict[int, tuple[int, float]] = {}
+    for record in run.records():
+        if record["kind"] == "train":
+            found.setdefault(int(record["attempt"]), (int(record["step"]), float(record["time"])))
+    return found
+
+
+def print_report(struck: Struck, failures: Sequence[str], calm: WatchedRun, hunted: WatchedRun) -> None:
+    """The table of faults and the verdict."""
+    began = beginnings(hunted)
+    print("\n| fault | kind | at step | newest checkpoint | noticed after s | stepping again after s | steps again |")
+    print("|---|---|---|---|---|---|---|")
+    noticed: dict[Kind, list[float]] = {}
+    back: dict[Kind, list[float]] = {}
+    for number, strike in enumerate(struck.strikes, start=1):
+        kind = strike.moment.kind
+        cells = ["-", "-", "-"]
+        if kind not in ENDS_NO_ATTEMPT and (following := began.get(strike.attempt + 1)):
+            detected = detection_seconds(hunted.run_dir, strike)
+            if detected is not None:
+                noticed.setdefault(kind, []).append(detected)
+            back.setdefault(kind, []).append(following[1] - strike.time)
+            cells = [
+                "-" if detected is None else f"{detected:.1f}",
+                f"{back[kind][-1]:.1f}",
+                f"{strike.step - following[0] + 1}",
+            ]
+        newest = f"{strike.newest}" + ("" if strike.torn is None else f", {strike.torn} half written")
+        print(f"| {number} | {kind} | {strike.step} | {newest} | {' | '.join(cells)} |")
+    print("\n| kind | times | noticed after s, median and worst | stepping again after s, median and worst | meaning |")
+    print("|---|---|---|---|---|")
+    for kind, count in sorted(Counter(strike.moment.kind for strike in struck.strikes).items()):
+        print(f"| {kind} | {count} | {_middle(noticed.get(kind))} | {_middle(back.get(kind))} | {MEANING[kind]} |")
     print()
     for failure in failures:
         print(f"FAILED: {failure}")
     if not failures:
-        in_save = sum(kill.save is not None for kill in killed.kills)
         print(
-            f"equal to the bit after {len(killed.kills)} kills, {in_save} of them inside a save: {num_records(calm.run_dir)} "
-            "records, the loop's state, every weight and moment"
+            f"equal to the bit after {len(struck.strikes)} faults in {last_attempt(hunted.run_dir)} attempts: "
+            f"{num_records(calm.run_dir)} records, the loop's state, every weight and moment"
         )
+
+
+def _middle(values: Sequence[float] | None) -> str:
+    return f"{statistics.median(values):.1f}, {max(values):.1f}" if values else "-"

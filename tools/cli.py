@@ -74,11 +74,11 @@ VERBS: dict[str, Verb] = {
         examples=("longhaul baseline run=runs/first",),
     ),
     "chaos": Verb(
-        summary="kill a small run again and again, and show that it ends as the undisturbed one",
+        summary="do one fault after another to a small run, and show that it ends as the undisturbed one",
         function="tools.chaos:chaos",
         root="chaos",
         schema="tools.chaos:ChaosConfig",
-        examples=("longhaul chaos 'data.sources=[{path: data/stdlib}]' kills=20 kills_in_save=5 parallel=zero3",),
+        examples=("longhaul chaos 'data.sources=[{path: data/stdlib}]' faults=20 parallel=zero3",),
     ),
     "bench": Verb(
         summary="measure: `bench step` the training loop, `bench attention | loader | checkpoint | startup` its parts",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from conf.errors import UserError
 from train.checkpoint.manifest import CheckpointError, published
@@ -67,8 +68,9 @@ def checkpoint_differences(reference: Path, other: Path) -> list[str]:
     if left.step != right.step:
         return [f"newest checkpoint: of step {right.step}, undisturbed {left.step}"]
     found = []
-    if left.state != right.state:
-        found.append(f"state.json: {json.dumps(right.state)}, undisturbed {json.dumps(left.state)}")
+    mine, theirs = _comparable(left.state), _comparable(right.state)
+    if mine != theirs:
+        found.append(f"state.json: {json.dumps(theirs)}, undisturbed {json.dumps(mine)}")
     if left.names != right.names:
         return [*found, "newest checkpoint: holds other tensors"]
     for name in left.names:
@@ -79,6 +81,12 @@ def checkpoint_differences(reference: Path, other: Path) -> list[str]:
             if unequal:
                 found.append(f"{kind} of {name}: {unequal:,} of {mine.numel():,} elements differ")
     return found
+
+
+def _comparable(state: dict[str, Any]) -> dict[str, Any]:
+    """Without the step of the checkpoint that a rollback went back to: a run that was stopped has others."""
+    entries = [{key: entry[key] for key in entry if key != "to_step"} for entry in state.get("interventions", [])]
+    return {**state, "interventions": entries}
 
 
 def num_records(run_dir: Path) -> int:

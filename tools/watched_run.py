@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -37,6 +39,7 @@ class WatchedRun:
         self.log = run_dir.with_name(f"{run_dir.name}.log")
         self.orphans: list[str] = []
         """Processes that outlived their supervisor."""
+        self._ports: set[int] = set()
         self._mark = secrets.token_hex(8)
         self._supervisor: subprocess.Popen[bytes] | None = None
 
@@ -67,7 +70,12 @@ class WatchedRun:
         """The ranks of `attempt`, by rank, once all are there."""
         self.wait(lambda: last_attempt(self.run_dir) >= attempt, f"attempt {attempt} began", every_seconds=0.05)
         self.wait(lambda: len(self.ranks()) == processes, f"attempt {attempt} had its ranks", every_seconds=0.05)
-        return self.ranks()
+        ranks = self.ranks()
+        for process in ranks[:1]:
+            with contextlib.suppress(psutil.Error):
+                listening = [link for link in process.net_connections() if link.status == psutil.CONN_LISTEN]
+                self._ports |= {link.laddr.port for link in listening}
+        return ranks
 
     def wait_ended(self) -> int:
         """Wait for the end of the command; its exit code. What is left of its processes then is an orphan."""
@@ -86,6 +94,16 @@ class WatchedRun:
         if code != ExitCode.FINISHED:
             raise UnexpectedEnd(f"exit code {code}\n{self._end_of_log()}")
 
+    def bound_ports(self) -> list[int]:
+        """Ports on which its first ranks listened and somebody still does."""
+        found = []
+        for port in sorted(self._ports):
+            with socket.socket() as probe:
+                probe.settimeout(0.2)
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    found.append(port)
+        return found
+
     @property
     def supervisor(self) -> psutil.Process:
         """The process of the command."""
@@ -97,7 +115,7 @@ class WatchedRun:
         places = {}
         for process in self.supervisor.children():
             try:
-                if "train.rank" in process.cmdline():
+                if "LONGHAUL_ATTEMPT" in process.environ() and "RANK" in process.environ():
                     places[int(process.environ()["RANK"])] = process
             except psutil.Error:  # it ended between the two looks
                 continue

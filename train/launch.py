@@ -27,8 +27,11 @@ from train.supervisor import supervise
 VERSIONS_OF = ("torch", "deepspeed", "megatron-core", "transformers", "tokenizers", "numpy")
 
 
-def pretrain(overrides: Sequence[str], config_dir: str | None = None) -> int:
-    """Check everything, then start or resume the run; returns the exit code of the run.
+RANK_COMMAND = (sys.executable, "-P", "-m", "train.rank")
+
+
+def pretrain(overrides: Sequence[str], config_dir: str | None = None, rank_command: Sequence[str] = RANK_COMMAND) -> int:
+    """Check everything, then start or resume the run; returns the exit code of the run. A rank is `rank_command RUN_FOLDER`.
 
     Raises UserError before anything is written when the configuration, the corpus or the newest checkpoint do not fit.
     """
@@ -52,7 +55,7 @@ def pretrain(overrides: Sequence[str], config_dir: str | None = None) -> int:
     verify_sources(config.data)
     prepare_folder(run_dir, config)
     code = supervise(
-        [sys.executable, "-P", "-m", "train.rank", str(run_dir)],
+        [*rank_command, str(run_dir)],
         processes=config.launch.processes,
         run_dir=run_dir,
         max_restarts=config.launch.max_restarts,

@@ -81,7 +81,10 @@ def run(config: PretrainConfig, run_dir: Path, attempt: int) -> tuple[State, str
     return state, ending.reason, step
 
 
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    # Libraries' exit handlers (process groups, uploads) may hang or fail; all that must be durable is.
+def leave(code: int) -> None:
+    """End the process at once: libraries' exit handlers (process groups, uploads) may hang or fail; all that must last is."""
     os._exit(code if code in set(ExitCode) else ExitCode.CRASHED)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))
