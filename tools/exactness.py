@@ -18,7 +18,15 @@ from train.metrics.record import Value
 
 TIME_LIKE = frozenset(
     {"time", "attempt", "seconds", "step_seconds", "data_wait_seconds", "tokens_per_second", "mfu", "mfu_causal", "memory_gib"}
-    | {"checkpoint_stall_seconds", "goodput", *Goodput().fields()}
+    | {
+        "checkpoint_stall_seconds",
+        "busy_seconds_median",
+        "busy_seconds_max",
+        "straggler_ratio",
+        "slowest_rank",
+        "slowest_host",
+        *Goodput().fields(),
+    }
 )
 """Fields of a record that differ between two runs of the same program on the same machine."""
 

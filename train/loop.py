@@ -19,6 +19,8 @@ from train.health.garbage import GarbageSchedule
 from train.health.guard import Guard, Verdict
 from train.health.norms import by_layer
 from train.health.requests import Agreement, Requests
+from train.health.stragglers import Stragglers
+from train.health.watchdog import Silent, Watchdog
 from train.health.windows import ranges_between, sample_at
 from train.metrics import Goodput, Metrics, NullMetrics, Value
 from train.optim import lr_at
@@ -60,6 +62,8 @@ class Trainer:
     requests: Requests
     spikes: SpikeReporter
     state: TrainState
+    stragglers: Stragglers
+    watchdog: Watchdog | Silent = field(default_factory=Silent)
     goodput: Goodput = field(default_factory=Goodput)
 
     def run(self) -> Ending:
@@ -88,14 +92,17 @@ class Trainer:
         started = time.perf_counter()
         state, plan = self.state, self.plan
         batch, first = plan.batch_at(state.samples), state.samples
+        self.watchdog.phase("data", state.step)
         micro_batches = [next(batches) for _ in range(plan.micro_batches_at(state.samples))]
         waited = time.perf_counter() - started
         lr = lr_at(state.samples, batch=batch, optim=self.config.optim, schedule=self.config.schedule, plan=plan)
-        result = self.engine.train_step(micro_batches, lr=lr, step=state.step, before_update=self.saver.before_update)
+        self.watchdog.phase("forward", state.step)
+        result = self.engine.train_step(micro_batches, lr=lr, step=state.step, before_update=self._before_update)
         stalled = self.saver.stalled_seconds()
         mine = 0 if self.context.tensor.rank else sum(batch.data_hash for batch in micro_batches) % 2**64
         agreement = self.requests.agree(mine)
         self._advance(batch, result)
+        self.watchdog.phase("log", state.step)
         guard = Guard(self.config.guard, state.guard)
         verdict = guard.judge(result.loss, skipped=result.skipped, step=state.step, samples=state.samples)
         self.saver.note_step(result)
@@ -104,7 +111,13 @@ class Trainer:
         self.goodput.add("checkpoint", stalled)
         self._log_step(
             result,
-            {"lr": lr, "batch": batch, "data_hash": combined([agreement.total]), "data_wait_seconds": waited},
+            {
+                "lr": lr,
+                "batch": batch,
+                "data_hash": combined([agreement.total]),
+                "data_wait_seconds": waited,
+                **self.stragglers.after(state.step, result.busy_seconds),
+            },
             first=first,
             seconds=seconds,
         )
@@ -112,6 +125,10 @@ class Trainer:
         if verdict.diverged is not None:
             return self._roll_back(verdict.diverged, batch)
         return self._after_step(agreement, is_well=guard.is_well)
+
+    def _before_update(self) -> None:
+        self.watchdog.phase("update", self.state.step)
+        self.saver.before_update()
 
     def _after_step(self, agreement: Agreement, *, is_well: bool) -> Ending | None:
         ending = self._reason_to_end(agreement)
@@ -188,6 +205,7 @@ class Trainer:
             self.metrics.alert("loss spike", f"loss {result.loss:.4f} at step {state.step}; {path}")
 
     def _roll_back(self, reason: str, batch: int) -> Ending | None:
+        self.watchdog.phase("save", self.state.step)
         self.saver.settle()
         try:
             back = self.recovery.roll_back(self.engine, self.state, reason, step_samples=batch)
@@ -206,6 +224,7 @@ class Trainer:
 
     def _save(self, agreement: Agreement, ending: Ending | None, *, is_well: bool) -> Ending | None:
         """Save where it is due; the ending, with what became of its save."""
+        self.watchdog.phase("save", self.state.step)
         every = self.config.checkpoint.every_steps
         due = agreement.save or (every is not None and self.state.step % every == 0)
         if ending is None:
@@ -248,6 +267,7 @@ class Trainer:
         for number, (batch, counts) in enumerate(self._held_out_batches(held_out)):
             if number % ASK_EVERY_BATCHES == 0 and (stop := self.requests.agree().stop) is not None:
                 raise Interrupted(stop)
+            self.watchdog.phase("evaluate", self.state.step)
             result = self.engine.evaluate(batch)
             if counts:
                 sums += torch.tensor([result.loss_sum, result.target_tokens, batch.target_bytes], dtype=torch.float64)

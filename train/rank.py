@@ -18,7 +18,8 @@ from conf.compose import read_config
 from conf.errors import UserError
 from train.checkpoint.manifest import write_durably
 from train.config.pretrain import PretrainConfig
-from train.outcome import ExitCode, Outcome, State, write_outcome
+from train.health.watchdog import Watchdog
+from train.outcome import ExitCode, Outcome, State, attempt_folder, write_outcome
 
 NEXT = {
     "finished": "export it (longhaul export checkpoint={run}) or sample from it (longhaul generate checkpoint={run})",
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
     state: State
     try:
         config = read_config(PretrainConfig, run_dir / "config.yaml")
-        state, reason, step = run(config, run_dir, attempt)
+        state, reason, step = run(config, run_dir, attempt, watch(config, run_dir, attempt))
     except UserError as error:
         state, reason = "refused", str(error)
         print(f"longhaul: {reason}", file=sys.stderr, flush=True)
@@ -55,7 +56,23 @@ def main(arguments: list[str]) -> int:
     return int(outcome.exit_code)
 
 
-def run(config: PretrainConfig, run_dir: Path, attempt: int) -> tuple[State, str, int | None]:
+def watch(config: PretrainConfig, run_dir: Path, attempt: int) -> Watchdog:
+    """Begin to watch this rank; when ranks hang, one of them writes the outcome."""
+
+    def write(summary: str) -> None:
+        outcome = Outcome(attempt=attempt, state="crashed", reason=summary, next=NEXT["crashed"].format(run=run_dir))
+        write_outcome(run_dir, outcome)
+
+    return Watchdog(
+        config.watchdog,
+        folder=attempt_folder(run_dir, attempt),
+        rank=int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))),
+        world_size=int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))),
+        leave=write,
+    )
+
+
+def run(config: PretrainConfig, run_dir: Path, attempt: int, watchdog: Watchdog) -> tuple[State, str, int | None]:
     """(state, reason, last step) of the stage on this rank."""
     import torch.distributed as dist
 
@@ -69,10 +86,13 @@ def run(config: PretrainConfig, run_dir: Path, attempt: int) -> tuple[State, str
         sequence_parallel=config.parallel.sequence_parallel,
     )
     record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    watchdog.connect(context.store)
     ends_at = None
     if config.launch.time_limit_minutes is not None:
         ends_at = float(os.environ.get("LONGHAUL_STARTED", time.time())) + 60 * config.launch.time_limit_minutes
-    ending, step = pretrain(config, context, Attempt(run_dir=run_dir, number=attempt, ends_at=ends_at), run=record)
+    one = Attempt(run_dir=run_dir, number=attempt, ends_at=ends_at, watchdog=watchdog)
+    ending, step = pretrain(config, context, one, run=record)
+    watchdog.close()
     if context.is_first and ending.state == "finished":
         write_durably(run_dir / "FINISHED", json.dumps({"step": step}).encode() + b"\n")
     context.barrier()  # ranks leave together, so that no launcher sees one of them missing

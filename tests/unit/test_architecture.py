@@ -109,7 +109,7 @@ TORCH_FREE = (
 )
 # Which environment variables a module touches; "*" hands the whole environment on, to a process or a library.
 ENVIRONMENT: dict[str, set[str]] = {
-    "train.rank": {"LONGHAUL_ATTEMPT", "LONGHAUL_STARTED", "RANK", "SLURM_PROCID"},
+    "train.rank": {"LONGHAUL_ATTEMPT", "LONGHAUL_STARTED", "RANK", "SLURM_PROCID", "WORLD_SIZE", "SLURM_NTASKS"},
     "train.parallel": {
         "RANK",
         "WORLD_SIZE",

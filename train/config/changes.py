@@ -39,6 +39,7 @@ KINDS: dict[str, Kind] = {
     "evaluate": "free",
     "guard": "adjustable",
     "guard.report_samples": "free",
+    "watchdog": "free",
     "monitor": "free",
     "launch": "free",
 }

@@ -49,6 +49,8 @@ class MonitorConfig:
     """Print every n-th step, and always the first and the last."""
     norms_every_steps: int | None = 100
     """Steps between records that carry the norms of weights, by layer, and of the optimizer's state; null: none."""
+    stragglers_every_steps: int | None = 50
+    """Steps between records that compare the computing time of the hosts; null: none."""
     tensorboard: bool = True
     """Write TensorBoard event files into the run's folder."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -57,7 +59,7 @@ class MonitorConfig:
     def __post_init__(self) -> None:
         problems = [
             f"{name}={getattr(self, name)}: must be at least 1"
-            for name in ("console_every_steps", "norms_every_steps")
+            for name in ("console_every_steps", "norms_every_steps", "stragglers_every_steps")
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]
         if problems:

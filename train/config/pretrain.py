@@ -22,6 +22,7 @@ from train.config.training import (
     RunConfig,
     ScheduleConfig,
 )
+from train.config.watchdog import WatchdogConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,8 @@ class PretrainConfig:
     """When the held-out split is read."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """What is done about losses and gradients that are not as they should be."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    """How long a rank may show no sign of life."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     """Console, TensorBoard, Weights & Biases."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)

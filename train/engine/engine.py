@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
@@ -52,6 +53,8 @@ class StepResult:
     target_tokens: int
     grad_norm: float
     skipped: bool
+    busy_seconds: float
+    """What this rank computed up to the end of its last forward pass, without waiting for the sums over the ranks."""
 
     @property
     def loss(self) -> float:
@@ -65,6 +68,30 @@ class EvaluationResult:
 
     loss_sum: float
     target_tokens: int
+
+
+class _Clock:
+    """Time between two places in the work of a device. Made where it starts; read after the step's results are there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: list[torch.cuda.Event] = []
+        self._times: list[float] = []
+        self._on_gpu = device.type == "cuda"
+        self.stop()
+
+    def stop(self) -> None:
+        """Mark a place."""
+        if self._on_gpu:
+            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events[-1].record()
+        else:
+            self._times.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """Between the first place and the last."""
+        if self._on_gpu:
+            return self._events[0].elapsed_time(self._events[-1]) / 1000
+        return self._times[-1] - self._times[0]
 
 
 class Engine:
@@ -110,6 +137,7 @@ class Engine:
         local_targets = sum(batch.target_tokens for batch in batches)
         targets = torch.tensor(local_targets, dtype=torch.int64, device=device)
         self.context.sum_over_data(targets)
+        busy = _Clock(device)
         # DeepSpeed averages gradients over the data-parallel ranks: undo that, divide by the global count instead.
         scale = self.context.data_parallel / targets.clamp(min=1)
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -121,6 +149,7 @@ class Engine:
             objective, loss, _ = self._deepspeed(*self._on_device(batch))
             loss_sum += loss
             if last:
+                busy.stop()
                 self.context.sum_over_data(loss_sum)
                 # A loss that is not finite may have gradients that are. They are made NaN here, without the CPU looking, so
                 # that one check, DeepSpeed's of the gradients' norm, keeps both from weights and moments.
@@ -137,6 +166,7 @@ class Engine:
             target_tokens=int(targets.item()),
             grad_norm=float(self._deepspeed.get_global_grad_norm()),
             skipped=self._deepspeed.skipped_steps > skipped_before,
+            busy_seconds=busy.seconds(),
         )
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +19,8 @@ from train.config.pretrain import PretrainConfig
 from train.device import peak_flops
 from train.engine import Engine
 from train.health.requests import Deadline, Requests
+from train.health.stragglers import Stragglers
+from train.health.watchdog import Silent, Watchdog
 from train.loop import Ending, Trainer
 from train.metrics import Metrics, NullMetrics, RunIdentity, Throughput
 from train.model.blueprint import Blueprint
@@ -58,6 +60,8 @@ class Attempt:
     number: int
     ends_at: float | None = None
     """Unix seconds at which it will be ended from outside; None: never."""
+    watchdog: Watchdog | Silent = field(default_factory=Silent)
+    """Is told what the rank begins."""
 
 
 def build(config: PretrainConfig, context: ParallelContext, attempt: Attempt, metrics: Metrics | NullMetrics) -> Trainer:
@@ -104,6 +108,8 @@ def build(config: PretrainConfig, context: ParallelContext, attempt: Attempt, me
             folder=attempt_folder(attempt.run_dir, attempt.number),
         ),
         state=resume(engine, store, config, attempt.run_dir),
+        stragglers=Stragglers(context, config.monitor.stragglers_every_steps),
+        watchdog=attempt.watchdog,
     )
 
 

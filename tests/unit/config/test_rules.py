@@ -167,6 +167,8 @@ CASES: list[tuple[str, list[str], str]] = [
     ("pretrain", ["guard.diverged_after_skips=0"], "guard.diverged_after_skips=0: must be at least 1"),
     ("pretrain", ["guard.max_rollbacks=-1"], "guard.max_rollbacks=-1: must not be negative"),
     ("pretrain", ["guard.spike_min_steps=129"], "guard.spike_min_steps=129: must not exceed guard.spike_window_steps=128"),
+    ("pretrain", ["watchdog.step_seconds=0"], "watchdog.step_seconds=0.0: must be above 0; null waits for ever"),
+    ("pretrain", ["watchdog.grace_seconds=0"], "watchdog.grace_seconds=0.0: must be above 0"),
     ("pretrain", ["monitor.norms_every_steps=0"], "monitor.norms_every_steps=0: must be at least 1"),
     ("pretrain", ["launch.time_limit_minutes=0"], "launch.time_limit_minutes=0.0: must be above 0; null sets no limit"),
     ("pretrain", ["checkpoint.keep_last=0"], "checkpoint.keep_last=0: must be at least 1, or there is nothing to resume from"),
