@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import socket
 import sys
 import time
 import traceback
@@ -86,7 +87,7 @@ def run(config: PretrainConfig, run_dir: Path, attempt: int, watchdog: Watchdog)
         sequence_parallel=config.parallel.sequence_parallel,
     )
     record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    watchdog.connect(context.store)
+    watchdog.connect(context.store, context.gather_to_all(socket.gethostname()))
     ends_at = None
     if config.launch.time_limit_minutes is not None:
         ends_at = float(os.environ.get("LONGHAUL_STARTED", time.time())) + 60 * config.launch.time_limit_minutes

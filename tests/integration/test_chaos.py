@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import pytest
@@ -14,10 +16,11 @@ import pytest
 from conf.errors import ConfigError, UserError
 from tests.integration.runs import WORDS
 from tools import watched_run
-from tools.chaos import ChaosConfig, Kill, Killed, Moment, Shape, chaos, judge, plan_moments
+from tools.chaos import ChaosConfig, Struck, chaos, judge
+from tools.chaos_faults import IN_SAVE, MEANING, Kind, Moment, Shape, Strike, plan_data_faults, plan_moments
 from tools.watched_run import UnexpectedEnd, WatchedRun
 
-SHAPE = Shape(processes=2, steps=120, save_steps=tuple(range(5, 120, 5)))
+SHAPE = Shape(processes=2, steps=120, samples=960, save_steps=tuple(range(5, 120, 5)))
 LEAVES_A_CHILD = """
 import subprocess, sys
 subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"], start_new_session=True)
@@ -90,40 +93,59 @@ def test_a_run_that_stands_still_is_given_up(tmp_path: Path) -> None:
 
 
 def test_moments_are_seeded_and_rise() -> None:
-    config = ChaosConfig(kills=20, kills_in_save=5, seed=3)
-    moments = plan_moments(config, SHAPE)
-    assert moments == plan_moments(config, SHAPE) != plan_moments(replace(config, seed=4), SHAPE)
+    kinds = get_args(Kind)
+    moments = plan_moments(30, kinds, SHAPE, seed=3)
+    assert moments == plan_moments(30, kinds, SHAPE, seed=3) != plan_moments(30, kinds, SHAPE, seed=4)
     steps = [moment.step for moment in moments]
-    assert steps == sorted(set(steps)) and len(steps) == 20 and steps[-1] < SHAPE.steps
-    assert sum(moment.in_save for moment in moments) == 5
-    assert all(moment.step in SHAPE.save_steps for moment in moments if moment.in_save)
-    assert {moment.victim for moment in moments} == {"machine", "supervisor", "rank"}
+    assert steps == sorted(set(steps)) and len(steps) == 30 and steps[-1] < SHAPE.steps
+    assert Counter(moment.kind for moment in moments) == dict.fromkeys(kinds, 2)
+    assert all(moment.step in SHAPE.save_steps for moment in moments if moment.kind in IN_SAVE)
+    assert set(MEANING) == set(kinds)
 
 
-def test_a_kill_that_no_attempt_answers_for_fails_the_campaign(tmp_path: Path) -> None:
-    """Two kills make three attempts; a fourth crashed by itself, and its restart must not hide it."""
+def test_bad_data_is_the_same_for_everybody_and_holds_a_divergence() -> None:
+    data = plan_data_faults(SHAPE, divergence_steps=3, seed=5)
+    assert data == plan_data_faults(SHAPE, divergence_steps=3, seed=5)
+    bad_steps = {sample // 8 for sample in data.nan_samples}
+    assert any({step, step + 1, step + 2} <= bad_steps for step in bad_steps)
+    assert data.spike_samples
+
+
+def test_an_attempt_that_no_fault_answers_for_fails_the_campaign(tmp_path: Path) -> None:
+    """Two faults make three attempts; a fourth crashed by itself, and its restart must not hide it."""
     calm, hunted = program(tmp_path / "calm", ""), program(tmp_path / "hunted", "")
     (hunted.run_dir / "logs" / "attempt-04").mkdir(parents=True)
-    moment = Moment(step=5, in_save=True, victim="machine", fraction=0.0)
-    kills = [Kill(moment=moment, attempt=attempt, seconds=1.0, step=5, save=None) for attempt in (1, 2)]
-    failures = judge(Killed(kills=kills, failures=[]), ChaosConfig(kills=2, kills_in_save=1), calm, hunted)
-    assert any("4 attempts for 2 kills" in line for line in failures)
-    assert any("0 of 1 kills fell inside a save" in line for line in failures)
+    (hunted.run_dir / "metrics.jsonl").write_bytes(b"")
+    moment = Moment(step=5, kind="machine", fraction=0.0)
+    strikes = [Strike(moment=moment, attempt=attempt, time=1.0, step=5, newest=0) for attempt in (1, 2)]
+    failures = judge(Struck(strikes=strikes, failures=[]), calm, hunted)
+    assert any("4 attempts for 2 faults" in line for line in failures)
     assert any("metrics.jsonl" in line for line in failures), "there is nothing to compare"
 
 
+def test_going_on_from_an_older_checkpoint_than_there_was_fails_the_campaign(tmp_path: Path) -> None:
+    calm, hunted = program(tmp_path / "calm", ""), program(tmp_path / "hunted", "")
+    (hunted.run_dir / "logs" / "attempt-02").mkdir(parents=True)
+    lines = [{"kind": "train", "step": step, "attempt": attempt, "time": 0.0} for attempt, step in ((1, 9), (2, 6))]
+    (hunted.run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    strikes = [Strike(moment=Moment(step=9, kind="rank", fraction=0.0), attempt=1, time=1.0, step=9, newest=8)]
+    failures = judge(Struck(strikes=strikes, failures=[]), calm, hunted)
+    assert "attempt 2 went on from step 5, there was a checkpoint of 8" in failures
+
+
 def test_a_run_that_is_too_short_is_refused() -> None:
-    with pytest.raises(UserError, match="the run has 10 steps and 1 saves"):
-        plan_moments(ChaosConfig(kills=9, kills_in_save=1), Shape(processes=2, steps=10, save_steps=(5,)))
-    with pytest.raises(UserError, match="kills_in_save=2"):
-        plan_moments(ChaosConfig(kills=3, kills_in_save=2), Shape(processes=2, steps=10, save_steps=(5,)))
+    short = Shape(processes=2, steps=10, samples=80, save_steps=(5,))
+    with pytest.raises(UserError, match="the run has 10 steps, and 1 saves"):
+        plan_moments(9, ("machine",), short, seed=0)
+    with pytest.raises(UserError, match="for 3 faults within one"):
+        plan_moments(3, ("rank_in_save",), short, seed=0)
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"kills": 0, "kills_in_save": 0}, "kills=0: must be at least 1"),
-        ({"kills": 2, "kills_in_save": 3}, "kills_in_save=3: must lie between 0 and kills=2"),
+        ({"faults": 0}, "faults=0: must be at least 1"),
+        ({"kinds": ()}, "kinds=\\[\\]: give at least one of machine"),
         ({"patience_seconds": 0.0}, "patience_seconds=0.0: must be above 0"),
     ],
 )
@@ -134,10 +156,10 @@ def test_settings_that_make_no_campaign_are_refused(fields: dict, said: str) -> 
 
 def test_a_folder_that_exists_is_left_alone(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists already"):
-        chaos([f"folder={tmp_path}", "kills=2", "kills_in_save=1", f"data.sources=[{{path: {corpus}}}]", *WORDS])
+        chaos([f"folder={tmp_path}", "faults=2", f"data.sources=[{{path: {corpus}}}]", *WORDS])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_word_that_neither_knows_is_refused(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="kils"):
-        chaos([f"folder={tmp_path / 'new'}", "kils=2", f"data.sources=[{{path: {corpus}}}]", *WORDS])
+    with pytest.raises(ConfigError, match="falts"):
+        chaos([f"folder={tmp_path / 'new'}", "falts=2", f"data.sources=[{{path: {corpus}}}]", *WORDS])

@@ -16,10 +16,12 @@ from tests.dist import run_ranks
 from tests.integration import faults
 from tests.integration.runs import EVALUATE_EVERY, STEPS, WORDS, attempt, settings
 from tools.chaos import chaos
+from tools.chaos_faults import MEANING
 from tools.exactness import differences
 from train.checkpoint.manifest import published, unpublished
 from train.metrics.jsonl import read_metrics
 
+SLOW_KINDS = ("hang", "stopped_rank")
 STOP = 7  # neither a save's step nor an evaluation's, and within the batch ramp
 
 
@@ -118,13 +120,20 @@ def test_a_changed_bit_of_a_checkpoint_is_noticed(undisturbed: Path, tmp_path: P
     assert differences(undisturbed, copy) == [f"{kind} of {logical}: 1 of {tensors[name].numel():,} elements differ"]
 
 
-@pytest.mark.parametrize(("zero", "kills", "in_save"), [(1, 2, 1), pytest.param(3, 1, 1, marks=pytest.mark.thorough)])
-def test_killed_runs_end_as_the_undisturbed_one(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], zero: int, kills: int, in_save: int
+@pytest.mark.parametrize(
+    ("zero", "faults", "kinds"),
+    [
+        (1, 3, "machine,rank_in_save,flipped_byte"),
+        pytest.param(3, 10, ",".join(kind for kind in MEANING if kind not in SLOW_KINDS), marks=pytest.mark.thorough),
+        pytest.param(2, 2, "hang,stopped_rank", marks=pytest.mark.thorough),
+    ],
+)
+def test_a_run_that_meets_faults_ends_as_the_undisturbed_one(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], zero: int, faults: int, kinds: str
 ) -> None:
-    campaign = (f"kills={kills}", f"kills_in_save={in_save}", "seed=2", f"folder={tmp_path / 'campaign'}")
-    layout = (f"parallel=zero{zero}", "launch.processes=2", f"data.sources=[{{path: {corpus}}}]")
-    code = chaos([*campaign, *WORDS, *layout])
+    campaign = (f"faults={faults}", f"kinds=[{kinds}]", "seed=2", f"folder={tmp_path / 'campaign'}")
+    settings = (*WORDS, "budget.steps=60", f"parallel=zero{zero}", "launch.processes=2", "watchdog.step_seconds=5")
+    code = chaos([*campaign, *settings, f"data.sources=[{{path: {corpus}}}]"])
     printed = capsys.readouterr().out
     assert code == 0, printed
-    assert f"equal to the bit after {kills} kills" in printed
+    assert f"equal to the bit after {faults} faults" in printed

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -55,6 +55,7 @@ class Watchdog:
         self._beat: tuple[Phase, int, float] = ("start-up", 0, time.monotonic())
         self._first_step_done = False
         self._store: Store | None = None
+        self._hosts = [socket.gethostname()] * world_size
         self._alarm: str | None = None
         self._closed = threading.Event()
         given = [value for value in _deadlines(config).values() if value is not None]
@@ -70,8 +71,12 @@ class Watchdog:
             self._first_step_done = True
         self._beat = (name, step, time.monotonic())
 
-    def connect(self, store: Any) -> None:
-        """Meet the other ranks. A client of its own: one that the training waits with would make this wait too."""
+    def connect(self, store: Any, hosts: Sequence[str]) -> None:
+        """Meet the other ranks; `hosts` are theirs, by rank.
+
+        The store's client becomes one of its own: with the training's, which may be waiting, this would wait too.
+        """
+        self._hosts = list(hosts)
         self._store = store.clone() if hasattr(store, "clone") else store
         threading.Thread(target=self._publish, name="watchdog-beats", daemon=True).start()
 
@@ -170,12 +175,11 @@ class Watchdog:
     def _report(self, alarm: str, found: dict[int, dict[str, Any]]) -> str:
         silent = [rank for rank in range(self.world_size) if "stacks" not in found.get(rank, {})]
         behind = silent or lagging(list(found.values()))
-        names = ", ".join(
-            f"rank {rank} on {found.get(rank, {}).get('host', 'a host that was never heard of')}" for rank in behind
-        )
+        names = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in behind)
         what = "does not answer" if silent else "lags"
-        where = found.get(behind[0], {})
-        summary = f"hung: {names} {what}, last seen in {where.get('phase', '?')} of step {where.get('step', '?')} ({alarm})"
+        where = found.get(behind[0])
+        seen = f", last seen in {where['phase']} of step {where['step']}" if where else ""
+        summary = f"hung: {names} {what}{seen} ({alarm})"
         report = {"summary": summary, "lagging_ranks": behind, "ranks": [found[rank] for rank in sorted(found)]}
         lines = [summary]
         for rank in sorted(found):

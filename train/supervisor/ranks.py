@@ -130,6 +130,7 @@ class RankGroup:
         """Ask the ranks that are left to end."""
         self.ended_by_us.update(self.alive)
         self.send(signal.SIGTERM)
+        self.send(signal.SIGCONT)  # one that was stopped could not hear it
 
     def kill(self) -> None:
         """End the ranks that are left and their children, now."""
