@@ -21,6 +21,7 @@ REQUIREMENTS = [
     "wandb>=0.22",
     "tensorboard>=2.18",
     "tqdm>=4.66",
+    "matplotlib>=3.9",
     "psutil>=6.0",
 ]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -90,6 +91,11 @@ class Loader:
                     "or switch evaluation off"
                 )
         self._first_sample = np.cumsum([0, *windows], dtype=np.int64)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Folder of the tokenizer that made the tokens."""
+        return self._manifests[0].tokenizer_path
 
     @property
     def num_samples(self) -> int:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from conf.errors import ConfigError, UserError
 from data_pipeline.config import DataConfig, SourceConfig
+from train.attempt import Attempt
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
 from train.config.monitor import MonitorConfig, WandbConfig
@@ -260,7 +261,7 @@ def _ways(
     from train.engine import BareEngine
     from train.metrics import Metrics, NullMetrics, RunIdentity
     from train.model.transformer import Reading, build_layers
-    from train.stages.pretrain import Attempt, blueprint_of, build, optimizer_of
+    from train.stages.pretrain import blueprint_of, build, optimizer_of
 
     facts = inspect_sources(settings.data)
     if facts.vocab_size > config.model.vocab_size:

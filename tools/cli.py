@@ -73,6 +73,27 @@ VERBS: dict[str, Verb] = {
         schema="tools.baseline:BaselineConfig",
         examples=("longhaul baseline run=runs/first",),
     ),
+    "inspect": Verb(
+        summary="show which documents a step read, and whether the data still is what it read",
+        function="tools.verbs:inspect",
+        root="inspect",
+        schema="tools.inspect_step:InspectConfig",
+        examples=("longhaul inspect run=runs/first step=41203", "longhaul inspect run=runs/first step=41203 sample=329617"),
+    ),
+    "report": Verb(
+        summary="write a run's curves, attempts and where its time went as one page; wandb=true sends it to Weights & Biases",
+        function="tools.verbs:report",
+        root="report",
+        schema="tools.report:ReportConfig",
+        examples=("longhaul report run=runs/first", "longhaul report run=runs/first wandb=true"),
+    ),
+    "verify-resume": Verb(
+        summary="run some steps of a configuration twice, and once with a kill between, and compare to the bit",
+        function="tools.verify_resume:verify_resume",
+        root="verify_resume",
+        schema="tools.verify_resume:VerifyConfig",
+        examples=("longhaul verify-resume steps=20 model=llama_1b 'data.sources=[{path: data/mine}]' launch.processes=8",),
+    ),
     "chaos": Verb(
         summary="do one fault after another to a small run, and show that it ends as the undisturbed one",
         function="tools.chaos:chaos",

@@ -59,6 +59,20 @@ def baseline(overrides: Sequence[str], config_dir: str | None = None) -> int:
     return run(validate(BaselineConfig, compose("baseline", overrides, config_dir)))
 
 
+def inspect(overrides: Sequence[str], config_dir: str | None = None) -> int:
+    """`longhaul inspect`."""
+    from tools.inspect_step import InspectConfig, run
+
+    return run(validate(InspectConfig, compose("inspect", overrides, config_dir)))
+
+
+def report(overrides: Sequence[str], config_dir: str | None = None) -> int:
+    """`longhaul report`."""
+    from tools.report import ReportConfig, run
+
+    return run(validate(ReportConfig, compose("report", overrides, config_dir)))
+
+
 BENCHES = {  # what is measured: module, its settings, root file
     "attention": ("tools.bench_attention", "BenchConfig", "bench_attention"),
     "checkpoint": ("tools.bench_checkpoint", "CheckpointBenchConfig", "bench_checkpoint"),

@@ -114,6 +114,7 @@ class Trainer:
             {
                 "lr": lr,
                 "batch": batch,
+                "spike": int(verdict.spike),
                 "data_hash": combined([agreement.total]),
                 "data_wait_seconds": waited,
                 **self.stragglers.after(state.step, result.busy_seconds),

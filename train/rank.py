@@ -17,6 +17,7 @@ from pathlib import Path
 
 from conf.compose import read_config
 from conf.errors import UserError
+from train.attempt import Attempt
 from train.checkpoint.manifest import write_durably
 from train.config.pretrain import PretrainConfig
 from train.health.watchdog import Watchdog
@@ -32,7 +33,7 @@ NEXT = {
 
 def main(arguments: list[str]) -> int:
     """Run this rank to its end; returns its exit code."""
-    run_dir = Path(arguments[0])
+    started, run_dir = time.time(), Path(arguments[0])
     faulthandler.enable()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # optional packages that are not needed
@@ -42,7 +43,11 @@ def main(arguments: list[str]) -> int:
     state: State
     try:
         config = read_config(PretrainConfig, run_dir / "config.yaml")
-        state, reason, step = run(config, run_dir, attempt, watch(config, run_dir, attempt))
+        limit = config.launch.time_limit_minutes
+        ends_at = None if limit is None else float(os.environ.get("LONGHAUL_STARTED", started)) + 60 * limit
+        watchdog = watch(config, run_dir, attempt)
+        own = Attempt(run_dir=run_dir, number=attempt, started=started, ends_at=ends_at, watchdog=watchdog)
+        state, reason, step = run(config, own)
     except UserError as error:
         state, reason = "refused", str(error)
         print(f"longhaul: {reason}", file=sys.stderr, flush=True)
@@ -73,12 +78,12 @@ def watch(config: PretrainConfig, run_dir: Path, attempt: int) -> Watchdog:
     )
 
 
-def run(config: PretrainConfig, run_dir: Path, attempt: int, watchdog: Watchdog) -> tuple[State, str, int | None]:
+def run(config: PretrainConfig, attempt: Attempt) -> tuple[State, str, int | None]:
     """(state, reason, last step) of the stage on this rank."""
     import torch.distributed as dist
 
     from train.parallel import start_rank
-    from train.stages.pretrain import Attempt, pretrain
+    from train.stages.pretrain import pretrain
 
     context = start_rank(
         config.launch.device,
@@ -86,16 +91,12 @@ def run(config: PretrainConfig, run_dir: Path, attempt: int, watchdog: Watchdog)
         tensor_parallel=config.parallel.tensor,
         sequence_parallel=config.parallel.sequence_parallel,
     )
-    record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    watchdog.connect(context.store, context.gather_to_all(socket.gethostname()))
-    ends_at = None
-    if config.launch.time_limit_minutes is not None:
-        ends_at = float(os.environ.get("LONGHAUL_STARTED", time.time())) + 60 * config.launch.time_limit_minutes
-    one = Attempt(run_dir=run_dir, number=attempt, ends_at=ends_at, watchdog=watchdog)
-    ending, step = pretrain(config, context, one, run=record)
-    watchdog.close()
+    record = json.loads((attempt.run_dir / "run.json").read_text(encoding="utf-8"))
+    attempt.watchdog.connect(context.store, context.gather_to_all(socket.gethostname()))
+    ending, step = pretrain(config, context, attempt, run=record)
+    attempt.watchdog.close()
     if context.is_first and ending.state == "finished":
-        write_durably(run_dir / "FINISHED", json.dumps({"step": step}).encode() + b"\n")
+        write_durably(attempt.run_dir / "FINISHED", json.dumps({"step": step}).encode() + b"\n")
     context.barrier()  # ranks leave together, so that no launcher sees one of them missing
     dist.destroy_process_group()
     state: State = "refused" if ending.state in ("diverged", "unsaved") else ending.state

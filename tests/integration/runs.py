@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_pipeline.config import DataConfig, SourceConfig
+from train.attempt import Attempt
 from train.config.model import ModelConfig
 from train.config.monitor import MonitorConfig, WandbConfig
 from train.config.pretrain import PretrainConfig
@@ -20,7 +21,7 @@ from train.config.training import (
     ScheduleConfig,
 )
 from train.parallel import ParallelContext
-from train.stages.pretrain import Attempt, pretrain
+from train.stages.pretrain import pretrain
 
 STEPS, SAVE_EVERY, EVALUATE_EVERY, SEQUENCE = 16, 5, 4, 32
 

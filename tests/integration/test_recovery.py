@@ -20,6 +20,7 @@ from tests.dist import run_ranks
 from tests.integration.runs import EVALUATE_EVERY, STEPS, attempt, settings
 from tools.exactness import differences
 from tools.fault_injection import Faults, Once, inject
+from train.attempt import Attempt
 from train.checkpoint.manifest import CheckpointError, DamagedCheckpoint, published, step_of
 from train.checkpoint.reader import CheckpointReader
 from train.config.guard import GuardConfig
@@ -338,7 +339,7 @@ def test_a_time_limit_leaves_time_for_the_save(corpus: Path, tmp_path: Path) -> 
 
 
 def limited(context: Any, config: PretrainConfig, run_dir: str) -> str:
-    from train.stages.pretrain import Attempt, pretrain
+    from train.stages.pretrain import pretrain
 
     original = Trainer._advance
 

@@ -37,6 +37,7 @@ ORDER = (
     "train.checkpoint",
     "train.metrics",
     "train.health",
+    "train.attempt",
     "train.state",
     "train.saver",
     "train.recovery",
@@ -86,6 +87,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "torch": (),
     "numpy": (),
     "tqdm": (),
+    "matplotlib": ("tools.curves",),
 }
 # Modules that work on a machine without torch, and answer before it would have been imported.
 TORCH_FREE = (

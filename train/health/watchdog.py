@@ -43,6 +43,12 @@ class Silent:
     def phase(self, name: Phase, step: int = 0) -> None:
         """Nothing."""
 
+    def connect(self, store: Any, hosts: Sequence[str]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
 
 class Watchdog:
     """This rank's. `leave` is called with the report's summary on the rank that wrote it; then every rank exits with 1."""

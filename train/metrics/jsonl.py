@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from conf.errors import UserError
@@ -95,19 +95,25 @@ def read_metrics(path: Path) -> list[dict[str, Value]]:
     A run that went back to a checkpoint writes steps again, and its newer lines replace the older ones. A torn last
     line is passed over. Raises UserError for a file that is missing or broken before its end.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); is it in the folder of a run?") from None
     last: dict[tuple[Value, Value, Value], dict[str, Value]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            record = decode(line)
-        except ValueError as error:
-            if number == len(lines):  # no newline behind it: its writer was killed, or is writing it now
-                continue
-            raise UserError(f"{path}:{number}: not a metrics line ({error}); remove the line to go on") from None
+    for record in read_lines(path):
         last[record["kind"], record.get("name", ""), record["step"]] = record
     return sorted(last.values(), key=lambda item: (item["step"], item["kind"] != "train"))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Value]]:
+    """Every record as it was written, those that a later attempt or a rollback replaced too. Raises as `read_metrics`."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); is it in the folder of a run?") from None
+    with file:
+        for number, line in enumerate(file, start=1):
+            if line == b"\n":
+                continue
+            try:
+                yield decode(line)
+            except ValueError as error:
+                if not line.endswith(b"\n"):  # its writer was killed, or is writing it now
+                    return
+                raise UserError(f"{path}:{number}: not a metrics line ({error}); remove the line to go on") from None

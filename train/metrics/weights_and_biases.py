@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from tqdm import tqdm
+
 from conf.errors import UserError
 from train.config.monitor import MonitorConfig, WandbConfig
 from train.metrics.jsonl import FILE_NAME, read_metrics
@@ -261,7 +263,7 @@ def replay(run_dir: Path, config: MonitorConfig, *, identity: RunIdentity) -> st
     wandb = _load_wandb()
     try:
         run, _ = start_run(config.wandb, run_dir, identity=identity, mode=mode, resume="never")
-        for record in records:
+        for record in tqdm(records, desc="records", unit="record", disable=None, leave=False):
             run.log(payload(record))
         place = run.url if mode == "online" else str(run_dir / "wandb")
         run.finish(exit_code=0)
@@ -277,7 +279,7 @@ def payload(record: Record) -> dict[str, Value]:
         section = f"val/{record['name']}" if record.get("name") else "val"
     values: dict[str, Value] = {"_timestamp": float(record["time"])}  # a replay keeps the true times
     for key, value in record.items():
-        if key not in ("kind", "name", "time"):
+        if key not in ("kind", "name", "time") and not isinstance(value, str):
             values[f"train/{key}" if key in _AXES else f"{section}/{key}"] = value
     return values
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import time
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from conf.compose import to_plain
 from conf.errors import UserError
 from data_pipeline.facts import inspect_sources
 from data_pipeline.loader import Loader
+from train.attempt import Attempt
 from train.checkpoint.manifest import write_durably
 from train.checkpoint.store import CheckpointStore
 from train.config.changes import check_resume
@@ -20,9 +21,10 @@ from train.device import peak_flops
 from train.engine import Engine
 from train.health.requests import Deadline, Requests
 from train.health.stragglers import Stragglers
-from train.health.watchdog import Silent, Watchdog
 from train.loop import Ending, Trainer
 from train.metrics import Metrics, NullMetrics, RunIdentity, Throughput
+from train.metrics.goodput import resume_goodput
+from train.metrics.jsonl import FILE_NAME
 from train.model.blueprint import Blueprint
 from train.model.transformer import Reading, build_layers
 from train.optim import OptimizerSpec
@@ -50,18 +52,6 @@ def blueprint_of(config: PretrainConfig, context: ParallelContext) -> Blueprint:
 def optimizer_of(config: PretrainConfig) -> OptimizerSpec:
     """How the run's parameters are updated."""
     return OptimizerSpec(settings=config.optim, width_ratio=config.model.width_ratio, compile=config.kernels.compile)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """One try at a run: where it is kept, its number, and until when it may last."""
-
-    run_dir: Path
-    number: int
-    ends_at: float | None = None
-    """Unix seconds at which it will be ended from outside; None: never."""
-    watchdog: Watchdog | Silent = field(default_factory=Silent)
-    """Is told what the rank begins."""
 
 
 def build(config: PretrainConfig, context: ParallelContext, attempt: Attempt, metrics: Metrics | NullMetrics) -> Trainer:
@@ -176,6 +166,10 @@ def pretrain(config: PretrainConfig, context: ParallelContext, attempt: Attempt,
     outcome, reason = "crashed", ""
     try:
         trainer = build(config, context, attempt, metrics)
+        if context.is_first:
+            books = {"step": trainer.state.step, "started": attempt.started, "now": time.time()}
+            trainer.goodput = resume_goodput(run_dir / FILE_NAME, **books)
+        trainer.saver.mark(trainer.state.step, trainer.goodput)
         for gone in trainer.saver.store.set_aside:
             metrics.alert("checkpoint set aside", f"step {gone.step}: {gone.reason}; it is in {gone.place}", level="error")
         if context.is_first:
