@@ -81,7 +81,7 @@ VERBS: dict[str, Verb] = {
         examples=("longhaul inspect run=runs/first step=41203", "longhaul inspect run=runs/first step=41203 sample=329617"),
     ),
     "report": Verb(
-        summary="write a run's curves, attempts and where its time went as one page; wandb=true sends it to Weights & Biases",
+        summary="write a run as one page: curves, attempts, where its time went; or send it to W&B",
         function="tools.verbs:report",
         root="report",
         schema="tools.report:ReportConfig",

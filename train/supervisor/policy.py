@@ -212,7 +212,7 @@ class _Attempt:
         """The verdict: the recorded outcome where it can be believed, otherwise what the exit codes say."""
         codes = {str(rank): code for rank, code in sorted(self._group.codes.items())}
         recorded = self._recorded()
-        if recorded is not None and not self._is_echo(recorded):
+        if recorded is not None and not self._is_echo(recorded) and not self._is_consequence(recorded):
             return replace(recorded, rank_codes=codes)
         state, reason = self._by_codes()
         return Outcome(
@@ -235,6 +235,11 @@ class _Attempt:
             and self._recorded_before_crash is None
             and not self._signals.stop_requested
         )
+
+    def _is_consequence(self, recorded: Outcome) -> bool:
+        """Whether `recorded` is rank 0's complaint that another rank was lost, which a signal had ended."""
+        own = {rank: code for rank, code in self._group.codes.items() if rank not in self._group.ended_by_us}
+        return recorded.state == "crashed" and own.get(0, 0) >= 0 and any(code < 0 for code in own.values())
 
     def _by_codes(self) -> tuple[State, str]:
         forwarded = self._signals.forwarded
