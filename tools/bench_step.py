@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from conf.errors import ConfigError, UserError
 from data_pipeline.config import DataConfig, SourceConfig
+from tools.bench_saves import add_stalls, measure_saves
 from train.attempt import Attempt
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
@@ -72,6 +73,8 @@ class StepBenchConfig:
     """Times that every way is run."""
     block_steps: int = 5
     """Steps of one turn; the first of them, which finds the caches full of another's data, is not counted."""
+    saves: int = 0
+    """Also save so many checkpoints on the way, and measure what the steps around them lose."""
     trace: bool = False
     """Also profile three steps of the loop: a trace that Perfetto reads, and a table of the collectives."""
     trace_file: str = "trace.json"
@@ -82,6 +85,8 @@ class StepBenchConfig:
         for name in ("sequence_length", "micro_batch", "micro_batches", "processes", "rounds"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.saves < 0:
+            problems.append(f"saves={self.saves}: must not be negative; 0 saves nothing")
         if self.block_steps < 2:
             problems.append(
                 f"block_steps={self.block_steps}: must be at least 2, since the first step of a turn is not counted"
@@ -166,7 +171,7 @@ def measure(config: StepBenchConfig, context: Any, folder: Path) -> dict[str, An
     from train.model.cost import flops_per_token
 
     settings = run_config(config, folder)
-    ways, metrics, peak = _ways(config, settings, context, folder)
+    ways, trainer, metrics, peak = _ways(config, settings, context, folder)
     for way in ways.values():
         for _ in range(3):
             way()
@@ -178,6 +183,8 @@ def measure(config: StepBenchConfig, context: Any, folder: Path) -> dict[str, An
         for name in [*ways, *ways][first : first + len(ways)]:
             times[name].append(_block(ways[name], config.block_steps))
         print(f"round {number + 1}/{config.rounds}: " + ", ".join(f"{n} {_ms(t[-1])}" for n, t in times.items()), flush=True)
+    saves = measure_saves(ways["loop"], trainer, config.saves) if config.saves else None
+    trainer.saver.close()
     if config.trace:
         _trace(ways["loop"], Path(config.trace_file) if context.is_first else None)
     metrics.close("finished", "")
@@ -188,7 +195,12 @@ def measure(config: StepBenchConfig, context: Any, folder: Path) -> dict[str, An
     waits = [record["data_wait_seconds"] / record["step_seconds"] for record in records[3:]]
     report["data_wait_share"] = round(statistics.median(waits), 5) if waits else None
     report["peak_memory_gib"] = round(_peak_memory(context.device) / 2**30, 3)
-    for line in describe(report):
+    lines = describe(report)
+    if saves is not None:
+        report["saves"] = saves
+        stalls = [float(r["checkpoint_stall_seconds"]) for r in records if "checkpoint_stall_seconds" in r]
+        lines += add_stalls(report, stalls[1:]) if stalls[1:] else []
+    for line in lines:
         print(line)
     return report
 
@@ -252,8 +264,8 @@ def describe(report: dict[str, Any]) -> list[str]:
 
 def _ways(
     config: StepBenchConfig, settings: PretrainConfig, context: Any, folder: Path
-) -> tuple[dict[str, Callable[[], None]], Any, Callable[[], float]]:
-    """(one step of each way, the loop's metrics, the rate of a large matrix product in FLOP/s)."""
+) -> tuple[dict[str, Callable[[], None]], Any, Any, Callable[[], float]]:
+    """(one step of each way, the loop's trainer and metrics, the rate of a large matrix product in FLOP/s)."""
     import torch
 
     from data_pipeline.facts import inspect_sources
@@ -302,8 +314,8 @@ def _ways(
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     if context.device.type == "cuda":
         known = peak_flops(context.device, config.precision)
-        return ways, metrics, lambda: known or float("nan")
-    return ways, metrics, lambda: measured_cpu_flops(dtype)
+        return ways, trainer, metrics, lambda: known or float("nan")
+    return ways, trainer, metrics, lambda: measured_cpu_flops(dtype)
 
 
 def _block(way: Callable[[], Any], steps: int) -> list[float]:

@@ -160,7 +160,11 @@ def disturb(run: WatchedRun, moments: Sequence[Moment], shape: Shape, pace_secon
                 if moment.kind in IN_SAVE and moment.step <= run.newest_checkpoint():
                     left = _with_another_try(left, moment, shape)  # an attempt before got further than meant
                     continue
-                strikes.append(do_fault(run, moment, shape, pace_seconds))
+                strike = do_fault(run, moment, shape, pace_seconds)
+                if strike is None:
+                    left = _with_another_try(left, moment, shape)
+                    continue
+                strikes.append(strike)
                 bar.update()
         run.finish()
     except UnexpectedEnd as error:

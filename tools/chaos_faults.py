@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import time
@@ -41,6 +42,7 @@ MEANING: dict[Kind, str] = {
 IN_SAVE = frozenset({"machine_in_save", "rank_in_save"})
 DAMAGE = frozenset({"flipped_byte", "cut_file"})
 INSIDE = frozenset({"hang", "slow_rank", "full_disk", "dying_writer", "file_system_error"})
+STEPS_BEHIND = 3  # a save that has not begun so many steps later will not
 ENDS_NO_ATTEMPT = frozenset({"slow_rank", "full_disk", "dying_writer", "file_system_error"})
 
 
@@ -137,8 +139,11 @@ def faults_of(moments: Sequence[Moment], data: Faults, shape: Shape) -> Faults:
     return Faults(nan_samples=data.nan_samples, spike_samples=data.spike_samples, once=tuple(once))
 
 
-def do_fault(run: WatchedRun, moment: Moment, shape: Shape, pace_seconds: float) -> Strike:
-    """Start the run where it does not run, wait for the moment, do the fault; returns when the run has to help itself."""
+def do_fault(run: WatchedRun, moment: Moment, shape: Shape, pace_seconds: float) -> Strike | None:
+    """Start the run where it does not run, wait for the moment, do the fault; returns when the run has to help itself.
+
+    None when the save that it was to come into did not take place: another fault had kept it from being written.
+    """
     run.start()
     began = time.time()
     if moment.kind in INSIDE:
@@ -147,7 +152,8 @@ def do_fault(run: WatchedRun, moment: Moment, shape: Shape, pace_seconds: float)
     ranks = run.wait_for_ranks(attempt, shape.processes)
     if moment.kind in IN_SAVE:
         files = 1 + int(moment.fraction * (shape.processes + 3))  # a rank's file each, three small ones, the tokenizer
-        run.wait(lambda: run.files_of_save(moment.step, began) >= files, f"step {moment.step} was saved", every_seconds=1e-4)
+        if not _meets_save(run, moment, attempt, files=files, since=began):
+            return None
     else:
         time.sleep(moment.fraction * pace_seconds)
     struck = time.time()
@@ -175,6 +181,19 @@ def do_fault(run: WatchedRun, moment: Moment, shape: Shape, pace_seconds: float)
         newest=run.newest_checkpoint(),
         torn=max(torn, default=None),
     )
+
+
+def _meets_save(run: WatchedRun, moment: Moment, attempt: int, *, files: int, since: float) -> bool:
+    """Wait for so many files of the moment's save; False when the run has gone on without it."""
+    looks = itertools.count()
+
+    def is_decided() -> bool:
+        if run.files_of_save(moment.step, since) >= files:
+            return True
+        return next(looks) % 500 == 499 and run.last_step(attempt) > moment.step + STEPS_BEHIND
+
+    run.wait(is_decided, f"step {moment.step} was saved", every_seconds=1e-4)
+    return run.files_of_save(moment.step, since) > 0
 
 
 def _reach(run: WatchedRun, moment: Moment, shape: Shape) -> int:

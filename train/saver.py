@@ -95,6 +95,11 @@ class Saver:
         self.settle()
         self.store.close()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no save is under way."""
+        return self.store.is_idle
+
     def newest_step(self) -> int | None:
         """Step of the newest checkpoint on disk."""
         folders = published(self.store.root)

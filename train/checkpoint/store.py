@@ -111,6 +111,11 @@ class CheckpointStore:
             return None
         return self.finish()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no save is under way."""
+        return self._saving is None or self._saving.result is not None
+
     def finish(self) -> SaveResult | None:
         """Wait for the save under way and return its result; None when there is none."""
         if self._saving is None:
