@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from tqdm import tqdm
 
 from conf.compose import read_config
 from conf.errors import ConfigError, UserError
+from data_pipeline.ledger import parse_ranges
 from train.config.pretrain import PretrainConfig
-from train.metrics.jsonl import read_metrics
+from train.metrics.jsonl import FILE_NAME, read_metrics
 
 DISCOUNTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 HELD_BACK = 20  # every so-manieth sample is set aside to choose the discount
@@ -82,16 +84,23 @@ def run(config: BaselineConfig) -> int:
     """
     run_dir = Path(config.run)
     settings = read_config(PretrainConfig, run_dir / "config.yaml")
-    evaluations = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "evaluation"]
+    records = read_metrics(run_dir / FILE_NAME)
+    evaluations = [line for line in records if line["kind"] == "evaluation"]
     if not evaluations:
         raise UserError(f"{run_dir}: has no evaluation yet; run it with evaluate.every_steps, or to its end")
     last = evaluations[-1]
-    samples = int(last["samples"])
+    samples = [
+        sample
+        for record in records
+        if record["kind"] == "train" and record["step"] <= last["step"]
+        for start, end in parse_ranges(str(record["sample_ranges"]))
+        for sample in range(start, end)
+    ]
     discount, loss, targets = baseline_loss(settings, samples)
     model_loss = float(last["loss"])
     report = {
         "step": last["step"],
-        "samples": samples,
+        "samples": len(samples),
         "bigram_loss": loss,
         "bigram_discount": discount,
         "model_loss": model_loss,
@@ -101,22 +110,22 @@ def run(config: BaselineConfig) -> int:
     (run_dir / "baseline.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     verdict = "below" if model_loss < loss else "NOT below"
     print(f"held-out loss    {model_loss:.4f} nats a token after step {last['step']:,} ({targets:,} targets)")
-    print(f"bigram model     {loss:.4f} nats a token, fitted on the same {samples:,} samples (Kneser-Ney, D = {discount})")
+    print(f"bigram model     {loss:.4f} nats a token, fitted on the same {len(samples):,} samples (Kneser-Ney, D = {discount})")
     perplexities = f"{math.exp(model_loss):.2f} to {math.exp(loss):.2f}"
     print(f"the model is     {abs(loss - model_loss):.4f} nats {verdict} the bigram; perplexity {perplexities}")
     return 0 if model_loss < loss else 1
 
 
-def baseline_loss(settings: PretrainConfig, samples: int) -> tuple[float, float, int]:
-    """(discount, held-out loss in nats a target, number of targets) of the bigram fitted on the first `samples` samples."""
+def baseline_loss(settings: PretrainConfig, samples: Sequence[int]) -> tuple[float, float, int]:
+    """(discount, held-out loss in nats a target, number of targets) of the bigram fitted on the samples of these numbers."""
     from data_pipeline.loader import Loader
 
     vocab_size = settings.model.vocab_size
     common = {"seed": settings.run.seed, "vocab_size": vocab_size}
     loader = Loader(settings.data, split="train", **common)
-    first, second, sample = _pairs(loader, range(samples), "reading the run's samples")
+    first, second, sample = _pairs(loader, samples, "reading the run's samples")
     back = sample % HELD_BACK == 0
-    trial = fit(first[~back], second[~back], vocab_size) if samples >= HELD_BACK else fit(first, second, vocab_size)
+    trial = fit(first[~back], second[~back], vocab_size) if len(samples) >= HELD_BACK else fit(first, second, vocab_size)
     discount = max(DISCOUNTS, key=lambda value: trial.log_probability(first[back], second[back], value).mean())
     held_out = Loader(settings.data, split="validation", **common)
     limit = min(held_out.num_samples, settings.evaluate.max_samples or held_out.num_samples)
@@ -125,7 +134,7 @@ def baseline_loss(settings: PretrainConfig, samples: int) -> tuple[float, float,
     return discount, float(-scores.mean()), len(scores)
 
 
-def _pairs(loader: object, samples: range, title: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pairs(loader: object, samples: Sequence[int], title: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(token, target, number of the sample) of every target in the samples."""
     parts = []
     for start in tqdm(range(0, len(samples), 64), desc=title, leave=False, disable=None):

@@ -88,10 +88,11 @@ def chaos(overrides: Sequence[str], config_dir: str | None = None) -> int:
     return run(replace(config, overrides=(*config.overrides, *(word for word in overrides if word not in mine))), config_dir)
 
 
-def run(config: ChaosConfig, config_dir: str | None = None) -> int:
+def run(config: ChaosConfig, config_dir: str | None = None, module: str = MODULE) -> int:
     """Run the campaign, print its table and the verdict; 0 when the disturbed run is the undisturbed one, else 1.
 
-    Raises UserError when the words do not make a run, the run is too short for so many faults, or the folder exists.
+    `module` is what runs them. Raises UserError when the words do not make a run, the run is too short for so many faults, or
+    the folder exists.
     """
     folder = Path(config.folder)
     words = [*config.overrides, f"run.folder={folder}", "budget.stop_at_step=null"]
@@ -100,7 +101,7 @@ def run(config: ChaosConfig, config_dir: str | None = None) -> int:
     data = plan_data_faults(shape, divergence_steps=divergence_steps, seed=config.seed) if config.bad_data else Faults()
     if folder.exists():
         raise UserError(f"folder={folder}: exists already; remove it, or give another one")
-    command = [sys.executable, "-P", "-m", MODULE, *words, *([f"--config-dir={config_dir}"] if config_dir else [])]
+    command = [sys.executable, "-P", "-m", module, *words, *([f"--config-dir={config_dir}"] if config_dir else [])]
     print(f"one run in peace, then one with {config.faults} faults; both below {folder}", flush=True)
     calm = _watched(command, folder / "undisturbed", config, data)
     try:

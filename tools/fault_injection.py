@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["hang", "stopped_rank", "slow_rank", "full_disk", "dying_writer", "file_system_error"]
+from train.checkpoint.manifest import published
+
+Kind = Literal["hang", "stopped_rank", "slow_rank", "full_disk", "dying_writer", "file_system_error", "death_after_a_save"]
 SLOW_SECONDS = 0.3
 
 
@@ -56,7 +58,7 @@ class Faults:
 
 
 def inject(faults: Faults, marks: Path) -> None:
-    """Alter this process so that it meets `faults`. `marks`: folder that tells which have happened."""
+    """Alter this process so that it meets `faults`. `marks`: folder in the run's folder that tells which have happened."""
     from train.engine import Engine
 
     original = Engine.train_step
@@ -64,7 +66,7 @@ def inject(faults: Faults, marks: Path) -> None:
     def train_step(self: Engine, batches: Sequence[Any], *, step: int, **options: Any) -> Any:
         for fault in faults.once:
             if (fault.rank, fault.step) == (self.context.rank, step) and _first_time(marks, fault):
-                _ACTIONS[fault.kind](self)
+                _ACTIONS[fault.kind](marks.parent)
         read = {sample for batch in batches for sample in batch.sample_ids}
         endings = []
         if read & set(faults.nan_samples):
@@ -101,16 +103,23 @@ def _magnify(engine: Any) -> Callable[[], None]:
     return head.register_forward_hook(lambda module, inputs, out: (out[0] * 500, out[1] * 500, out[2])).remove
 
 
-def _hang(_: Any) -> None:
+def _die_after_a_save(run_dir: Path) -> None:
+    """SIGKILL as soon as a checkpoint is there to resume from."""
+    while not published(run_dir / "checkpoints"):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hang(_: Path) -> None:
     while True:
         time.sleep(3600.0)
 
 
-def _stop_self(_: Any) -> None:
+def _stop_self(_: Path) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def _be_slow(_: Any) -> None:
+def _be_slow(_: Path) -> None:
     """From now on every step of this rank takes longer."""
     from train.engine import Engine
 
@@ -123,7 +132,7 @@ def _be_slow(_: Any) -> None:
     Engine.train_step = slow  # type: ignore[method-assign]
 
 
-def _fill_disk(_: Any) -> None:
+def _fill_disk(_: Path) -> None:
     """The next file that is written for a checkpoint ends in an error of the kernel, half written."""
     from train.checkpoint.writer import WriterProcess
 
@@ -141,7 +150,7 @@ def _fill_disk(_: Any) -> None:
     WriterProcess.write = write  # type: ignore[method-assign]
 
 
-def _kill_writer(_: Any) -> None:
+def _kill_writer(_: Path) -> None:
     """The process that writes the next checkpoint is killed when it is asked to."""
     from train.checkpoint.writer import WriterProcess
 
@@ -155,7 +164,7 @@ def _kill_writer(_: Any) -> None:
     WriterProcess.write = write  # type: ignore[method-assign]
 
 
-def _fail_publication(_: Any) -> None:
+def _fail_publication(_: Path) -> None:
     """The next checkpoint cannot be published: the file system answers with an error where its folder is made."""
     from train.checkpoint import saving
 
@@ -168,7 +177,8 @@ def _fail_publication(_: Any) -> None:
     saving.begin = begin
 
 
-_ACTIONS: dict[Kind, Callable[[Any], None]] = {
+_ACTIONS: dict[Kind, Callable[[Path], None]] = {
+    "death_after_a_save": _die_after_a_save,
     "hang": _hang,
     "stopped_rank": _stop_self,
     "slow_rank": _be_slow,

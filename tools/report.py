@@ -127,7 +127,9 @@ def _send(run_dir: Path, settings: PretrainConfig) -> int:
         layout={"processes": record.get("processes"), "zero": settings.parallel.zero, "tensor": settings.parallel.tensor},
         notes=settings.run.notes,
     )
-    print(f"sent             {replay(run_dir, settings.monitor, identity=identity)}")
+    # The run itself may have been told to stay offline; this is asked for.
+    monitor = replace(settings.monitor, wandb=replace(settings.monitor.wandb, mode="online"))
+    print(f"sent             {replay(run_dir, monitor, identity=identity)}")
     return 0
 
 

@@ -18,8 +18,11 @@ from tqdm import tqdm
 from conf.compose import compose, validate
 from conf.errors import ConfigError, UserError
 from tools.exactness import differences, num_records
+from tools.fault_injection import Faults, Once
+from tools.faulty_run import FAULTS_FILE, MODULE
 from tools.watched_run import UnexpectedEnd, WatchedRun
 from train.metrics.jsonl import FILE_NAME, read_metrics
+from train.outcome import ExitCode
 
 NOISE_FACTOR = 3.0  # two runs give one sample of the noise; the largest of N steps is rarely three times that of another
 SHOWN = 12
@@ -54,7 +57,7 @@ def verify_resume(overrides: Sequence[str], config_dir: str | None = None) -> in
     return run(replace(config, overrides=(*config.overrides, *(word for word in overrides if word not in mine))), config_dir)
 
 
-def run(config: VerifyConfig, config_dir: str | None = None, module: str = "tools.cli") -> int:
+def run(config: VerifyConfig, config_dir: str | None = None, module: str = MODULE) -> int:
     """Make the runs, compare, print the verdict; 0 when the resumed run is as good as an undisturbed one, else 1.
 
     Raises UserError when the words do not make a run, or the folder exists.
@@ -71,34 +74,30 @@ def run(config: VerifyConfig, config_dir: str | None = None, module: str = "tool
         raise UserError(f"steps={config.steps}: the run has {budget}; lower steps, or raise budget.steps")
     if folder.exists():
         raise UserError(f"folder={folder}: exists already; remove it, or give another one")
-    verb = ["pretrain"] if module == "tools.cli" else []
-    command = [sys.executable, "-P", "-m", module, *verb, *words, *([f"--config-dir={config_dir}"] if config_dir else [])]
+    command = [sys.executable, "-P", "-m", module, *words, *([f"--config-dir={config_dir}"] if config_dir else [])]
     runs = {name: folder / name for name in ("first", "second", "resumed")}
     print(f"{config.steps} steps twice, and once with a kill after {half}; all below {folder}", flush=True)
+    death = Once(kind="death_after_a_save", step=half + half // 2, rank=(settings.launch.processes or 1) - 1)
     try:
         for name, run_dir in tqdm(runs.items(), desc="runs", unit="run", disable=None, leave=False):
-            _complete([*command, f"run.name={name}"], run_dir, config, kill_at=half if name == "resumed" else None)
+            run_dir.mkdir(parents=True)
+            Faults(once=(death,) if name == "resumed" else ()).write(run_dir / FAULTS_FILE)
+            _complete([*command, f"run.name={name}"], run_dir, config, killed=name == "resumed")
     except UnexpectedEnd as error:
         raise UserError(f"a run failed: {error}") from None
     return judge(runs["first"], runs["second"], runs["resumed"])
 
 
-def _complete(command: Sequence[str], run_dir: Path, config: VerifyConfig, *, kill_at: int | None) -> None:
-    """Run to the last step; killed on the way after `kill_at` has been saved, and started again."""
+def _complete(command: Sequence[str], run_dir: Path, config: VerifyConfig, *, killed: bool) -> None:
+    """Run to the last step; one that is `killed` on the way is started again."""
     watched = WatchedRun(command, run_dir, config.patience_seconds)
     try:
-        if kill_at is not None:
+        if killed:
             watched.start()
-            watched.wait(
-                lambda: watched.newest_checkpoint() >= kill_at and watched.last_step(1) > kill_at,
-                f"step {kill_at} was saved and passed",
-            )
-            watched.kill_all()
-            if watched.last_step(1) >= config.steps:
-                raise UnexpectedEnd("the run was over before it could be killed; give more steps")
+            if (code := watched.wait_ended()) != ExitCode.CRASHED:
+                raise UnexpectedEnd(f"exit code {code} where it was to be killed, see {watched.log}")
         watched.start()
-        code = watched.wait_ended()
-        if code not in (0, 85):
+        if (code := watched.wait_ended()) not in (ExitCode.FINISHED, ExitCode.RESUMABLE):
             raise UnexpectedEnd(f"exit code {code}, see {watched.log}")
     finally:
         watched.close()

@@ -59,6 +59,7 @@ def pretrain(overrides: Sequence[str], config_dir: str | None = None, rank_comma
         processes=config.launch.processes,
         run_dir=run_dir,
         max_restarts=config.launch.max_restarts,
+        progress=lambda: published(run_dir / "checkpoints")[-1:],
         backoff_seconds=config.launch.backoff_seconds,
     )
     if code == ExitCode.FINISHED:

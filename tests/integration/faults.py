@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import publication
+from train.checkpoint import publication, saving
 from train.checkpoint.manifest import folder_of
 from train.checkpoint.store import CheckpointStore
 from train.checkpoint.writer import WriterProcess
 from train.engine import Engine
 from train.loop import Trainer
+from train.state import TrainState
 
 KILLED_SAVE = 10
 """Step whose save is not survived."""
@@ -68,6 +70,24 @@ MISTAKES: tuple[Callable[[], None], ...] = (
     moments_not_restored,
     updates_not_restored,
 )
+
+
+def guard_forgotten() -> None:
+    """A resumed run judges losses by none before."""
+    original = TrainState.from_plain
+    TrainState.from_plain = staticmethod(lambda raw: original({**raw, "guard": {}}))
+
+
+def manifest_before_the_files() -> None:
+    """A save says that it is done before the ranks have written: a kill then leaves a checkpoint of nothing."""
+    original = saving.begin
+
+    def begin(folder: Path, total_bytes: int) -> None:
+        original(folder, total_bytes)
+        (folder / publication.MANIFEST).write_text("{}")
+        time.sleep(0.3)
+
+    saving.begin = begin
 
 
 def _die() -> None:

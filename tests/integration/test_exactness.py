@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -64,6 +65,49 @@ def test_every_mistake_of_a_resume_is_noticed(corpus: Path, tmp_path: Path, mist
     steps = [int(match[1]) for line in found if (match := re.search(r": train of step (\d+): ", line))]
     assert min(steps) in (STOP + 1, STOP + 2), "the first step after the resume, or the first that its weights are used in"
     assert any(line.startswith("exp_avg of ") for line in found)
+
+
+def test_a_guard_that_is_forgotten_is_noticed(corpus: Path, tmp_path: Path) -> None:
+    reference = whole_run(corpus, tmp_path / "whole", change=faults.guard_forgotten)
+    found = differences(reference, resumed_run(corpus, tmp_path / "resumed", change=faults.guard_forgotten))
+    assert len(found) == 1 and found[0].startswith("state.json: ")
+
+
+def test_a_resume_costs_the_same_at_any_step(corpus: Path, tmp_path: Path) -> None:
+    """From step 10 and from step 1,000,000 as many batches are made and as many samples looked up before the next step."""
+    run_dir = tmp_path / "run"
+    stopping = settings(corpus, stop_at_step=STOP)
+    assert run_ranks(attempt, 1, stopping, str(run_dir), 1) == [("stopped", STOP)]
+    endless = settings(corpus, steps=2_000_000)
+    early, late = (run_ranks(work_of_a_resume, 1, endless, str(run_dir), step)[0] for step in (10, 10**6))
+    assert 8 <= early <= 20 and 8 <= late <= 20, "a batch of 8 and what is made ahead, not the samples before it"
+
+
+def work_of_a_resume(context: Any, config: Any, run_dir: str, step: int) -> int:
+    """How many samples a run that is resumed at `step` has looked up when it has done one step more."""
+    from data_pipeline.sampler import Sampler
+    from train.attempt import Attempt
+    from train.metrics import NullMetrics
+    from train.stages.pretrain import build
+    from train.state import TrainState
+
+    looked_up = []
+    locate, from_plain = Sampler.locate, TrainState.from_plain
+
+    def counted(self: Any, ids: Any) -> Any:
+        looked_up.extend(ids)
+        return locate(self, ids)
+
+    def moved(raw: Any) -> Any:
+        return from_plain({**raw, "step": step, "samples": 8 * step, "tokens": 8 * 32 * step})
+
+    Sampler.locate, TrainState.from_plain = counted, staticmethod(moved)
+    trainer = build(config, context, Attempt(run_dir=Path(run_dir), number=2), NullMetrics())
+    steps = trainer.steps()
+    next(steps)
+    assert trainer.state.step == step + 1
+    steps.close()
+    return len(looked_up)
 
 
 @pytest.mark.parametrize("death", faults.DEATHS, ids=lambda death: death.__name__)

@@ -236,8 +236,8 @@ class LaunchConfig:
     """What a rank computes on; auto: CUDA when this machine has it."""
     dry_run: bool = False
     """Print the resolved configuration and the plan, and stop."""
-    max_restarts: int = 0
-    """How often a crashed attempt is started again."""
+    max_restarts: int = 3
+    """How often a crashed run is started again without having written a checkpoint in between; 0: never."""
     backoff_seconds: float = 5.0
     """Wait before the first restart; doubled at each further one."""
     time_limit_minutes: float | None = None

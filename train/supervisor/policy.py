@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -32,6 +32,7 @@ def supervise(
     processes: int,
     run_dir: Path,
     max_restarts: int = 0,
+    progress: Callable[[], object] = lambda: None,
     backoff_seconds: float = 5.0,
     grace_seconds: float = 10.0,
     leave_seconds: float = 120.0,
@@ -39,7 +40,8 @@ def supervise(
 ) -> int:
     """Run `command` as `processes` ranks until it finishes, stops, refuses or has crashed too often.
 
-    `max_restarts` crashes are answered by a new attempt after `backoff_seconds`, doubled each time. When a rank
+    `max_restarts` crashes in a row are answered by a new attempt after `backoff_seconds`, doubled each time; they count
+    from the start again once `progress()` gives another value than before. When a rank
     crashes the others get SIGTERM and, `grace_seconds` later, SIGKILL. When a rank leaves in good order the others
     get `leave_seconds` to follow. `environment` replaces the inherited one. Call it from the main thread, in a
     process that has no other.
@@ -51,7 +53,7 @@ def supervise(
     base = dict(os.environ if environment is None else environment)
     base.setdefault("LONGHAUL_STARTED", repr(time.time()))  # a time limit counts from here, whatever attempt it is
     with _Signals() as signals:
-        restarts = 0
+        restarts, reached = 0, progress()
         while True:
             number = claim_attempt(run_dir)
             attempt = _Attempt(run_dir, number, signals=signals, grace_seconds=grace_seconds)
@@ -62,6 +64,8 @@ def supervise(
                 leave_seconds=leave_seconds,
             )
             outcome = attempt.outcome()
+            if (now := progress()) != reached:
+                restarts, reached = 0, now
             again = outcome.state == "crashed" and restarts < max_restarts and not signals.stop_requested
             delay_seconds = min(backoff_seconds * 2**restarts, _BACKOFF_LIMIT_SECONDS)
             if again:

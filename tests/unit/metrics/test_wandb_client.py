@@ -170,3 +170,23 @@ def test_a_service_that_accepts_and_never_answers(tmp_path: Path, service: Servi
     out = run(tmp_path, service=service, finish_seconds=1.0)
     assert "W&B: off (did not end within 1 s)" in out
     assert time.monotonic() - began < 8.0, "leaving does not wait either"
+
+
+def test_a_run_that_was_offline_is_sent_under_its_own_id(
+    tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The verb: the service has no run of that id, so it gets it; a run that is there already is not written over."""
+    from tests.unit.tools.test_report import eventful, run_folder
+
+    folder = run_folder(tmp_path / "run", eventful())
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environment |= {"NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
+    command = [sys.executable, "-P", "-m", "tools.cli", "report", f"run={folder}", "wandb=true"]
+    refused = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 93 and "needs a key; set WANDB_API_KEY" in refused.stderr
+    environment |= {"WANDB_BASE_URL": f"http://127.0.0.1:{service.server_address[1]}", "WANDB_API_KEY": "k" * 40}
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert service.buckets[0]["name"] == "w1"
+    sent = [row["train/tokens"] for row in service.history if "train/loss" in row]
+    assert sent == [64 * step for step in range(1, 61)], "of a step that was done again the last line"
