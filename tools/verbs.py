@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Sequence
 
 from conf.compose import compose, validate
@@ -22,8 +23,15 @@ def prepare(overrides: Sequence[str], config_dir: str | None = None) -> int:
 
     config = validate(PrepareConfig, compose("prepare", overrides, config_dir))
     from data_pipeline.prepare import prepare as run
+    from train.outcome import ExitCode
+    from train.stoppable import Stopped, stoppable
 
-    run(config)
+    try:
+        with stoppable():
+            run(config)
+    except Stopped as request:
+        print(f"longhaul prepare: stopped by {request}; the same command goes on behind what is done", file=sys.stderr)
+        return ExitCode.RESUMABLE
     return 0
 
 

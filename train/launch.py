@@ -22,11 +22,10 @@ from train.config.changes import check_resume
 from train.config.pretrain import PretrainConfig
 from train.outcome import ExitCode, last_attempt, read_outcome
 from train.plan import RunPlan, describe, make_plan
-from train.supervisor import supervise
+from train.stoppable import Stopped, stoppable
+from train.supervisor import Restarts, supervise
 
 VERSIONS_OF = ("torch", "deepspeed", "megatron-core", "transformers", "tokenizers", "numpy")
-
-
 RANK_COMMAND = (sys.executable, "-P", "-m", "train.rank")
 
 
@@ -35,6 +34,33 @@ def pretrain(overrides: Sequence[str], config_dir: str | None = None, rank_comma
 
     Raises UserError before anything is written when the configuration, the corpus or the newest checkpoint do not fit.
     """
+    try:
+        with stoppable():
+            ready = _get_ready(overrides, config_dir)
+    except Stopped as request:
+        print(f"longhaul: stopped by {request} before anything was started; run the same command again", file=sys.stderr)
+        return ExitCode.RESUMABLE
+    if ready is None:
+        return ExitCode.FINISHED
+    config, run_dir = ready
+    code = supervise(
+        [*rank_command, str(run_dir)],
+        processes=config.launch.processes,
+        run_dir=run_dir,
+        restarts=Restarts(
+            most=config.launch.max_restarts,
+            backoff_seconds=config.launch.backoff_seconds,
+            progress=lambda: published(run_dir / "checkpoints")[-1:],
+        ),
+    )
+    if code == ExitCode.FINISHED:
+        outcome = read_outcome(run_dir, last_attempt(run_dir))
+        print(f"finished         {run_dir}; next: {outcome.next if outcome else ''}")
+    return code
+
+
+def _get_ready(overrides: Sequence[str], config_dir: str | None) -> tuple[PretrainConfig, Path] | None:
+    """Check everything and make the run's folder; None when there is nothing to start."""
     config = validate(PretrainConfig, compose("pretrain", overrides, config_dir))
     facts = inspect_sources(config.data)
     config = settle(config, facts)
@@ -44,28 +70,17 @@ def pretrain(overrides: Sequence[str], config_dir: str | None = None, rank_comma
     if config.launch.dry_run:
         print(as_yaml(config), end="")
         show_plan(plan, config, facts, run_dir)
-        return ExitCode.FINISHED
+        return None
     show_plan(plan, config, facts, run_dir)
     going_on = compare_with_newest(config, facts, run_dir)
     if is_finished(run_dir, plan):
         print(f"{run_dir} is finished: its budget of {plan.total_steps:,} steps is used up; nothing to do")
-        return ExitCode.FINISHED
+        return None
     for line in going_on:
         print(line, flush=True)
     verify_sources(config.data)
     prepare_folder(run_dir, config)
-    code = supervise(
-        [*rank_command, str(run_dir)],
-        processes=config.launch.processes,
-        run_dir=run_dir,
-        max_restarts=config.launch.max_restarts,
-        progress=lambda: published(run_dir / "checkpoints")[-1:],
-        backoff_seconds=config.launch.backoff_seconds,
-    )
-    if code == ExitCode.FINISHED:
-        outcome = read_outcome(run_dir, last_attempt(run_dir))
-        print(f"finished         {run_dir}; next: {outcome.next if outcome else ''}")
-    return code
+    return config, run_dir
 
 
 def plan_only(overrides: Sequence[str], config_dir: str | None = None) -> int:

@@ -27,6 +27,7 @@ ORDER = (
     "train.model.cost",
     "train.plan",
     "train.outcome",
+    "train.stoppable",
     "train.rendezvous",
     "train.device",
     "train.parallel",

@@ -1,5 +1,5 @@
 """The local process supervisor: starts the ranks of a run on this machine and sees them through to an outcome."""
 
-from train.supervisor.policy import supervise
+from train.supervisor.policy import Restarts, supervise
 
-__all__ = ["supervise"]
+__all__ = ["Restarts", "supervise"]

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -26,22 +26,34 @@ _BACKOFF_LIMIT_SECONDS = 300.0
 _ORDERLY = frozenset({ExitCode.FINISHED, ExitCode.RESUMABLE, ExitCode.DO_NOT_RESTART})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Restarts:
+    """How a crash is answered: by a new attempt, `most` times in a row, after `backoff_seconds`, doubled each time.
+
+    They count from the start again once `progress()` gives another value than before.
+    """
+
+    most: int = 0
+    backoff_seconds: float = 5.0
+    progress: Callable[[], object] = lambda: None
+
+
+NEVER = Restarts()
+
+
 def supervise(
     command: Sequence[str],
     *,
     processes: int,
     run_dir: Path,
-    max_restarts: int = 0,
-    progress: Callable[[], object] = lambda: None,
-    backoff_seconds: float = 5.0,
+    restarts: Restarts = NEVER,
     grace_seconds: float = 10.0,
     leave_seconds: float = 120.0,
     environment: Mapping[str, str] | None = None,
 ) -> int:
     """Run `command` as `processes` ranks until it finishes, stops, refuses or has crashed too often.
 
-    `max_restarts` crashes in a row are answered by a new attempt after `backoff_seconds`, doubled each time; they count
-    from the start again once `progress()` gives another value than before. When a rank
+    Crashes are answered by new attempts as `restarts` says. When a rank
     crashes the others get SIGTERM and, `grace_seconds` later, SIGKILL. When a rank leaves in good order the others
     get `leave_seconds` to follow. `environment` replaces the inherited one. Call it from the main thread, in a
     process that has no other.
@@ -53,7 +65,7 @@ def supervise(
     base = dict(os.environ if environment is None else environment)
     base.setdefault("LONGHAUL_STARTED", repr(time.time()))  # a time limit counts from here, whatever attempt it is
     with _Signals() as signals:
-        restarts, reached = 0, progress()
+        in_a_row, reached = 0, restarts.progress()
         while True:
             number = claim_attempt(run_dir)
             attempt = _Attempt(run_dir, number, signals=signals, grace_seconds=grace_seconds)
@@ -64,10 +76,10 @@ def supervise(
                 leave_seconds=leave_seconds,
             )
             outcome = attempt.outcome()
-            if (now := progress()) != reached:
-                restarts, reached = 0, now
-            again = outcome.state == "crashed" and restarts < max_restarts and not signals.stop_requested
-            delay_seconds = min(backoff_seconds * 2**restarts, _BACKOFF_LIMIT_SECONDS)
+            if (now := restarts.progress()) != reached:
+                in_a_row, reached = 0, now
+            again = outcome.state == "crashed" and in_a_row < restarts.most and not signals.stop_requested
+            delay_seconds = min(restarts.backoff_seconds * 2**in_a_row, _BACKOFF_LIMIT_SECONDS)
             if again:
                 outcome = replace(outcome, next=f"Nothing: the supervisor tries again after {delay_seconds:g} s.")
             _write(run_dir, outcome)
@@ -77,8 +89,8 @@ def supervise(
                 say(outcome.next)
             if not again or not signals.sleep(delay_seconds):
                 return int(outcome.exit_code)
-            restarts += 1
-            say(f"restart {restarts} of {max_restarts}")
+            in_a_row += 1
+            say(f"restart {in_a_row} of {restarts.most}")
 
 
 def _write(run_dir: Path, outcome: Outcome) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +85,29 @@ def test_folder_with_packages_of_the_same_names_is_not_imported(tmp_path: object
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package')")  # type: ignore[operator]
     done = subprocess.run([*COMMAND, "plan", "--help"], cwd=str(tmp_path), capture_output=True, text=True, check=True)
     assert "groups (GROUP=OPTION):" in done.stdout
+
+
+def test_a_stop_before_anything_was_started(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the corpus is hashed, say: exit code 85, nothing written, the signals' old handlers back."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("train.launch.verify_sources", lambda _: signal.raise_signal(signal.SIGTERM))
+    words = ["model=gpt2_tiny", f"data.sources=[{{path: {corpus}}}]", "data.sequence_length=32", "budget.steps=9"]
+    more = ["schedule.warmup_steps=1", "batch.sequences=8", f"run.folder={tmp_path}", "launch.device=cpu"]
+    assert main(["pretrain", *words, *more]) == 85
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_stop_while_a_corpus_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps that are done stay done, and the same command goes on behind them."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(30):
+        (text / f"{number}.txt").write_text(f"{number} words of many kinds, " * 40)
+    words = ["prepare", "corpus=text", f"corpus.paths=[{text}]", "tokenizer.vocab_size=300", f"output={tmp_path / 'out'}"]
+    with monkeypatch.context() as patched:
+        patched.setattr("data_pipeline.prepare._publish", lambda *_, **__: signal.raise_signal(signal.SIGUSR1))
+        assert main(words) == 85
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert main(words) == 0
+    assert (tmp_path / "out" / "manifest.json").exists()

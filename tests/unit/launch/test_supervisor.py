@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from conf.errors import UserError
-from train.outcome import Outcome, attempt_folder, read_outcome
+from train.outcome import Outcome, attempt_folder, last_attempt, read_outcome
 from train.supervisor import supervise
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -38,10 +38,11 @@ import signal, sys
 from pathlib import Path
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # both may be ignored here, as under nohup
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from train.supervisor import supervise
+from train.supervisor import Restarts, supervise
 run = Path(sys.argv[1])
 sys.exit(supervise([sys.executable, "-S", str(run / "rank.py")], processes=int(sys.argv[2]), run_dir=run,
-                   max_restarts=int(sys.argv[3]), backoff_seconds=0.05, grace_seconds=0.5, leave_seconds=1.0))
+                   restarts=Restarts(most=int(sys.argv[3]), backoff_seconds=0.05, progress=lambda: list(run.glob("saved-*"))),
+                   grace_seconds=0.5, leave_seconds=1.0))
 """
 
 
@@ -378,3 +379,18 @@ def test_a_closed_console_does_not_end_the_run(launch: Callable[..., Launch]) ->
 def test_a_console_nobody_reads_does_not_hold_the_watch(launch: Callable[..., Launch]) -> None:
     run = launch("print('x' * 300_000); sys.exit(5)", processes=1)
     assert run.process.wait(timeout=5) == 1
+
+
+def test_crashes_count_from_the_start_again_after_progress(launch: Callable[..., Launch]) -> None:
+    """Two restarts in a row are allowed. The third attempt gets further before it crashes, so there are two more."""
+    run = launch(
+        """
+        if attempt == 3:
+            Path(os.environ["RUN"], "saved-1").touch()
+        sys.exit(9)
+        """,
+        max_restarts=2,
+        processes=1,
+    )
+    assert run.result()[0] == 1
+    assert last_attempt(run.run) == 5
