@@ -105,8 +105,8 @@ class Trainer:
         self.watchdog.phase("log", state.step)
         guard = Guard(self.config.guard, state.guard)
         verdict = guard.judge(result.loss, skipped=result.skipped, step=state.step, samples=state.samples)
-        self.saver.note_step(result)
         seconds = time.perf_counter() - started
+        self.saver.note_step(result, seconds)
         self.goodput.add("productive", seconds - stalled)
         self.goodput.add("checkpoint", stalled)
         self._log_step(

@@ -100,6 +100,10 @@ class ParallelContext:
         """Put `value` on the board that all ranks can read, from any thread."""
         self.store.set(key, value)
 
+    def take_down(self, key: str) -> None:
+        """Remove `key` from the board, from any thread; one that is not there is no error."""
+        self.store.delete_key(key)
+
     def posted(self, key: str, *, is_over: Callable[[], bool] = lambda: False) -> bytes | None:
         """Wait until a rank has posted `key`, from any thread; None when `is_over` before."""
         pause = 0.002

@@ -31,8 +31,10 @@ class Saver:
         self._validation: tuple[int, float] | None = None
         self._productive_at: dict[int, float] = {}
 
-    def note_step(self, result: StepResult) -> None:
+    def note_step(self, result: StepResult, seconds: float) -> None:
         """The figures that a checkpoint of these weights will carry: those of the last update; a skipped step is none."""
+        if self.deadline is not None:
+            self.deadline.step_seconds = max(seconds, 0.9 * self.deadline.step_seconds)
         if not result.skipped:
             self._health = {"loss": result.loss, "grad_norm": result.grad_norm}
 

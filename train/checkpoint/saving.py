@@ -48,6 +48,8 @@ class SaveTask:
     """Of all ranks."""
     key: str
     """Prefix on the board, of this save alone."""
+    stale_key: str | None = None
+    """Prefix of a save whose end all ranks have read; what is left of it is taken down."""
 
 
 class Saving(threading.Thread):
@@ -82,13 +84,16 @@ class Saving(threading.Thread):
 
     def run(self) -> None:
         """Carry the save through; what goes wrong is in `result`, on every rank."""
-        problem = self._through()
-        self.result = SaveResult(
-            step=self.task.publication.step,
-            problem=problem,
-            bytes=self.task.total_bytes,
-            seconds=time.monotonic() - self._began,
-        )
+        problem: str | None = "an error of the program ended it, see the log"
+        try:
+            problem = self._through()
+        finally:
+            self.result = SaveResult(
+                step=self.task.publication.step,
+                problem=problem,
+                bytes=self.task.total_bytes,
+                seconds=time.monotonic() - self._began,
+            )
 
     def _through(self) -> str | None:
         try:
@@ -115,7 +120,13 @@ class Saving(threading.Thread):
         return {"file": self.task.file, "index": self.task.index, "probe": self.task.has_probe, **written}
 
     def _publish(self) -> None:
-        reports = [self._answer(f"written/{rank}") for rank in range(self.context.world_size)]
+        names = [f"written/{rank}" for rank in range(self.context.world_size)]
+        reports = [self._answer(name) for name in names]
+        # A rank that has written has read all that came before; the indices of a large job would fill the board.
+        for name in (*names, "begun"):
+            self.context.take_down(f"{self.task.key}/{name}")
+        if self.task.stale_key is not None:
+            self.context.take_down(f"{self.task.stale_key}/published")
         problems = list(dict.fromkeys(report["problem"] for report in reports if "problem" in report))
         try:
             if problems:

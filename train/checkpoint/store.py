@@ -89,13 +89,15 @@ class CheckpointStore:
         logits = engine.probe()
         if self.context.is_first:
             tensors[PROBE] = logits
+        number = next(self._saves)
         task = SaveTask(
             publication=self._publication(step, tokens, state, health or {}),
             file=f"rank-{self.context.rank:05d}.safetensors",
             index=_index(pieces),
             has_probe=self.context.is_first,
             total_bytes=self._make_ready({name: tuple(tensor.shape) for name, tensor in tensors.items()}),
-            key=f"{self._key}/{next(self._saves)}",
+            key=f"{self._key}/{number}",
+            stale_key=f"{self._key}/{number - 2}" if number >= 2 else None,
         )
         self._saving = Saving(task, self._image, self._writer, self.context)
         self._saving.begin(tensors)
