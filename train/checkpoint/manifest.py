@@ -166,6 +166,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: damaged ({type(error).__name__}: {error}); remove {folder} to use an older one"
         ) from None
     named = [*manifest.files, *(piece.file for entry in manifest.tensors.values() for piece in entry.fragments)]
+    named += [] if manifest.probe is None else [manifest.probe]
     for name in named:
         if name.startswith("/") or ".." in Path(name).parts:
             raise CheckpointError(f"{path}: names a file outside the checkpoint: {name}")

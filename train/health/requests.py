@@ -34,9 +34,10 @@ class Agreement:
 class Deadline:
     """When a run has to begin to stop, so that its last save is done within its time."""
 
-    def __init__(self, ends_at: float, clock: Callable[[], float] = time.time) -> None:
-        """ends_at: unix seconds."""
-        self.ends_at, self._clock = ends_at, clock
+    def __init__(self, seconds_left: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """seconds_left: from now on; counted by a clock that nobody sets."""
+        self._clock = clock
+        self._ends_at = clock() + seconds_left
         self.save_seconds: float | None = None
         """The longest save so far; None: none yet."""
         self.step_seconds = 0.0
@@ -45,7 +46,7 @@ class Deadline:
     def is_near(self) -> bool:
         """Whether another step might leave too little time for the save."""
         save = _RESERVE_SECONDS if self.save_seconds is None else self.save_seconds
-        return self._clock() + _MARGIN * (save + self.step_seconds) >= self.ends_at
+        return self._clock() + _MARGIN * (save + self.step_seconds) >= self._ends_at
 
 
 class Requests:

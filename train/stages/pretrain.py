@@ -76,7 +76,7 @@ def build(config: PretrainConfig, context: ParallelContext, attempt: Attempt, me
         tokenizer_folder=corpus.tokenizer_path,
         data_fingerprint=corpus.fingerprint,
     )
-    deadline = None if attempt.ends_at is None else Deadline(attempt.ends_at)
+    deadline = None if attempt.ends_at is None else Deadline(attempt.ends_at - time.time())
     split = {"seed": config.run.seed, "vocab_size": config.model.vocab_size}
     loader = Loader(config.data, split="train", pin=context.device.type == "cuda", **split)
     return Trainer(

@@ -20,6 +20,8 @@ from train.health.requests import Deadline
     ids=["far away", "just before", "time for the save", "a quick save", "never saved", "never saved, a reserve of 60 s"],
 )
 def test_it_is_near_when_a_save_and_a_step_may_not_fit(now: float, save: float | None, step: float, near: bool) -> None:
-    deadline = Deadline(1000.0, clock=lambda: now)
+    clock = [0.0]
+    deadline = Deadline(1000.0, clock=lambda: clock[0])
+    clock[0] = now
     deadline.save_seconds, deadline.step_seconds = save, step
     assert deadline.is_near() is near
