@@ -6,6 +6,7 @@ import json
 import math
 import random
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +79,26 @@ def test_a_loss_that_stays_high_is_a_divergence_and_the_last_good_step_is_known(
     verdicts = [watched.see(6.0) for _ in range(5)]
     assert [verdict.diverged for verdict in verdicts] == [None] * 4 + ["the loss was a spike for 5 steps in a row"]
     assert (watched.guard.state.good_step, watched.guard.state.good_samples) == (1000, 8000)
+
+
+def recorded_losses() -> list[float]:
+    """A real run of small batches: noisy, and falling slowly for most of its steps."""
+    lines = (Path(__file__).parents[2] / "golden/losses_5000_steps.txt").read_text().splitlines()
+    return [float(line) for line in lines if not line.startswith("#")]
+
+
+def test_no_alarm_over_a_recorded_run() -> None:
+    losses, watched = recorded_losses(), Watched()
+    assert len(losses) == 5000
+    assert [step for step, loss in enumerate(losses) if watched.see(loss).spike] == []
+
+
+def test_a_spike_in_a_recorded_run_is_seen() -> None:
+    """Twice the loss, anywhere behind the first steps: at most one in fifty hides in the noise of these small batches."""
+    losses, missed, places = recorded_losses(), 0, range(100, 5000, 37)
+    watched = Watched()
+    for step, loss in enumerate(losses):
+        if step in places:
+            missed += not watched.see(2 * loss).spike
+        watched.see(loss)
+    assert missed <= len(places) / 50
