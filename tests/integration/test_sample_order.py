@@ -10,6 +10,7 @@ import pytest
 
 from tests.dist import run_ranks
 from tests.integration.runs import settings
+from train.attempt import Attempt
 from train.config.pretrain import PretrainConfig
 from train.config.training import BatchConfig, RunConfig
 from train.metrics import NullMetrics
@@ -22,7 +23,7 @@ PLAIN = BatchConfig(sequences=6, micro_batch=1)
 
 def read(context: ParallelContext, config: PretrainConfig, run_dir: str) -> list[list[tuple[int, str]]]:
     """(sample id, hash of its tokens) of every sample that this rank trained on, step by step, in a real run."""
-    trainer = build(config, context, Path(run_dir), NullMetrics())
+    trainer = build(config, context, Attempt(run_dir=Path(run_dir), number=1), NullMetrics())
     seen: list[list[tuple[int, str]]] = []
     train_step = trainer.engine.train_step
 
