@@ -176,7 +176,8 @@ def test_a_run_that_meets_faults_ends_as_the_undisturbed_one(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], zero: int, faults: int, kinds: str
 ) -> None:
     campaign = (f"faults={faults}", f"kinds=[{kinds}]", "seed=2", f"folder={tmp_path / 'campaign'}")
-    settings = (*WORDS, "budget.steps=60", f"parallel=zero{zero}", "launch.processes=2", "watchdog.step_seconds=5")
+    guard = ("guard.diverged_after_skips=3", "guard.leave_out_steps_before=0", "checkpoint.keep_last=3")
+    settings = (*WORDS, "budget.steps=60", f"parallel=zero{zero}", "launch.processes=2", "watchdog.step_seconds=5", *guard)
     code = chaos([*campaign, *settings, f"data.sources=[{{path: {corpus}}}]"])
     printed = capsys.readouterr().out
     assert code == 0, printed

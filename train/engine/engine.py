@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from types import ModuleType
@@ -182,27 +182,25 @@ class Engine:
 
         They tell whether weights that come back are the weights that were saved, and whether they still mean the same.
         """
-        model = self.module
+        model, seen = self.module, []
         reading, length = model.reading, min(PROBE_TOKENS, model.reading.sequence_length)
         tokens_T = (torch.arange(length) * 7919 + 13).remainder(model.vocab_size)
-        tensors = (tokens_T, torch.arange(length), torch.tensor([0, length], dtype=torch.int32))
+        bounds = torch.tensor([0, length], dtype=torch.int32)
+        tensors = [tensor.to(self.context.device) for tensor in (tokens_T, tokens_T, torch.arange(length), bounds)]
+        # A whole forward pass, the logits taken on the way: stage 3 keeps the order of the modules in mind, and one that
+        # ended before the head would be an error at the next evaluation.
+        hook = model.layers[-1].register_forward_pre_hook(lambda head, inputs: seen.append(head.logits(inputs[0][0])))
         model.read_as(replace(reading, sequence_length=length, document_mask=False))
-        model.eval()
+        self._deepspeed.eval()
         try:
-            # Uncompiled: another shape would be compiled for a minute, and is seen only here.
-            with torch.compiler.set_stance("force_eager"):
-                hidden_TH = model.hidden(*(tensor.to(self.context.device) for tensor in tensors))
-                with self._gathered(model.layers[-1]):
-                    logits_TV = model.layers[-1].logits(hidden_TH)
+            with torch.compiler.set_stance(
+                "force_eager"
+            ):  # another shape would be compiled for a minute, and is seen only here
+                self._deepspeed(*tensors)
         finally:
+            hook.remove()
             model.read_as(reading)
-        return logits_TV[-PROBE_POSITIONS:, : model.vocab_size].float()
-
-    def _gathered(self, module: nn.Module) -> AbstractContextManager:
-        """Around a use of `module` that is no call of it: stage 3 gathers weights at calls alone."""
-        if self.zero != 3:
-            return nullcontext()
-        return load_deepspeed(self.context).zero.GatheredParameters(list(module.parameters()))
+        return seen[0][-PROBE_POSITIONS:, : model.vocab_size].float()
 
     def fragments(self) -> list[fragments.Fragment]:
         """This rank's part of the fp32 weights and of the optimizer's state, as live views."""

@@ -340,11 +340,7 @@ class Decoder(nn.Module):
 
     def logits(self, tokens_T: Tensor, positions_T: Tensor, bounds: Tensor) -> Tensor:
         """[T, V] of a micro-batch, in the model's dtype."""
-        return self.layers[-1].logits(self.hidden(tokens_T, positions_T, bounds))
-
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, bounds: Tensor) -> Tensor:
-        """[T, H] of a micro-batch: what the head reads."""
         state = (tokens_T, tokens_T, positions_T, bounds)
         for layer in self.layers[:-1]:
             state = layer(state)
-        return state[0]
+        return self.layers[-1].logits(state[0])
