@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -138,4 +139,12 @@ class HeldOut:
             sample_ids=(number,),
             target_tokens=int((labels_T != IGNORE).sum()),
             target_bytes=0,
+            data_hash=0,
         )
+
+
+def rewritten(folder: Path, **changes: object) -> None:
+    """The manifest of `folder` with other values, as somebody would write it who knows the format: without a seal."""
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw.pop("seal")
+    (folder / "manifest.json").write_text(json.dumps({**raw, "version": 1, **changes}))

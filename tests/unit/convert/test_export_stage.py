@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.compose import compose, validate
 from conf.errors import ConfigError, UserError
-from tests.unit.convert.checkpoints import GPT2, LLAMA, write_checkpoint
+from tests.unit.convert.checkpoints import GPT2, LLAMA, rewritten, write_checkpoint
 from train.checkpoint.manifest import file_facts
 from train.checkpoint.reader import CheckpointReader
 from train.config.export import ExportConfig
@@ -63,8 +63,7 @@ def test_held_out_text_that_is_gone_or_another_is_not_measured(tmp_path, corpus)
     assert "no-corpus" in find_held_out(gone).figures["not_measured"]
     folder = write_checkpoint(tmp_path / "run", replace(LLAMA, vocab_size=300), corpus=corpus)
     assert find_held_out(CheckpointReader(folder)).num_samples > 0
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"data_fingerprint": "another"}))
+    rewritten(folder, data_fingerprint="another")
     assert "is not the one" in find_held_out(CheckpointReader(folder)).figures["not_measured"]
 
 
@@ -120,7 +119,7 @@ def _rewrite(checkpoint, change):
     save_file(tensors, path, metadata={"format": "pt"})
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"][path.name] = vars(file_facts(path))
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    rewritten(checkpoint, **{key: value for key, value in manifest.items() if key not in ("seal", "version")})
 
 
 def test_damage_and_divergence_are_told(tmp_path):
@@ -138,7 +137,7 @@ def test_a_checkpoint_that_is_not_its_configurations(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "run", LLAMA)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["tensors"]["extra.weight"] = manifest["tensors"].pop("final_norm.weight")
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    rewritten(checkpoint, **{key: value for key, value in manifest.items() if key not in ("seal", "version")})
     with pytest.raises(UserError, match="holds unknown extra.weight; lacks final_norm.weight"):
         run(_config(tmp_path))
 
