@@ -6,7 +6,9 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,11 +16,12 @@ MOST_POINTS = 1000  # of a curve; more are binned, with the range of each bin dr
 INK, GRID = "#808080", "#80808040"  # legible on light and dark pages
 COLOURS = ("#3b82c4", "#d97706", "#3f9e6e", "#b0508c", "#7c6bc4", "#c0504d", "#5b8f99", "#9a7b4f")
 MARK_STYLES = {
-    "restart": ("#808080", "--"),
-    "rollback": ("#c0504d", "-"),
-    "spike": ("#d97706", ":"),
-    "skipped": ("#b0508c", ":"),
+    "restart": ("#808080", "--", "|"),
+    "rollback": ("#c0504d", "-", "<"),
+    "spike": ("#d97706", ":", "^"),
+    "skipped": ("#b0508c", ":", "x"),
 }
+MOST_MARKS = 400  # lines of one kind that a picture can still part
 FEW = 3  # points that a line alone would not show
 
 
@@ -34,14 +37,17 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One diagram. `marks`: kind of event -> steps, see MARK_STYLES."""
+    """One diagram."""
 
     name: str
     title: str
     unit: str
     curves: Sequence[Curve]
     logarithmic: bool = False
+    large: bool = False
+    """Values are shown with the signs of thousands, millions and more: 1.3 M."""
     marks: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Kind of event, see MARK_STYLES -> its steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +85,9 @@ def draw(chart: Chart, folder: Path) -> str:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": chart.name, "font.size": 9, "font.family": "sans-serif"}
+        {"svg.fonttype": "none", "svg.hashsalt": chart.name, "font.size": 11, "font.family": "sans-serif"}
     ):
-        figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
         _fill(figure.add_subplot(), chart)
         figure.savefig(folder / f"{chart.name}.png", dpi=150, facecolor="white", metadata={"Software": None})
         text = io.StringIO()
@@ -89,10 +95,10 @@ def draw(chart: Chart, folder: Path) -> str:
     return _inline(text.getvalue(), chart)
 
 
-def _fill(axes: object, chart: Chart) -> None:
-    for number, curve in enumerate(chart.curves):
+def _fill(axes: Any, chart: Chart) -> None:
+    curves = [binned(curve.steps, curve.values) for curve in chart.curves]
+    for number, (curve, data) in enumerate(zip(chart.curves, curves, strict=True)):
         colour = COLOURS[number % len(COLOURS)]
-        data = binned(curve.steps, curve.values)
         if curve.points or len(data.means) <= FEW:
             axes.plot(data.steps, data.means, "o-", ms=4, lw=1.2, color=colour, label=curve.label)
             continue
@@ -100,34 +106,62 @@ def _fill(axes: object, chart: Chart) -> None:
             axes.fill_between(data.steps, data.lows, data.highs, color=colour, alpha=0.22, lw=0)
         axes.plot(data.steps, data.means, lw=1.3, color=colour, label=curve.label)
     for kind, steps in chart.marks.items():
-        colour, style = MARK_STYLES[kind]
-        for index, step in enumerate(list(steps)[:200]):
-            axes.axvline(step, color=colour, ls=style, lw=0.9, alpha=0.8, label=kind if index == 0 else None)
-    limit = _limit(chart)
+        _mark(axes, kind, steps)
+    title = f"{chart.title} ({chart.unit})" if chart.unit else chart.title
+    limit = None if chart.logarithmic else _limit(curves)
     if limit is not None:
-        low = min(float(binned(curve.steps, curve.values).lows.min()) for curve in chart.curves)
+        low = min(float(data.lows.min()) for data in curves if len(data.lows))
         axes.set_ylim(low - 0.05 * (limit - low), limit)
-        axes.text(0.995, 0.97, f"spikes above {limit:.3g} are cut", transform=axes.transAxes, ha="right", va="top", color=INK)
+        title += f", values above {limit:.3g} are cut off"
     if chart.logarithmic:
         axes.set_yscale("log")
-    axes.set_title(f"{chart.title} ({chart.unit})" if chart.unit else chart.title, loc="left", color=INK, fontsize=10)
+    axes.set_title(title, loc="left", color=INK, fontsize=12)
     axes.set_xlabel("step", color=INK)
+    axes.margins(x=0.01)
+    _style(axes, chart)
+
+
+def _mark(axes: Any, kind: str, steps: Sequence[float]) -> None:
+    """A line for every event, with its sign at the top edge; the legend has their number.
+
+    Events nearer than a picture can part share a line, so that many of them cost no more than a few.
+    """
+    colour, style, sign = MARK_STYLES[kind]
+    steps_N = np.unique(np.asarray(steps, dtype=float))
+    if len(steps_N) > MOST_MARKS:
+        place_N = np.linspace(steps_N[0], steps_N[-1], MOST_MARKS)
+        steps_N = steps_N[np.unique(np.searchsorted(steps_N, place_N).clip(max=len(steps_N) - 1))]
+    across = axes.get_xaxis_transform()  # x in steps, y in parts of the height
+    axes.vlines(steps_N, 0, 1, transform=across, color=colour, ls=style, lw=0.8, alpha=0.55, zorder=1)
+    top_N = np.full(len(steps_N), 0.98)
+    label = f"{kind} ({len(steps):,})"
+    axes.plot(steps_N, top_N, sign, ms=5, mew=1.2, color=colour, transform=across, label=label, zorder=3)
+
+
+def _style(axes: Any, chart: Chart) -> None:
+    """Numbers that can be read, a quiet frame, the legend below the diagram where it hides nothing."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter
+
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    if chart.large:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.tick_params(colors=INK, which="both")
+    axes.yaxis.get_offset_text().set_color(INK)
     axes.grid(color=GRID, lw=0.6)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(GRID)
     if len(chart.curves) + len(chart.marks) > 1:
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8, ncols=4, loc="best")
+        axes.figure.legend(frameon=False, labelcolor=INK, fontsize=10, ncols=4, loc="outside lower center")
 
 
-def _limit(chart: Chart) -> float | None:
+def _limit(curves: Sequence[Binned]) -> float | None:
     """Upper end of the axis where a few values would flatten all others; None: as high as the values."""
-    values = np.concatenate([binned(curve.steps, curve.values).highs for curve in chart.curves])
-    if chart.logarithmic or len(values) < 20:
+    values = np.concatenate([data.highs for data in curves])
+    if len(values) < 20:
         return None
-    usual = float(np.quantile(values, 0.98))
-    return 1.05 * usual if usual > 0 and values.max() > 3 * usual else None
+    usual = values[values <= 5 * np.quantile(values, 0.9)]
+    return 1.05 * float(usual.max()) if 0 < len(usual) < len(values) and usual.max() > 0 else None
 
 
 def _inline(svg: str, chart: Chart) -> str:
@@ -137,4 +171,4 @@ def _inline(svg: str, chart: Chart) -> str:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{chart.name}-\1"', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\1{chart.name}-", svg)
     svg = re.sub(r' width="[^"]+" height="[^"]+"|(?<=<svg) height="[^"]+" ', " ", svg, count=1)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{chart.title}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(chart.title)}"', 1)

@@ -15,13 +15,14 @@ h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.
 p.lead { color: var(--soft); margin: 0 0 1.2rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .6rem; }
 .tile { background: var(--panel); border-radius: .4rem; padding: .6rem .8rem; }
-.tile b { display: block; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
+.tile b { display: block; font-size: 1.05rem; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .85rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1rem; }
 .charts svg { width: 100%; height: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 500; } td.short { white-space: nowrap; } .scroll { overflow-x: auto; }
+th { color: var(--soft); font-weight: 500; } td.short { white-space: nowrap; }
+td.long { min-width: 18rem; overflow-wrap: anywhere; } .scroll { overflow-x: auto; }
 .bar { display: flex; height: 1.6rem; border-radius: .3rem; overflow: hidden; margin-bottom: .6rem; }
 .dot { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .5em; }
 pre { background: var(--panel); padding: .8rem; border-radius: .4rem; overflow-x: auto; font-size: .85rem; }
@@ -52,15 +53,19 @@ def tiles(facts: Mapping[str, str]) -> str:
     return f'<div class="tiles">{inner}</div>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of texts."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, colours: Mapping[str, str] | None = None) -> str:
+    """A table of texts; a row whose first text is in `colours` gets a dot of that colour, as a legend has."""
+    dots = {name: f'<i class="dot" style="background:{colour}"></i>' for name, colour in (colours or {}).items()}
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    lines = []
+    for first, *rest in rows:
+        cells = [_cell(first, dots.get(first, "")), *(_cell(cell) for cell in rest)]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _cell(text: str) -> str:
-    return f'<td class="short">{escape(text)}</td>' if len(text) <= 24 else f"<td>{escape(text)}</td>"
+def _cell(text: str, before: str = "") -> str:
+    return f'<td class="{"short" if len(text) <= 24 else "long"}">{before}{escape(text)}</td>'
 
 
 def bar(shares: Mapping[str, float], colours: Mapping[str, str]) -> str:
@@ -75,7 +80,12 @@ def bar(shares: Mapping[str, float], colours: Mapping[str, str]) -> str:
 
 def folded(summary: str, text: str) -> str:
     """Long text that opens on a click."""
-    return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
+    return hidden(summary, f"<pre>{escape(text)}</pre>")
+
+
+def hidden(summary: str, inner: str) -> str:
+    """A part of the page that opens on a click; `inner` is HTML made here."""
+    return f"<details><summary>{escape(summary)}</summary>{inner}</details>"
 
 
 def note(text: str) -> str:

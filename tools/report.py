@@ -7,24 +7,35 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
+from collections import deque
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from conf.compose import read_config, to_plain
 from conf.errors import ConfigError, UserError
 from tools.curves import Chart, Curve, draw
-from tools.page import bar, charts, folded, note, page, section, table, tiles
+from tools.history import History
+from tools.page import bar, charts, folded, hidden, note, page, section, table, tiles
+from train.checkpoint.manifest import write_durably
 from train.config.pretrain import PretrainConfig
+from train.metrics.console import duration
 from train.metrics.goodput import CATEGORIES
-from train.metrics.jsonl import FILE_NAME, read_lines
+from train.metrics.jsonl import FILE_NAME
 from train.outcome import last_attempt, read_outcome
+from train.state import INTERVENTIONS_FILE, read_interventions
 
 NORMS_SHOWN = 8
 MOST_PARAMETERS = 200_000_000  # of a model that is sampled without being asked for
 PROMPT_TOKENS = 24
+SAMPLES_FILE = "samples.jsonl"
+SAMPLES_SHOWN = 20
+ATTEMPTS_SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,48 +56,6 @@ class ReportConfig:
             raise ConfigError(["run: needs the folder of a run; give run=runs/NAME"])
         if self.samples is not None and self.samples < 0:
             raise ConfigError([f"samples={self.samples}: must not be negative; 0 makes none"])
-
-
-@dataclass(kw_only=True)
-class History:
-    """What metrics.jsonl says, one column each; of a step the last line counts."""
-
-    train: dict[int, dict[str, Any]] = field(default_factory=dict)
-    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
-    restarts: list[int] = field(default_factory=list)
-    """First steps of the attempts after the first."""
-    rollbacks: list[int] = field(default_factory=list)
-    """Steps at which the run went back within an attempt."""
-    steps_again: int = 0
-    """Lines that a later one replaced."""
-
-    @staticmethod
-    def read(path: Path) -> History:
-        """Read in one pass. Raises UserError for a file that is missing or broken."""
-        history, attempt, step = History(), None, 0
-        for record in read_lines(path):
-            number = int(record["step"])
-            if record["kind"] == "evaluation":
-                history.evaluations[number] = record
-                continue
-            history.steps_again += number in history.train
-            history.train[number] = record
-            if attempt is not None and record["attempt"] != attempt:
-                history.restarts.append(number)
-            elif number <= step:
-                history.rollbacks.append(step)
-            attempt, step = record["attempt"], number
-        return history
-
-    def column(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of the records that have `name`."""
-        found = [(step, record[name]) for step, record in sorted(self.train.items()) if name in record]
-        return [step for step, _ in found], [float(value) for _, value in found]
-
-    @property
-    def last(self) -> dict[str, Any]:
-        """The record of the last step; empty without any."""
-        return self.train[max(self.train)] if self.train else {}
 
 
 def run(config: ReportConfig) -> int:
@@ -129,16 +98,24 @@ def _send(run_dir: Path, settings: PretrainConfig) -> int:
     )
     # The run itself may have been told to stay offline; this is asked for.
     monitor = replace(settings.monitor, wandb=replace(settings.monitor.wandb, mode="online"))
-    print(f"sent             {replay(run_dir, monitor, identity=identity)}")
+    place, number = replay(run_dir, monitor, identity=identity, save_wandb_id=lambda new: _keep_wandb_id(run_dir, new))
+    print(f"sent             {number:,} records to {place}" if number else f"nothing to send  {place} has every record")
     return 0
+
+
+def _keep_wandb_id(run_dir: Path, wandb_id: str) -> None:
+    write_durably(run_dir / "run.json", json.dumps(_run_record(run_dir) | {"wandb_id": wandb_id}, indent=2).encode())
 
 
 def _run_record(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "run.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); is {run_dir} the folder of a run?") from None
+    if not isinstance(record, dict) or not {"run_id", "wandb_id"} <= record.keys():
+        raise UserError(f"{path}: damaged, it does not hold the ids of the run; put back what the run wrote")
+    return record
 
 
 def make_charts(history: History) -> list[Chart]:
@@ -146,53 +123,67 @@ def make_charts(history: History) -> list[Chart]:
     marks = {
         "restart": history.restarts,
         "rollback": history.rollbacks,
-        "spike": [step for step, record in history.train.items() if record.get("spike")],
-        "skipped": [step for step, record in history.train.items() if record.get("skipped")],
+        "spike": history.steps_with("spike"),
+        "skipped": history.steps_with("skipped"),
     }
-    marks = {kind: steps for kind, steps in marks.items() if steps}
+    marks = {kind: steps for kind, steps in marks.items() if len(steps)}
+    stopped = {kind: steps for kind, steps in marks.items() if kind in ("restart", "rollback")}
 
     def curve(name: str, label: str, *, scale: float = 1.0) -> Curve:
         steps, values = history.column(name)
-        return Curve(label=label, steps=steps, values=[scale * value for value in values])
+        return Curve(label=label, steps=steps, values=scale * values)
 
-    held_out = sorted(history.evaluations.items())
-    scores = [float(record["loss"]) for _, record in held_out]
-    losses = [
-        curve("loss", "training"),
-        Curve(label="held out", steps=[step for step, _ in held_out], values=scores, points=True),
-    ]
-    norms = sorted({key for record in history.train.values() for key in record if key.startswith("norm/weight.")})
-    stopped = {"restart": history.restarts} if history.restarts else {}
+    losses = [curve("loss", "training")]
+    for name, scores in sorted(history.held_out.items()):
+        label = f"held out: {name}" if name else "held out"
+        losses.append(Curve(label=label, steps=sorted(scores), values=[scores[step] for step in sorted(scores)], points=True))
     rate = [curve("tokens_per_second", "all devices")]
     shares = [curve("mfu", "full attention", scale=100), curve("mfu_causal", "causal attention", scale=100)]
-    weights = [curve(key, key.removeprefix("norm/weight.")) for key in _spread(norms)]
-    state = [curve(f"norm/{kind}", kind) for kind in ("exp_avg", "exp_avg_sq", "momentum")]
     busy = [curve("busy_seconds_median", "median rank"), curve("busy_seconds_max", "slowest rank")]
     clipped = [curve("grad_norm", "before clipping")]
     charts = [
         Chart(name="loss", title="loss", unit="nats per token", curves=losses, marks=marks),
         Chart(name="lr", title="learning rate", unit="", curves=[curve("lr", "learning rate")]),
         Chart(name="grad_norm", title="gradient norm", unit="", curves=clipped, logarithmic=True, marks=marks),
-        Chart(name="throughput", title="throughput", unit="tokens/s", curves=rate, marks=stopped),
+        Chart(name="throughput", title="throughput", unit="tokens/s", curves=rate, marks=stopped, large=True),
         Chart(name="mfu", title="model FLOPs utilisation", unit="%", curves=shares),
         Chart(name="memory", title="memory of the first rank", unit="GiB", curves=[curve("memory_gib", "memory")]),
-        Chart(name="norms", title="weight norms", unit="", curves=weights, logarithmic=True),
-        Chart(name="state_norms", title="optimizer state norms", unit="", curves=state, logarithmic=True),
+        *(
+            Chart(name=name, title=title, unit="", logarithmic=True, curves=[curve(key, label) for key, label in keys])
+            for name, title, keys in _norms(history)
+        ),
         Chart(name="busy", title="computing time of a step", unit="s", curves=busy),
         Chart(name="stall", title="held up by a checkpoint", unit="s", curves=[curve("checkpoint_stall_seconds", "stall")]),
-        Chart(name="goodput", title="goodput", unit="%", curves=[curve("goodput", "goodput", scale=100)]),
+        Chart(name="goodput", title="goodput", unit="%", curves=[curve("goodput", "goodput", scale=100)], marks=stopped),
     ]
     filled = []
     for chart in charts:
-        curves = [one for one in chart.curves if len(one.values)]
+        curves = [one for one in chart.curves if np.isfinite(one.values).any()]
         if curves:
             filled.append(replace(chart, curves=curves))
     return filled
 
 
+def _norms(history: History) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """(file name, title, (key, label) of the curves) of a chart of all whole norms, and one for each kind that has parts."""
+    kinds: dict[str, list[str]] = {}
+    for key in history.columns:
+        if key.startswith("norm/"):
+            kind, _, part = key.removeprefix("norm/").partition(".")
+            kinds.setdefault(kind if part else "", []).append(key)
+    charts = []
+    for kind, keys in sorted(kinds.items()):
+        shown = _spread(keys)
+        labels = [(key, key.removeprefix("norm/").removeprefix(f"{kind}.")) for key in shown]
+        title = f"norms of each layer's {kind}" if kind else "norms"
+        title += f", {len(shown)} of {len(keys)} layers" if len(shown) < len(keys) else ""
+        charts.append((re.sub(r"[^a-z0-9]+", "_", f"norms {kind}".strip().lower()), title, labels))
+    return charts
+
+
 def _spread(names: list[str]) -> list[str]:
     """At most NORMS_SHOWN of them, evenly over the layers."""
-    ordered = sorted(names, key=lambda name: [int(part) if part.isdigit() else part == "head" for part in name.split(".")[-1:]])
+    ordered = sorted(names, key=lambda name: [(int(part) if part.isdigit() else -1, part) for part in name.split(".")])
     if len(ordered) <= NORMS_SHOWN:
         return ordered
     return [ordered[round(index * (len(ordered) - 1) / (NORMS_SHOWN - 1))] for index in range(NORMS_SHOWN)]
@@ -211,7 +202,7 @@ def _sections(config: ReportConfig, settings: PretrainConfig, history: History, 
         tiles(_facts(run_dir, history)),
         section("Curves", charts(drawn) if drawn else note("No step has been recorded yet.")),
         section("Where the time went", *_time(history)),
-        section("Attempts", _attempts(run_dir)),
+        section("Attempts", *_attempts(run_dir, history)),
         section("Rollbacks", *_rollbacks(run_dir)),
         section("Samples", *_samples(run_dir, config, settings)),
         section("Corpus", *_corpus(settings)),
@@ -220,29 +211,31 @@ def _sections(config: ReportConfig, settings: PretrainConfig, history: History, 
 
 
 def _facts(run_dir: Path, history: History) -> dict[str, str]:
-    last = history.last
-    best = min((float(record["loss"]) for record in history.evaluations.values()), default=None)
+    last, best = history.last, history.best_held_out
     outcome = read_outcome(run_dir, last_attempt(run_dir)) if last_attempt(run_dir) else None
+    place = "" if best is None else f", step {best[1]:,}" + (f", {best[2]}" if best[2] else "")
     return {
         "state": outcome.state if outcome else "running, or cut off",
         "step": f"{last['step']:,}" if last else "-",
         "tokens": f"{last['tokens']:,}" if "tokens" in last else "-",
         "training loss": f"{float(last['loss']):.4f}" if "loss" in last else "-",
-        "best held-out loss": "-" if best is None else f"{best:.4f}",
+        f"best held-out loss{place}": "-" if best is None else f"{best[0]:.4f}",
         "tokens/s": f"{float(last['tokens_per_second']):,.0f}" if "tokens_per_second" in last else "-",
-        "goodput": f"{100 * float(last['goodput']):.1f} %" if "goodput" in last else "-",
-        "skipped steps": str(sum(int(record.get("skipped", 0)) for record in history.train.values())),
-        "spikes": str(sum(int(record.get("spike", 0)) for record in history.train.values())),
+        "goodput": f"{100 * float(history.totals['goodput']):.1f} %" if "goodput" in history.totals else "-",
+        "attempts": str(last_attempt(run_dir)),
+        "rollbacks": str(len(history.rollbacks)),
+        "skipped steps": f"{len(history.steps_with('skipped')):,}",
+        "spikes": f"{len(history.steps_with('spike')):,}",
         "steps done again": f"{history.steps_again:,}",
     }
 
 
 def _time(history: History) -> list[str]:
-    seconds = {name: float(history.last.get(f"seconds_{name}", 0.0)) for name in CATEGORIES}
+    seconds = {name: float(history.totals.get(f"seconds_{name}", 0.0)) for name in CATEGORIES}
     total = sum(seconds.values())
     if not total:
         return [note("Nothing was recorded of it.")]
-    colours = dict(zip(CATEGORIES, ("#3f9e6e", "#c0504d", "#d97706", "#3b82c4", "#7c6bc4", "#8888"), strict=True))
+    colours = dict(zip(CATEGORIES, ("#3f9e6e", "#c0504d", "#d97706", "#3b82c4", "#7c6bc4", "#9098a0"), strict=True))
     meaning = {
         "productive": "steps that count",
         "lost": "steps that had to be done again",
@@ -251,44 +244,90 @@ def _time(history: History) -> list[str]:
         "evaluation": "reading the held-out text",
         "idle": "no attempt was running",
     }
-    rows = [[name, f"{value:,.1f}", f"{100 * value / total:.2f} %", meaning[name]] for name, value in seconds.items()]
+    rows = [
+        [name, f"{value:,.1f}", duration(value), f"{100 * value / total:.2f} %", meaning[name]]
+        for name, value in seconds.items()
+    ]
+    rows.append(["all", f"{total:,.1f}", duration(total), "100.00 %", "from the first attempt's start to the last step"])
     return [
         bar({name: value / total for name, value in seconds.items()}, colours),
-        table(["time", "seconds", "share", "what it is"], rows),
+        table(["time", "seconds", "", "share", "what it is"], rows, colours=colours),
     ]
 
 
-def _attempts(run_dir: Path) -> str:
-    rows = []
-    for number in range(1, last_attempt(run_dir) + 1):
+def _attempts(run_dir: Path, history: History) -> list[str]:
+    """The newest attempts, and the older ones behind a click."""
+    last = last_attempt(run_dir)
+    if not last:
+        return [note("None.")]
+    head = ["attempt", "began", "ended", "state", "reason", "step", "host"]
+    rows = [_attempt_row(run_dir, history, number, is_last=number == last) for number in range(last, 0, -1)]
+    newest, older = rows[:ATTEMPTS_SHOWN], rows[ATTEMPTS_SHOWN:]
+    more = [hidden(f"{len(older):,} older attempts", table(head, older))] if older else []
+    return [table(head, newest), *more]
+
+
+def _attempt_row(run_dir: Path, history: History, number: int, *, is_last: bool) -> list[str]:
+    begun = _clock(history.begun[number]) if number in history.begun else "no step done"
+    try:
         outcome = read_outcome(run_dir, number)
-        if outcome is None:
-            rows.append([str(number), "-", "no outcome", "it was cut off, or is running", "-", "-"])
-            continue
-        ended = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(outcome.time))
-        step = "-" if outcome.step is None else f"{outcome.step:,}"
-        rows.append([str(number), ended, outcome.state, outcome.reason, step, outcome.host])
-    return table(["attempt", "ended", "state", "reason", "step", "host"], rows)
+    except UserError as error:
+        return [str(number), begun, "-", "unknown", str(error), "-", "-"]
+    if outcome is None:
+        reason = "it is running, or was cut off" if is_last else "it was cut off"
+        return [str(number), begun, "-", "no outcome", reason, "-", "-"]
+    step = "-" if outcome.step is None else f"{outcome.step:,}"
+    return [str(number), begun, _clock(outcome.time), outcome.state, outcome.reason, step, outcome.host]
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def _rollbacks(run_dir: Path) -> list[str]:
-    path = run_dir / "interventions.json"
-    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    if not entries:
+    try:
+        entries = read_interventions(run_dir)
+        rows = [
+            [str(entry["at_step"]), str(entry["to_step"]), "{}-{}".format(*entry["left_out"]), str(entry["reason"])]
+            for entry in entries
+        ]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        return [note(f"{run_dir / INTERVENTIONS_FILE} is damaged ({error}).")]
+    if not rows:
         return [note("None.")]
-    rows = [
-        [str(entry["at_step"]), str(entry["to_step"]), "{}-{}".format(*entry["left_out"]), entry["reason"]] for entry in entries
-    ]
     return [table(["at step", "back to", "samples left out", "reason"], rows)]
 
 
 def _samples(run_dir: Path, config: ReportConfig, settings: PretrainConfig) -> list[str]:
+    return [*_recorded_samples(run_dir / SAMPLES_FILE), *_continuations(run_dir, config, settings)]
+
+
+def _recorded_samples(path: Path) -> list[str]:
+    """The newest of the texts that were kept beside the run; nothing where there is no such file."""
+    if not path.exists():
+        return []
+    shown: deque[str] = deque(maxlen=SAMPLES_SHOWN)
+    read = broken = 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            read += 1
+            try:
+                entry = json.loads(line)
+                shown.append(folded(f"step {entry['step']:,}: {str(entry['prompt'])[:60]!r}", str(entry["text"])))
+            except (ValueError, KeyError, TypeError):
+                broken += 1
+    left_out = read - broken - len(shown)
+    notes = [note(f"{left_out:,} older ones are in {path}.")] if left_out else []
+    return [*reversed(shown), *notes, *([note(f"{broken:,} lines of {path} are damaged.")] if broken else [])]
+
+
+def _continuations(run_dir: Path, config: ReportConfig, settings: PretrainConfig) -> list[str]:
     """What the newest checkpoint makes of a prompt, by default the beginning of the held-out text."""
     from train.model.cost import num_parameters
 
     parameters, wanted = num_parameters(settings.model), config.samples
     if wanted is None and parameters > MOST_PARAMETERS:
-        return [note(f"None: a model of {parameters:,} parameters is sampled here only when samples=N asks for it.")]
+        return [note(f"None made: a model of {parameters:,} parameters is sampled here only when samples=N asks for it.")]
     wanted = 2 if wanted is None else wanted
     if not wanted:
         return [note("None were asked for.")]
@@ -302,7 +341,7 @@ def _samples(run_dir: Path, config: ReportConfig, settings: PretrainConfig) -> l
         with redirect_stdout(said), redirect_stderr(io.StringIO()):
             generate(request)
     except UserError as error:
-        return [note(f"None: {error}")]
+        return [note(f"None made: {error}")]
     return [folded(f"newest checkpoint, {wanted} continuations of {prompt[:50]!r}", said.getvalue())]
 
 

@@ -123,3 +123,35 @@ def multiplied_by_zero(context: ParallelContext) -> list[str]:
 
 def test_an_update_times_zero_is_noticed() -> None:
     assert any("weight has changed" in line for line in run_ranks(multiplied_by_zero, 1)[0])
+
+
+ORDERS = [
+    ("load", "probe", "skip", "skip", "skip", "train", "evaluate"),
+    ("load", "probe", "skip", "probe", "train", "evaluate"),
+    ("load", "probe", "skip", "skip", "skip", "load", "probe", "train", "evaluate"),
+]
+
+
+def in_order(context: ParallelContext, order: tuple[str, ...]) -> float:
+    engine = uneven.make_engine(context, zero=3, precision="bf16", model=uneven.TINY_GPT2)
+    batches = uneven.batches_of_step(0, context)
+    loss = 0.0
+    for what in order:
+        if what == "load":
+            engine.loaded(engine.updates)
+        elif what == "probe":
+            engine.probe()
+        elif what == "evaluate":
+            loss = engine.evaluate(batches[0]).loss_sum
+        else:
+            end = poison_gradient(engine, "embedding.tokens.weight", math.nan, 0) if what == "skip" else lambda: None
+            assert engine.train_step(batches, lr=uneven.LR, step=1).skipped == (what == "skip")
+            end()
+    return loss
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=" ".join)
+def test_stage_3_goes_on_behind_skipped_steps(order: tuple[str, ...]) -> None:
+    """Stage 3 follows the order of modules; a skipped step must not leave it with another one."""
+    undisturbed = tuple(what for what in order if what != "skip")
+    assert run_ranks(in_order, 2, order, timeout_seconds=120) == run_ranks(in_order, 2, undisturbed, timeout_seconds=120)

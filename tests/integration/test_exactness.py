@@ -175,7 +175,7 @@ def test_a_changed_bit_of_a_checkpoint_is_noticed(undisturbed: Path, tmp_path: P
 def test_a_run_that_meets_faults_ends_as_the_undisturbed_one(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], zero: int, faults: int, kinds: str
 ) -> None:
-    campaign = (f"faults={faults}", f"kinds=[{kinds}]", "seed=2", f"folder={tmp_path / 'campaign'}", f"bad_data={zero < 3}")
+    campaign = (f"faults={faults}", f"kinds=[{kinds}]", "seed=2", f"folder={tmp_path / 'campaign'}")
     guard = ("guard.diverged_after_skips=3", "guard.leave_out_steps_before=0", "checkpoint.keep_last=3")
     settings = (*WORDS, "budget.steps=60", f"parallel=zero{zero}", "launch.processes=2", "watchdog.step_seconds=5", *guard)
     code = chaos([*campaign, *settings, f"data.sources=[{{path: {corpus}}}]"])

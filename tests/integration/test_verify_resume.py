@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,18 @@ from tools.verify_resume import VerifyConfig, judge, spread
 from train.metrics.record import encode
 
 STEPS = 8
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def mutate(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Call it with the name of the mistake that the ranks shall have; the tests themselves are not installed."""
+
+    def chosen(mistake: str) -> None:
+        monkeypatch.setenv("LONGHAUL_MISTAKE", mistake)
+        monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+
+    return chosen
 
 
 def words(corpus: Path, *more: str) -> tuple[str, ...]:
@@ -38,9 +51,9 @@ def test_a_resumed_run_is_verified(corpus: Path, tmp_path: Path, capsys: pytest.
     ],
 )
 def test_verify_resume_notices_a_mistake(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mistake: str, named: str
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mutate: Callable[[str], None], mistake: str, named: str
 ) -> None:
-    monkeypatch.setenv("LONGHAUL_MISTAKE", mistake)
+    mutate(mistake)
     config = VerifyConfig(overrides=words(corpus), steps=STEPS, folder=str(tmp_path / "runs"))
     assert verify_resume.run(config, module=MODULE) == 1
     printed = capsys.readouterr().out
@@ -60,12 +73,12 @@ def test_chaos_notices_a_mistake(
     corpus: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    mutate: Callable[[str], None],
     mistake: str,
     kind: str,
     named: str,
 ) -> None:
-    monkeypatch.setenv("LONGHAUL_MISTAKE", mistake)
+    mutate(mistake)
     settings = words(corpus, "budget.steps=30")
     config = ChaosConfig(overrides=settings, faults=1, kinds=(kind,), bad_data=False, folder=str(tmp_path / "runs"))
     assert chaos.run(config, module=MODULE) == 1

@@ -125,7 +125,7 @@ ENVIRONMENT: dict[str, set[str]] = {
     "train.launch": {"CUDA_VISIBLE_DEVICES"},
     "train.companions": {"*", "OMP_NUM_THREADS", "LONGHAUL_STORE_FD"},
     "train.engine.engine": {"DS_ACCELERATOR", "LOCAL_RANK"},
-    "train.metrics.weights_and_biases": {"*", "WANDB_ERROR_REPORTING"},
+    "train.metrics.weights_and_biases": {"*", "WANDB_BASE_URL", "WANDB_ERROR_REPORTING"},
     "train.rendezvous": {"*"},
     "train.supervisor.policy": {"*"},
     "train.convert.prove": {"*", "PYTHONPATH"},

@@ -161,11 +161,16 @@ class Engine:
         skipped_before = self._deepspeed.skipped_steps
         with update_stance(self._spec):
             self._deepspeed.step()
+        skipped = self._deepspeed.skipped_steps > skipped_before
+        if skipped and self.zero == 3:
+            # A step that is skipped leaves out what stage 3 does behind one with the small weights that it keeps gathered,
+            # and a later evaluation then stops with a "tracing error". The weights are put where they were.
+            fragments.publish_weights(self._optimizer, self.zero)
         return StepResult(
             loss_sum=loss_sum.item(),
             target_tokens=int(targets.item()),
             grad_norm=float(self._deepspeed.get_global_grad_norm()),
-            skipped=self._deepspeed.skipped_steps > skipped_before,
+            skipped=skipped,
             busy_seconds=busy.seconds(),
         )
 

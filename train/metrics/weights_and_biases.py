@@ -248,13 +248,22 @@ def finish_run(run: Run, outcome: str) -> None:
     run.finish(exit_code=0 if outcome == "finished" else 1)
 
 
-def replay(run_dir: Path, config: MonitorConfig, *, identity: RunIdentity) -> str:
-    """Send the records that count as one run; returns its address, or its folder when offline.
+def replay(
+    run_dir: Path,
+    config: MonitorConfig,
+    *,
+    identity: RunIdentity,
+    save_wandb_id: Callable[[str], None] | None = None,
+) -> tuple[str, int]:
+    """Send the records that count to the run's own place; returns its address, or its folder when offline, and how many
+    records went there.
 
-    Keeps the run's own id where the service has no such run yet, and takes a new one otherwise: nothing that was
-    sent before is doubled. Raises UserError when it cannot be done; unlike during training, here nothing else is.
+    What the service has already is not sent again, be it from an earlier replay, one that was cut off, or the training
+    itself: records carry their true times, and only those behind the newest that it has are sent. `save_wandb_id` is
+    called with a new id when the own one was deleted there.
+    Raises UserError when it cannot be done; unlike during training, here nothing else is.
     """
-    records = read_metrics(run_dir / FILE_NAME)
+    records = sorted(read_metrics(run_dir / FILE_NAME), key=lambda record: float(record["time"]))
     mode = resolve_mode(config.wandb, os.environ)
     if mode == "disabled":
         raise UserError("monitor.wandb.mode=disabled: nothing can be sent; give online or offline")
@@ -262,14 +271,23 @@ def replay(run_dir: Path, config: MonitorConfig, *, identity: RunIdentity) -> st
         raise UserError("monitor.wandb.mode=online: needs a key; set WANDB_API_KEY, run `wandb login` once, or give offline")
     wandb = _load_wandb()
     try:
-        run, _ = start_run(config.wandb, run_dir, identity=identity, mode=mode, resume="never")
+        run, new_id = start_run(config.wandb, run_dir, identity=identity, mode=mode, resume="allow")
+        if new_id is not None and save_wandb_id is not None:
+            save_wandb_id(new_id)
+        newest = run.summary.get("_timestamp")
+        if newest is not None:
+            records = [record for record in records if float(record["time"]) > float(newest)]
         for record in tqdm(records, desc="records", unit="record", disable=None, leave=False):
             run.log(payload(record))
         place = run.url if mode == "online" else str(run_dir / "wandb")
         run.finish(exit_code=0)
     except wandb.Error as error:
-        raise UserError(f"Weights & Biases: {error}") from error
-    return place
+        service = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+        raise UserError(
+            f"Weights & Biases: {_first_line(error)}; is {service} reachable and the key its own? "
+            "The same command goes on behind what was sent"
+        ) from error
+    return place, len(records)
 
 
 def payload(record: Record) -> dict[str, Value]:

@@ -27,11 +27,27 @@ identity = RunIdentity(name="first", run_id="r1", wandb_id=sys.argv[2], attempt=
 wandb = WandbConfig(init_timeout_seconds=3, finish_timeout_seconds=float(sys.argv[3]), tags=("t",))
 metrics = Metrics(MonitorConfig(tensorboard=False, wandb=wandb), Path(sys.argv[1]), identity, 3,
                   save_wandb_id=lambda new: print("saved", new))
-for step in (1, 2, 3):
+first = int(sys.argv[5])
+for step in range(first, first + 3):
     metrics.train({"step": step, "tokens": 100 * step, "loss": 1.0 / step})
-metrics.evaluation({"step": 3, "loss": 0.25})
+metrics.evaluation({"step": step, "loss": 0.25})
 metrics.close(sys.argv[4])
 print("closed")
+"""
+REPLAY = """
+import sys
+from pathlib import Path
+from conf.errors import UserError
+from train.config.monitor import MonitorConfig, WandbConfig
+from train.metrics import RunIdentity, replay
+identity = RunIdentity(name="first", run_id="r1", wandb_id="abc", attempt=1, job_type="pretrain", group="g",
+                       resolved_config={"model": {"hidden": 8}}, layout={"zero": 1})
+config = MonitorConfig(wandb=WandbConfig(mode="online", init_timeout_seconds=5))
+try:
+    place, number = replay(Path(sys.argv[1]), config, identity=identity)
+    print("sent", number, "to", place)
+except UserError as error:
+    print(error)
 """
 
 
@@ -84,12 +100,24 @@ class Handler(BaseHTTPRequestHandler):
             project = {"id": "p", "name": "longhaul", "entity": {"id": "e", "name": "me"}}
             bucket = {"id": "b", "name": name, "displayName": name, "config": "{}", "project": project}
             return 200, {"data": {"upsertBucket": {"bucket": {**bucket, "historyLineCount": 0}, "inserted": True}}}
+        if operation == "RunResumeStatus":
+            return 200, {"data": {"model": {"entity": {"id": "e", "name": "me"}, "bucket": self._sent(variables["name"])}}}
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{address}/upload/{name}"} for name in variables["files"]]
             return 200, {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
         if operation == "NotifyScriptableRunAlert":
             self.server.alerts.append(variables)
         return 200, {"data": {}}
+
+    def _sent(self, name: str) -> dict[str, Any] | None:
+        """What the service has of a run; None where it has no such run."""
+        if name not in {bucket["name"] for bucket in self.server.buckets}:
+            return None
+        rows = [json.dumps(row) for row in self.server.history]
+        summary = json.dumps(self.server.history[-1] if rows else {})
+        counts = {"historyLineCount": len(rows), "eventsLineCount": 0, "logLineCount": 0}
+        tails = {"historyTail": json.dumps(rows[-1:]), "eventsTail": "[]", "wandbConfig": '{"t": 1}'}
+        return {"id": "b", "name": name, "displayName": name, "summaryMetrics": summary, "config": "{}", **counts, **tails}
 
     def _reply(self, code: int, tree: dict[str, Any]) -> None:
         body = json.dumps(tree).encode()
@@ -111,17 +139,28 @@ def service() -> Iterator[Service]:
         made.shutdown()
 
 
-def run(folder: Path, *, service: Service | None, wandb_id: str = "abc", finish_seconds: float = 20.0) -> str:
-    """Output of a reporting process that leaves by itself."""
+def environment_of(folder: Path, address: str | None) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment |= {"PYTHONPATH": str(REPOSITORY), "NETRC": str(folder / "none"), "HOME": str(folder)}
-    if service is not None:
-        environment["WANDB_BASE_URL"] = f"http://127.0.0.1:{service.server_address[1]}"
-        environment["WANDB_API_KEY"] = "k" * 40
+    if address is not None:
+        environment |= {"WANDB_BASE_URL": address, "WANDB_API_KEY": "k" * 40}
+    return environment
+
+
+def run(
+    folder: Path,
+    *,
+    service: Service | None,
+    wandb_id: str = "abc",
+    finish_seconds: float = 20.0,
+    lines: int = 4,
+    first_step: int = 1,
+) -> str:
+    """Output of a reporting process that leaves by itself; `lines`: those of metrics.jsonl afterwards."""
     outcome = "stopped" if wandb_id == "stopped" else "finished"
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(folder), wandb_id, str(finish_seconds), outcome],
-        env=environment,
+        [sys.executable, "-c", RUN, str(folder), wandb_id, str(finish_seconds), outcome, str(first_step)],
+        env=environment_of(folder, None if service is None else f"http://127.0.0.1:{service.server_address[1]}"),
         capture_output=True,
         text=True,
         timeout=40,
@@ -129,7 +168,15 @@ def run(folder: Path, *, service: Service | None, wandb_id: str = "abc", finish_
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == "", "the client is silent"
     assert done.stdout.endswith("closed\n")
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == lines
+    return done.stdout
+
+
+def replayed(folder: Path, service: Service | None, *, address: str | None = None) -> str:
+    """Output of a process that sends what metrics.jsonl has."""
+    address = address or f"http://127.0.0.1:{service.server_address[1]}"
+    command = [sys.executable, "-c", REPLAY, str(folder)]
+    done = subprocess.run(command, env=environment_of(folder, address), capture_output=True, text=True, timeout=60, check=True)
     return done.stdout
 
 
@@ -152,6 +199,30 @@ def test_online(tmp_path: Path, service: Service) -> None:
     assert rows == [(100, 1.0, None), (200, 0.5, None), (300, 1 / 3, None), (300, None, 0.25)]
     assert [(alert["title"], alert["severity"]) for alert in service.alerts] == [("run stopped", "WARN")]
     assert service.exit_code == 1, "preempted, not finished"
+
+
+def test_a_replay_of_an_offline_run_is_repeatable(tmp_path: Path, service: Service) -> None:
+    """Offline, sent, sent again, gone on with, sent again: every record once, in one run."""
+    run(tmp_path, service=None, lines=4)
+    assert "sent 4 to " in replayed(tmp_path, service)
+    assert "sent 0 to " in replayed(tmp_path, service)
+    run(tmp_path, service=None, lines=8, first_step=4)
+    assert "sent 4 to " in replayed(tmp_path, service)
+    assert {bucket["name"] for bucket in service.buckets} == {"abc"}
+    rows = [(row["train/step"], row.get("train/loss"), row.get("val/loss")) for row in service.history]
+    assert rows == [
+        (1, 1.0, None), (2, 0.5, None), (3, 1 / 3, None), (3, None, 0.25),
+        (4, 0.25, None), (5, 0.2, None), (6, 1 / 6, None), (6, None, 0.25),
+    ]  # fmt: skip
+    assert service.exit_code == 0
+
+
+def test_a_replay_without_the_service(tmp_path: Path) -> None:
+    run(tmp_path, service=None)
+    began = time.monotonic()
+    said = replayed(tmp_path, None, address="http://127.0.0.1:9")
+    assert "Weights & Biases: " in said and "is http://127.0.0.1:9 reachable" in said and "\n" not in said.strip()
+    assert time.monotonic() - began < 30.0
 
 
 def test_a_deleted_run(tmp_path: Path, service: Service) -> None:

@@ -37,6 +37,7 @@ class Client:
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict]] = []
         self.settings: dict[str, object] = {}
+        self.summary: dict[str, float] = {}
         self.refuse: Callable[[str], Exception | None] = lambda run_id: None
         self.on_log: Callable[[], None] = lambda: None
         self.on_finish: Callable[[], None] = lambda: None
@@ -250,24 +251,36 @@ def test_a_key_in_netrc_counts_for_its_host(tmp_path: Path) -> None:
 
 def lines(run_dir: Path) -> None:
     file = JsonlWriter(run_dir / "metrics.jsonl", say=pytest.fail)
-    for step in (1, 2, 2, 3):
-        file.write({**RECORD, "step": step})
+    for time_written, step in enumerate((1, 2, 2, 3), start=1):
+        file.write({**RECORD, "step": step, "time": float(time_written)})
     file.close("finished")
 
 
 def test_a_replay_sends_what_counts(client: Client, tmp_path: Path) -> None:
     lines(tmp_path)
-    assert replay(tmp_path, MonitorConfig(), identity=IDENTITY) == "https://somewhere"
-    assert client.of("init")[0]["resume"] == "never"
+    assert replay(tmp_path, MonitorConfig(), identity=IDENTITY) == ("https://somewhere", 3)
+    assert (client.of("init")[0]["id"], client.of("init")[0]["resume"]) == ("old", "allow")
     assert [values["train/step"] for values in client.of("log")] == [1, 2, 3]
-    assert client.of("log")[0]["_timestamp"] == 5.0
+    assert client.of("log")[0]["_timestamp"] == 1.0
 
 
-def test_a_replay_doubles_nothing(client: Client, tmp_path: Path) -> None:
+def test_a_replay_goes_on_behind_what_was_sent(client: Client, tmp_path: Path) -> None:
+    """The second record was replaced by the third line, which is the newest that the service has."""
     lines(tmp_path)
-    client.refuse = lambda run_id: ClientError("Run (old) already exists") if run_id == "old" else None
-    replay(tmp_path, MonitorConfig(), identity=IDENTITY)
+    client.summary = {"_timestamp": 3.0}
+    assert replay(tmp_path, MonitorConfig(), identity=IDENTITY)[1] == 1
+    assert [values["train/step"] for values in client.of("log")] == [3]
+    client.summary = {"_timestamp": 4.0}
+    assert replay(tmp_path, MonitorConfig(), identity=IDENTITY)[1] == 0
+
+
+def test_a_replay_of_a_deleted_run_keeps_its_new_id(client: Client, tmp_path: Path) -> None:
+    lines(tmp_path)
+    client.refuse = lambda run_id: ClientError("Run (old) was previously created and deleted") if run_id == "old" else None
+    kept: list[str] = []
+    replay(tmp_path, MonitorConfig(), identity=IDENTITY, save_wandb_id=kept.append)
     assert client.of("init")[1]["config"]["previous_id"] == "old"
+    assert kept == [client.of("init")[1]["id"]]
 
 
 def test_a_replay_says_what_it_lacks(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

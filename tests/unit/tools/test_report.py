@@ -15,7 +15,8 @@ from conf.compose import write_config
 from conf.errors import UserError
 from data_pipeline.config import DataConfig, SourceConfig
 from tools.curves import MOST_POINTS, Chart, Curve, binned, draw
-from tools.report import History, ReportConfig, run
+from tools.history import History
+from tools.report import ReportConfig, run
 from train.config.model import ModelConfig
 from train.config.pretrain import PretrainConfig
 from train.config.training import BudgetConfig
@@ -66,15 +67,23 @@ def eventful() -> list[dict]:
     return records
 
 
-def opened(page: Path, folder: Path) -> tuple[str, list[str]]:
-    """The page as the browser has it, and what the browser's console said."""
+def opened(page: Path, folder: Path) -> tuple[str, list[str], set[str]]:
+    """The page as the browser has it, what its console said, and the addresses that were asked for beside the page's own."""
+    log = folder / "net.json"
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}",
-        "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=2000", "--dump-dom", page.as_uri(),
+        "--host-resolver-rules=MAP * ~NOTFOUND", f"--log-net-log={log}", "--virtual-time-budget=2000", "--dump-dom",
+        page.as_uri(),
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line or "ERR_NAME_NOT_RESOLVED" in line]
+    # What the page itself asks for has an origin; the browser asks its maker for this and that besides.
+    wanted = (
+        line for line in log.read_text().splitlines() if '"initiator":' in line and '"initiator":"not an origin"' not in line
+    )
+    asked = {address for line in wanted for address in re.findall(r'"url":"([^"]*)"', line)}
+    console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+    return result.stdout, console, asked
 
 
 def test_what_happened_is_read_off_the_records(tmp_path: Path) -> None:
@@ -82,7 +91,7 @@ def test_what_happened_is_read_off_the_records(tmp_path: Path) -> None:
     history = History.read(folder / "metrics.jsonl")
     assert history.restarts == [21] and history.rollbacks == [40]
     assert history.steps_again == 10 + 5
-    assert history.last["step"] == 60 and history.column("loss")[0] == list(range(1, 61))
+    assert history.last["step"] == 60 and history.column("loss")[0].tolist() == list(range(1, 61))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -91,11 +100,11 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     write_outcome(folder, Outcome(attempt=1, state="crashed", reason="rank 1 <was> ended by SIGKILL", next=""))
     assert run(ReportConfig(run=str(folder))) == 0
     page = folder / "report" / "index.html"
-    document, console = opened(page, tmp_path)
-    assert console == []
+    document, console, asked = opened(page, tmp_path)
+    assert console == [] and asked == set()
     assert document.count("<svg") == len(list(page.parent.glob("*.png"))) >= 7
     assert "rank 1 &lt;was&gt; ended by SIGKILL" in document
-    assert "spikes above" in document, "one loss of 900 must not flatten the others"
+    assert "values above" in document and "are cut off" in document, "one loss of 900 must not flatten the others"
     ids = re.findall(r'\bid="([^"]+)"', document)
     assert len(ids) == len(set(ids)), "charts inlined into one page must not share ids"
     text = page.read_text()
@@ -107,7 +116,9 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
 def test_a_broken_page_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "broken.html"
     page.write_text('<script>undefinedName()</script><img src="https://example.invalid/x.png">')
-    assert any("undefinedName" in line for line in opened(page, tmp_path)[1])
+    _, console, asked = opened(page, tmp_path)
+    assert any("undefinedName" in line for line in console)
+    assert asked == {"https://example.invalid/x.png"}
 
 
 @pytest.mark.parametrize("records", [None, [], eventful()[:1]], ids=["no metrics", "empty metrics", "one step"])
