@@ -198,9 +198,8 @@ class Engine:
         model.read_as(replace(reading, sequence_length=length, document_mask=False))
         self._deepspeed.eval()
         try:
-            with torch.compiler.set_stance(
-                "force_eager"
-            ):  # another shape would be compiled for a minute, and is seen only here
+            # Compiled, this shape would take a minute, and it is seen only here.
+            with torch.compiler.set_stance("force_eager"):
                 self._deepspeed(*tensors)
         finally:
             hook.remove()
