@@ -95,14 +95,11 @@ class WatchedRun:
             raise UnexpectedEnd(f"exit code {code}\n{self._end_of_log()}")
 
     def bound_ports(self) -> list[int]:
-        """Ports on which its first ranks listened and somebody still does."""
-        found = []
-        for port in sorted(self._ports):
-            with socket.socket() as probe:
-                probe.settimeout(0.2)
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    found.append(port)
-        return found
+        """Ports on which its first ranks listened and somebody still does, some time after the last process has gone."""
+        deadline = time.monotonic() + END_SECONDS
+        while (left := [port for port in sorted(self._ports) if _answers(port)]) and time.monotonic() < deadline:
+            time.sleep(0.1)  # of a killed process the kernel clears away the memory first
+        return left
 
     @property
     def supervisor(self) -> psutil.Process:
@@ -217,3 +214,9 @@ def _is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.2)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
