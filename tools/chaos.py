@@ -38,6 +38,7 @@ from tools.fault_injection import Faults
 from tools.faulty_run import FAULTS_FILE, MODULE
 from tools.watched_run import UnexpectedEnd, WatchedRun
 from train.checkpoint.manifest import step_of, unpublished
+from train.config.watchdog import WatchdogConfig
 from train.outcome import last_attempt
 
 SHOWN_DIFFERENCES = 20
@@ -96,7 +97,7 @@ def run(config: ChaosConfig, config_dir: str | None = None, module: str = MODULE
     """
     folder = Path(config.folder)
     words = [*config.overrides, f"run.folder={folder}", "budget.stop_at_step=null"]
-    shape, divergence_steps = shape_of(words, config_dir)
+    shape, divergence_steps = shape_of(words, config_dir, patience_seconds=config.patience_seconds)
     moments = plan_moments(config.faults, config.kinds, shape, seed=config.seed)
     data = plan_data_faults(shape, divergence_steps=divergence_steps, seed=config.seed) if config.bad_data else Faults()
     if folder.exists():
@@ -124,10 +125,11 @@ def _watched(command: Sequence[str], run_dir: Path, config: ChaosConfig, faults:
     return WatchedRun([*command, f"run.name={run_dir.name}"], run_dir, config.patience_seconds)
 
 
-def shape_of(words: Sequence[str], config_dir: str | None) -> tuple[Shape, int]:
+def shape_of(words: Sequence[str], config_dir: str | None, *, patience_seconds: float) -> tuple[Shape, int]:
     """The shape of the run that `longhaul pretrain WORDS` makes, and how many bad steps are a divergence to it.
 
     The final save is left out: a fault behind it would meet a run that is finished.
+    Raises UserError where the watchdog would notice a hang only after the campaign has given up.
     """
     from data_pipeline.facts import inspect_sources
     from train.config.pretrain import PretrainConfig
@@ -135,6 +137,7 @@ def shape_of(words: Sequence[str], config_dir: str | None) -> tuple[Shape, int]:
     from train.plan import make_plan
 
     settings = validate(PretrainConfig, compose("pretrain", words, config_dir))
+    _check_deadlines(settings.watchdog, patience_seconds)
     settings = settle(settings, inspect_sources(settings.data))
     processes = settings.launch.processes
     assert processes is not None, "settle fills it in"
@@ -143,6 +146,16 @@ def shape_of(words: Sequence[str], config_dir: str | None) -> tuple[Shape, int]:
     saves = tuple(range(every, plan.total_steps, every)) if every else ()
     shape = Shape(processes=processes, steps=plan.total_steps, samples=plan.total_samples, save_steps=saves)
     return shape, settings.guard.diverged_after_skips
+
+
+def _check_deadlines(watchdog: WatchdogConfig, patience_seconds: float) -> None:
+    deadlines = {item.name: getattr(watchdog, item.name) for item in fields(watchdog) if item.name != "grace_seconds"}
+    for name, seconds in deadlines.items():
+        if seconds is None or seconds >= patience_seconds:
+            raise UserError(
+                f"watchdog.{name}={'null' if seconds is None else seconds}: must be below patience_seconds={patience_seconds:g}, "
+                f"or a rank that was stopped counts as unnoticed; lower the one or raise the other"
+            )
 
 
 def step_seconds(run: WatchedRun) -> float:
