@@ -152,9 +152,10 @@ def _check_deadlines(watchdog: WatchdogConfig, patience_seconds: float) -> None:
     deadlines = {item.name: getattr(watchdog, item.name) for item in fields(watchdog) if item.name != "grace_seconds"}
     for name, seconds in deadlines.items():
         if seconds is None or seconds >= patience_seconds:
+            shown = "null" if seconds is None else f"{seconds:g}"
             raise UserError(
-                f"watchdog.{name}={'null' if seconds is None else seconds}: must be below patience_seconds={patience_seconds:g}, "
-                f"or a rank that was stopped counts as unnoticed; lower the one or raise the other"
+                f"watchdog.{name}={shown}: must be below patience_seconds={patience_seconds:g}, or the campaign gives up "
+                "before a rank that stands still is noticed; lower the one or raise the other"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -163,3 +164,17 @@ def test_a_folder_that_exists_is_left_alone(corpus: Path, tmp_path: Path) -> Non
 def test_a_word_that_neither_knows_is_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="falts"):
         chaos([f"folder={tmp_path / 'new'}", "falts=2", f"data.sources=[{{path: {corpus}}}]", *WORDS])
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("watchdog.save_seconds=null", "watchdog.save_seconds=null: must be below patience_seconds=180"),
+        ("watchdog.evaluate_seconds=180", "watchdog.evaluate_seconds=180: must be below patience_seconds=180"),
+        ("patience_seconds=35", "watchdog.startup_seconds=40: must be below patience_seconds=35"),
+    ],
+)
+def test_a_deadline_beyond_the_patience_is_refused(corpus: Path, tmp_path: Path, word: str, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        chaos([f"data.sources=[{{path: {corpus}}}]", f"folder={tmp_path / 'campaign'}", word])
+    assert not (tmp_path / "campaign").exists()
