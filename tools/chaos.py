@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import get_args
@@ -20,7 +20,6 @@ from conf.compose import compose, validate
 from conf.errors import ConfigError, UserError
 from tools.chaos_faults import (
     DAMAGE,
-    ENDS_NO_ATTEMPT,
     IN_SAVE,
     MEANING,
     Kind,
@@ -29,6 +28,7 @@ from tools.chaos_faults import (
     Strike,
     detection_seconds,
     do_fault,
+    ends_its_attempt,
     faults_of,
     plan_data_faults,
     plan_moments,
@@ -175,7 +175,8 @@ def disturb(run: WatchedRun, moments: Sequence[Moment], shape: Shape, pace_secon
                 if moment.kind in IN_SAVE and moment.step <= run.newest_checkpoint():
                     left = _with_another_try(left, moment, shape)  # an attempt before got further than meant
                     continue
-                strike = do_fault(run, moment, shape, pace_seconds)
+                ended = max((strike.attempt for strike in strikes if ends_its_attempt(strike)), default=0)
+                strike = do_fault(run, moment, shape, pace_seconds=pace_seconds, ended=ended)
                 if strike is None:
                     left = _with_another_try(left, moment, shape)
                     continue
@@ -204,10 +205,8 @@ def judge(struck: Struck, calm: WatchedRun, hunted: WatchedRun) -> list[str]:
     failures += [f"still listening: {port}" for port in hunted.bound_ports()]
     if struck.failures:
         return failures
-    ended = [strike for strike in struck.strikes if strike.moment.kind not in ENDS_NO_ATTEMPT]
-    attempts = last_attempt(hunted.run_dir)
-    if attempts != len(ended) + 1:
-        failures.append(f"{attempts} attempts for {len(ended)} faults that end one: see {hunted.log}")
+    ended = [strike for strike in struck.strikes if ends_its_attempt(strike)]
+    failures += _unexplained_attempts({strike.attempt for strike in ended}, hunted)
     failures += [f"{folder}: left behind without a manifest" for folder in unpublished(hunted.run_dir / "checkpoints")]
     failures += _lost_too_much(ended, hunted)
     found = differences(calm.run_dir, hunted.run_dir)
@@ -215,6 +214,16 @@ def judge(struck: Struck, calm: WatchedRun, hunted: WatchedRun) -> list[str]:
     if len(found) > SHOWN_DIFFERENCES:
         failures.append(f"and {len(found) - SHOWN_DIFFERENCES:,} more differences")
     return failures
+
+
+def _unexplained_attempts(ended: Collection[int], hunted: WatchedRun) -> list[str]:
+    """Every attempt but the last has to have met a fault that ends it, and the last none. Two may meet in one attempt: while
+    one rank hangs, another is killed."""
+    last = last_attempt(hunted.run_dir)
+    return [
+        *(f"attempt {attempt} ended without a fault: see {hunted.log}" for attempt in range(1, last) if attempt not in ended),
+        *([f"attempt {last} finished in spite of a fault that ends an attempt: see {hunted.log}"] if last in ended else []),
+    ]
 
 
 def _lost_too_much(ended: Sequence[Strike], hunted: WatchedRun) -> list[str]:
@@ -255,7 +264,7 @@ def print_report(struck: Struck, failures: Sequence[str], calm: WatchedRun, hunt
     for number, strike in enumerate(struck.strikes, start=1):
         kind = strike.moment.kind
         cells = ["-", "-", "-"]
-        if kind not in ENDS_NO_ATTEMPT and (following := began.get(strike.attempt + 1)):
+        if ends_its_attempt(strike) and (following := began.get(strike.attempt + 1)):
             detected = detection_seconds(hunted.run_dir, strike)
             if detected is not None:
                 noticed.setdefault(kind, []).append(detected)

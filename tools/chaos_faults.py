@@ -86,6 +86,11 @@ class Strike:
     """Step of the checkpoint whose save it interrupted."""
 
 
+def ends_its_attempt(strike: Strike) -> bool:
+    """Whether the attempt that met it has to end by it."""
+    return strike.moment.kind not in ENDS_NO_ATTEMPT
+
+
 def plan_moments(count: int, kinds: Sequence[Kind], shape: Shape, *, seed: int) -> list[Moment]:
     """Seeded moments, spread over the run, every kind as often as the others. Their steps rise, so that each attempt gets
     further and the last one finishes.
@@ -139,16 +144,17 @@ def faults_of(moments: Sequence[Moment], data: Faults, shape: Shape) -> Faults:
     return Faults(nan_samples=data.nan_samples, spike_samples=data.spike_samples, once=tuple(once))
 
 
-def do_fault(run: WatchedRun, moment: Moment, shape: Shape, pace_seconds: float) -> Strike | None:
+def do_fault(run: WatchedRun, moment: Moment, shape: Shape, *, pace_seconds: float, ended: int) -> Strike | None:
     """Start the run where it does not run, wait for the moment, do the fault; returns when the run has to help itself.
 
+    Attempt `ended` has met its end already, though its processes may still be there: the fault comes to a later one.
     None when the save that it was to come into did not take place: another fault had kept it from being written.
     """
     run.start()
     began = time.time()
     if moment.kind in INSIDE:
         return _await_inside(run, moment, shape)
-    attempt = _reach(run, moment, shape)
+    attempt = reach(run, moment, later_than=ended)
     ranks = run.wait_for_ranks(attempt, shape.processes)
     if moment.kind in IN_SAVE:
         files = 1 + int(moment.fraction * (shape.processes + 3))  # a rank's file each, three small ones, the tokenizer
@@ -196,17 +202,22 @@ def _meets_save(run: WatchedRun, moment: Moment, attempt: int, *, files: int, si
     return run.files_of_save(moment.step, since) > 0
 
 
-def _reach(run: WatchedRun, moment: Moment, shape: Shape) -> int:
-    """Wait until the attempt that runs then has done the moment's step; its number."""
-    run.wait(lambda: run.last_step(last_attempt(run.run_dir)) >= moment.step, f"step {moment.step} was reached")
+def reach(run: WatchedRun, moment: Moment, *, later_than: int) -> int:
+    """Wait until an attempt behind `later_than` has done the moment's step; its number."""
+
+    def has_done_it() -> bool:
+        attempt = last_attempt(run.run_dir)
+        return attempt > later_than and run.last_step(attempt) >= moment.step
+
+    run.wait(has_done_it, f"step {moment.step} was reached")
     return last_attempt(run.run_dir)
 
 
 def _await_inside(run: WatchedRun, moment: Moment, shape: Shape) -> Strike:
     rank = 0 if moment.kind == "file_system_error" else moment.rank(shape)
     mark = run.run_dir / MARKS_FOLDER / f"{moment.kind}-{moment.step}-{rank}"
-    run.wait(mark.exists, f"the {moment.kind} at step {moment.step} happened")
-    attempt = last_attempt(run.run_dir)
+    run.wait(lambda: mark.exists() and mark.stat().st_size > 0, f"the {moment.kind} at step {moment.step} happened")
+    attempt = int(mark.read_text())
     return Strike(
         moment=moment,
         attempt=attempt,

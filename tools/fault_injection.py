@@ -1,7 +1,7 @@
 """Faults that come from inside a rank, put in from outside: the program itself knows nothing of them.
 
 Data faults belong to samples, so that every attempt and every layout meets them alike. The others happen once in a run,
-marked in a folder, at the given step on the given rank.
+at the given step on the given rank; a file in a folder of marks tells that one has happened, and in which attempt.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def inject(faults: Faults, marks: Path) -> None:
 def _first_time(marks: Path, fault: Once) -> bool:
     marks.mkdir(parents=True, exist_ok=True)
     try:
-        os.close(os.open(marks / f"{fault.kind}-{fault.step}-{fault.rank}", os.O_CREAT | os.O_EXCL))
+        with (marks / f"{fault.kind}-{fault.step}-{fault.rank}").open("x") as mark:
+            mark.write(os.environ["LONGHAUL_ATTEMPT"])
     except FileExistsError:
         return False
     return True

@@ -18,7 +18,7 @@ from conf.errors import ConfigError, UserError
 from tests.integration.runs import WORDS
 from tools import watched_run
 from tools.chaos import ChaosConfig, Struck, chaos, judge
-from tools.chaos_faults import IN_SAVE, MEANING, Kind, Moment, Shape, Strike, plan_data_faults, plan_moments
+from tools.chaos_faults import IN_SAVE, MEANING, Kind, Moment, Shape, Strike, plan_data_faults, plan_moments, reach
 from tools.watched_run import UnexpectedEnd, WatchedRun
 
 SHAPE = Shape(processes=2, steps=120, samples=960, save_steps=tuple(range(5, 120, 5)))
@@ -112,16 +112,52 @@ def test_bad_data_is_the_same_for_everybody_and_holds_a_divergence() -> None:
     assert data.spike_samples
 
 
-def test_an_attempt_that_no_fault_answers_for_fails_the_campaign(tmp_path: Path) -> None:
-    """Two faults make three attempts; a fourth crashed by itself, and its restart must not hide it."""
+def strike_of(attempt: int, kind: Kind = "machine") -> Strike:
+    return Strike(moment=Moment(step=5, kind=kind, fraction=0.0), attempt=attempt, time=1.0, step=5, newest=0)
+
+
+@pytest.mark.parametrize(
+    ("strikes", "said"),
+    [
+        ([strike_of(1), strike_of(2)], ["attempt 3 ended without a fault"]),
+        ([strike_of(1), strike_of(2), strike_of(3, "slow_rank")], ["attempt 3 ended without a fault"]),
+        ([strike_of(1), strike_of(3), strike_of(4)], ["attempt 2 ended without", "attempt 4 finished in spite of a fault"]),
+        ([strike_of(1), strike_of(2, "stopped_rank"), strike_of(2, "hang"), strike_of(3)], []),
+    ],
+)
+def test_an_attempt_that_no_fault_answers_for_fails_the_campaign(
+    tmp_path: Path, strikes: list[Strike], said: list[str]
+) -> None:
+    """Of four attempts each but the last has to have its fault: a crash by itself must not hide behind a restart."""
     calm, hunted = program(tmp_path / "calm", ""), program(tmp_path / "hunted", "")
     (hunted.run_dir / "logs" / "attempt-04").mkdir(parents=True)
     (hunted.run_dir / "metrics.jsonl").write_bytes(b"")
-    moment = Moment(step=5, kind="machine", fraction=0.0)
-    strikes = [Strike(moment=moment, attempt=attempt, time=1.0, step=5, newest=0) for attempt in (1, 2)]
     failures = judge(Struck(strikes=strikes, failures=[]), calm, hunted)
-    assert any("4 attempts for 2 faults" in line for line in failures)
+    about_attempts = [line for line in failures if line.startswith("attempt ")]
+    assert len(about_attempts) == len(said)
+    assert all(wanted in line for wanted, line in zip(said, about_attempts, strict=True))
     assert any("metrics.jsonl" in line for line in failures), "there is nothing to compare"
+
+
+STARTS_AGAIN = """
+import json, os, pathlib, time
+run_dir = pathlib.Path("{run_dir}")
+for attempt in (1, 2):
+    (run_dir / "logs" / f"attempt-0{{attempt}}").mkdir(parents=True)
+    with (run_dir / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({{"kind": "train", "step": 9, "attempt": attempt}}) + "\\n")
+    time.sleep(0.5)
+time.sleep(60)
+"""
+
+
+def test_a_fault_waits_for_the_attempt_behind_the_one_that_is_ending(tmp_path: Path) -> None:
+    """A stopped rank holds its attempt up for seconds; the next fault must not be wasted on that one."""
+    run = program(tmp_path, STARTS_AGAIN.format(run_dir=tmp_path / "run"))
+    run.start()
+    assert reach(run, Moment(step=9, kind="machine", fraction=0.0), later_than=0) == 1
+    assert reach(run, Moment(step=9, kind="machine", fraction=0.0), later_than=1) == 2
+    run.close()
 
 
 def test_going_on_from_an_older_checkpoint_than_there_was_fails_the_campaign(tmp_path: Path) -> None:

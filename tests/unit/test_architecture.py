@@ -130,6 +130,7 @@ ENVIRONMENT: dict[str, set[str]] = {
     "train.supervisor.policy": {"*"},
     "train.convert.prove": {"*", "PYTHONPATH"},
     "data_pipeline.pool": {"TOKENIZERS_PARALLELISM"},
+    "tools.fault_injection": {"LONGHAUL_ATTEMPT"},
     "tools.watched_run": {"*"},
 }
 FORBIDDEN_NAMES = {"tokenize", "utils", "util", "common", "helpers", "helper", "misc"}  # tokenize shadows Python's own
