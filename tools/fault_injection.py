@@ -86,7 +86,7 @@ def _first_time(marks: Path, fault: Once) -> bool:
     marks.mkdir(parents=True, exist_ok=True)
     try:
         with (marks / f"{fault.kind}-{fault.step}-{fault.rank}").open("x") as mark:
-            mark.write(os.environ["LONGHAUL_ATTEMPT"])
+            mark.write(os.environ.get("LONGHAUL_ATTEMPT", "1"))
     except FileExistsError:
         return False
     return True
