@@ -23,7 +23,7 @@ from train.config.pretrain import PretrainConfig
 from train.outcome import ExitCode, last_attempt, read_outcome
 from train.plan import RunPlan, describe, make_plan
 from train.stoppable import Stopped, stoppable
-from train.supervisor import Restarts, supervise
+from train.supervisor import Restarts, run_attempt, supervise
 
 VERSIONS_OF = ("torch", "deepspeed", "megatron-core", "transformers", "tokenizers", "numpy")
 RANK_COMMAND = (sys.executable, "-P", "-m", "train.rank")
@@ -36,7 +36,11 @@ def pretrain(overrides: Sequence[str], config_dir: str | None = None, rank_comma
     """
     try:
         with stoppable():
-            ready = _get_ready(overrides, config_dir)
+            config = validate(PretrainConfig, compose("pretrain", overrides, config_dir))
+            if config.launch.dry_run:
+                show(config)
+                return ExitCode.FINISHED
+            ready = get_ready(config)
     except Stopped as request:
         print(f"longhaul: stopped by {request} before anything was started; run the same command again", file=sys.stderr)
         return ExitCode.RESUMABLE
@@ -59,18 +63,24 @@ def pretrain(overrides: Sequence[str], config_dir: str | None = None, rank_comma
     return code
 
 
-def _get_ready(overrides: Sequence[str], config_dir: str | None) -> tuple[PretrainConfig, Path] | None:
-    """Check everything and make the run's folder; None when there is nothing to start."""
-    config = validate(PretrainConfig, compose("pretrain", overrides, config_dir))
+def show(config: PretrainConfig) -> None:
+    """Print the resolved configuration and what would be done with it, on whatever machine."""
     facts = inspect_sources(config.data)
-    config = settle(config, facts)
-    plan = make_plan(config, config.launch.processes)
-    check_epochs(config.data, facts, total_samples=plan.total_samples)
-    run_dir = Path(config.run.folder) / config.run.name
-    if config.launch.dry_run:
-        print(as_yaml(config), end="")
-        show_plan(plan, config, facts, run_dir)
-        return None
+    config = settle(config, facts, elsewhere=True)
+    plan = _planned(config, facts)
+    print(as_yaml(config), end="")
+    show_plan(plan, config, facts, run_folder(config))
+
+
+def get_ready(config: PretrainConfig, *, elsewhere: bool = False) -> tuple[PretrainConfig, Path] | None:
+    """Check everything and make the run's folder; the settled configuration and the folder, None when the run is finished.
+
+    `elsewhere`: the ranks are started on other machines than this one.
+    Raises UserError when the corpus, the newest checkpoint or the machine do not fit.
+    """
+    facts = inspect_sources(config.data)
+    config = settle(config, facts, elsewhere=elsewhere)
+    plan, run_dir = _planned(config, facts), run_folder(config)
     show_plan(plan, config, facts, run_dir)
     going_on = compare_with_newest(config, facts, run_dir)
     if is_finished(run_dir, plan):
@@ -83,14 +93,27 @@ def _get_ready(overrides: Sequence[str], config_dir: str | None) -> tuple[Pretra
     return config, run_dir
 
 
+def run_folder(config: PretrainConfig) -> Path:
+    """Folder of the run."""
+    return Path(config.run.folder) / config.run.name
+
+
+def _planned(config: PretrainConfig, facts: CorpusFacts) -> RunPlan:
+    assert config.launch.processes is not None, "settle fills it in"
+    plan = make_plan(config, config.launch.processes)
+    check_epochs(config.data, facts, total_samples=plan.total_samples)
+    return plan
+
+
 def plan_only(overrides: Sequence[str], config_dir: str | None = None) -> int:
     """`longhaul plan`: the resolved configuration and the plan, nothing started."""
     return pretrain([*overrides, "launch.dry_run=true"], config_dir)
 
 
-def settle(config: PretrainConfig, facts: CorpusFacts) -> PretrainConfig:
+def settle(config: PretrainConfig, facts: CorpusFacts, *, elsewhere: bool = False) -> PretrainConfig:
     """Fill in what follows from the corpus and the machine: vocabulary, device, processes.
 
+    `elsewhere`: the run is for another machine; its GPUs are taken on trust.
     Raises UserError when a vocabulary that was given is too small for the corpus, or CUDA is asked for and absent.
     """
     vocab_size = config.model.vocab_size or facts.vocab_size
@@ -103,11 +126,10 @@ def settle(config: PretrainConfig, facts: CorpusFacts) -> PretrainConfig:
     device = config.launch.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"
-    here = not config.launch.dry_run  # a plan is made for another machine
-    if device == "cuda" and not gpus and here:
+    if device == "cuda" and not gpus and not elsewhere:
         raise UserError("launch.device=cuda: no NVIDIA GPU is visible on this machine; use launch.device=cpu")
     processes = config.launch.processes or (gpus if device == "cuda" else 1) or 1
-    if device == "cuda" and processes > gpus and here:
+    if device == "cuda" and processes > gpus and not elsewhere:
         raise UserError(f"launch.processes={processes}: this machine shows {gpus} GPUs; a rank needs one of its own")
     return replace(
         config,
@@ -222,3 +244,16 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m train.launch RUN_FOLDER`: the ranks of one attempt, which the caller has claimed, on this machine."""
+    run_dir = Path(arguments[0])
+    config = read_config(PretrainConfig, run_dir / "config.yaml")
+    assert config.launch.processes is not None, "the written configuration is settled"
+    attempt = int(os.environ["LONGHAUL_ATTEMPT"])
+    return run_attempt([*RANK_COMMAND, str(run_dir)], processes=config.launch.processes, run_dir=run_dir, attempt=attempt)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

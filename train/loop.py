@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ from train.engine import Engine, StepResult
 from train.health.garbage import GarbageSchedule
 from train.health.guard import Guard, Verdict
 from train.health.norms import by_layer
-from train.health.requests import Agreement, Requests
+from train.health.requests import Agreement, Requests, Stop
 from train.health.stragglers import Stragglers
 from train.health.watchdog import Silent, Watchdog
 from train.health.windows import ranges_between, sample_at
@@ -40,10 +40,16 @@ class Ending:
 
     state: Literal["finished", "stopped", "diverged", "unsaved"]
     reason: str
+    on_purpose: bool = False
+    """Whether a person asked for it, and wants it to stay so."""
 
 
 class Interrupted(Exception):
-    """An evaluation that was given up because the run is to stop; its text says why."""
+    """An evaluation that was given up because the run is to stop."""
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__(stop.reason)
+        self.stop = stop
 
 
 @dataclass(kw_only=True)
@@ -170,9 +176,9 @@ class Trainer:
         if state.samples >= self.plan.total_samples:
             return Ending(state="finished", reason=f"the budget of {self.plan.total_steps:,} steps is used up")
         if agreement.stop is not None:
-            return Ending(state="stopped", reason=agreement.stop)
+            return _stopped(agreement.stop)
         if budget.stop_at_step is not None and state.step >= budget.stop_at_step:
-            return Ending(state="stopped", reason=f"budget.stop_at_step={budget.stop_at_step}")
+            return Ending(state="stopped", reason=f"budget.stop_at_step={budget.stop_at_step}", on_purpose=True)
         return None
 
     def _log_step(self, result: StepResult, more: dict[str, Value], *, first: int, seconds: float) -> None:
@@ -241,7 +247,7 @@ class Trainer:
         kept = self.saver.newest_step()
         reason = f"{ending.reason}, but the last checkpoint could not be written: {problem}; "
         reason += "there is no other" if kept is None else f"the newest is of step {kept}"
-        return Ending(state="stopped" if ending.state == "stopped" else "unsaved", reason=reason)
+        return replace(ending, state="stopped" if ending.state == "stopped" else "unsaved", reason=reason)
 
     def _evaluate(self, held_out: Loader) -> Ending | None:
         """Read the held-out split and report; the ending, when a request to stop came before it was through."""
@@ -249,7 +255,7 @@ class Trainer:
         try:
             figures = self.evaluate(held_out)
         except Interrupted as request:
-            return Ending(state="stopped", reason=str(request))
+            return _stopped(request.stop)
         finally:
             self.goodput.add("evaluation", time.perf_counter() - started)
         self.state.evaluation_due = False
@@ -292,3 +298,7 @@ class Trainer:
         for index in range(-(-len(groups) // ranks)):
             mine = index * ranks + rank
             yield held_out.micro_batch(groups[min(mine, len(groups) - 1)]), mine < len(groups)
+
+
+def _stopped(stop: Stop) -> Ending:
+    return Ending(state="stopped", reason=stop.reason, on_purpose=stop.on_purpose)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import socket
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 from conf.errors import UserError
+from train.host import host_name
 
 State = Literal["finished", "stopped", "refused", "crashed"]
 
@@ -53,8 +54,12 @@ class Outcome:
     """Last step that was done; None: unknown."""
     time: float = field(default_factory=time.time)
     """When it ended, in unix seconds."""
-    host: str = field(default_factory=socket.gethostname)
+    host: str = field(default_factory=host_name)
     """Machine that wrote this."""
+    on_purpose: bool = False
+    """A person asked for this stop: no launcher starts the run again by itself."""
+    suspects: tuple[str, ...] = ()
+    """Machines that seem to have caused a crash."""
     rank_codes: Mapping[str, int] = field(default_factory=dict)
     """Exit code of each rank that is known; a negative code is the signal that ended it."""
 
@@ -121,6 +126,38 @@ def read_outcome(run_dir: Path, attempt: int) -> Outcome | None:
         states = ", ".join(get_args(State))
         raise UserError(f"{path}: needs a state out of {states}; move it away to go by exit codes")
     try:
-        return Outcome(**cast(dict, {key: value for key, value in tree.items() if key in known}))
+        outcome = Outcome(**cast(dict, {key: value for key, value in tree.items() if key in known}))
+        return replace(outcome, suspects=tuple(outcome.suspects))
     except TypeError as error:
         raise UserError(f"{path}: {error}; move it away to go by exit codes") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrashNote:
+    """What one rank says of its own end by an exception."""
+
+    rank: int
+    host: str
+    time: float
+    """Unix seconds."""
+    error: str
+
+
+def write_crash_note(run_dir: Path, attempt: int, *, rank: int, error: str) -> None:
+    """Leave this rank's note beside the logs: which rank fell first, and whether all fell alike, tells whose fault it was.
+
+    Where it cannot be written nothing happens: the log has the error too.
+    """
+    note = CrashNote(rank=rank, host=host_name(), time=time.time(), error=error)
+    with contextlib.suppress(OSError):
+        path = attempt_folder(run_dir, attempt) / f"crash-{rank:05d}.json"
+        path.write_text(json.dumps(asdict(note)) + "\n", encoding="utf-8")
+
+
+def read_crash_notes(run_dir: Path, attempt: int) -> list[CrashNote]:
+    """The notes of the ranks that crashed by an exception, the first one first; those half written are left out."""
+    notes = []
+    for path in attempt_folder(run_dir, attempt).glob("crash-*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            notes.append(CrashNote(**json.loads(path.read_text(encoding="utf-8"))))
+    return sorted(notes, key=lambda note: note.time)

@@ -183,7 +183,8 @@ def start_rank(
         # One hardware queue: kernels start in the order of the calls, so that a reduction overlaps the product after it.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if device == "cuda":
-        place = torch.device("cuda", local_rank)
+        alone = torch.cuda.device_count() == 1  # each task of a job may be shown nothing but its own
+        place = torch.device("cuda", 0 if alone else local_rank)
         torch.cuda.set_device(place)
     store = open_store(rank, world_size, timeout_seconds=timeout_seconds)
     dist.init_process_group(

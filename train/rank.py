@@ -8,12 +8,13 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import socket
 import sys
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from conf.compose import read_config
 from conf.errors import UserError
@@ -21,7 +22,8 @@ from train.attempt import Attempt
 from train.checkpoint.manifest import write_durably
 from train.config.pretrain import PretrainConfig
 from train.health.watchdog import Watchdog
-from train.outcome import ExitCode, Outcome, State, attempt_folder, write_outcome
+from train.host import host_name
+from train.outcome import ExitCode, Outcome, State, attempt_folder, write_crash_note, write_outcome
 
 NEXT = {
     "finished": "export it (longhaul export checkpoint={run}) or sample from it (longhaul generate checkpoint={run})",
@@ -38,48 +40,54 @@ def main(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # optional packages that are not needed
     attempt = int(os.environ.get("LONGHAUL_ATTEMPT", "1"))
-    is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    step: int | None = None
-    state: State
     try:
         config = read_config(PretrainConfig, run_dir / "config.yaml")
         limit = config.launch.time_limit_minutes
         ends_at = None if limit is None else float(os.environ.get("LONGHAUL_STARTED", started)) + 60 * limit
         watchdog = watch(config, run_dir, attempt)
         own = Attempt(run_dir=run_dir, number=attempt, started=started, ends_at=ends_at, watchdog=watchdog)
-        state, reason, step = run(config, own)
+        outcome = run(config, own)
     except UserError as error:
-        state, reason = "refused", str(error)
-        print(f"longhaul: {reason}", file=sys.stderr, flush=True)
+        print(f"longhaul: {error}", file=sys.stderr, flush=True)
+        outcome = outcome_of(run_dir, attempt, "refused", str(error))
     except Exception as error:  # whatever it is, the outcome has to be written before the process ends
-        state, reason = "crashed", f"{type(error).__name__}: {error}"
         traceback.print_exc()
-    outcome = Outcome(attempt=attempt, state=state, reason=reason, next=NEXT[state].format(run=run_dir), step=step)
-    if is_first:
+        outcome = outcome_of(run_dir, attempt, "crashed", f"{type(error).__name__}: {error}")
+        write_crash_note(run_dir, attempt, rank=own_rank(), error=outcome.reason)
+    if own_rank() == 0:
         write_outcome(run_dir, outcome)
     sys.stdout.flush()
     sys.stderr.flush()
     return int(outcome.exit_code)
 
 
+def own_rank() -> int:
+    """Number of this rank, as the supervisor or srun gave it."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def outcome_of(run_dir: Path, attempt: int, state: State, reason: str, **more: Any) -> Outcome:
+    """The outcome, with what to do next."""
+    return Outcome(attempt=attempt, state=state, reason=reason, next=NEXT[state].format(run=run_dir), **more)
+
+
 def watch(config: PretrainConfig, run_dir: Path, attempt: int) -> Watchdog:
     """Begin to watch this rank; when ranks hang, one of them writes the outcome."""
 
-    def write(summary: str) -> None:
-        outcome = Outcome(attempt=attempt, state="crashed", reason=summary, next=NEXT["crashed"].format(run=run_dir))
-        write_outcome(run_dir, outcome)
+    def write(summary: str, hosts: Sequence[str]) -> None:
+        write_outcome(run_dir, outcome_of(run_dir, attempt, "crashed", summary, suspects=tuple(dict.fromkeys(hosts))))
 
     return Watchdog(
         config.watchdog,
         folder=attempt_folder(run_dir, attempt),
-        rank=int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))),
+        rank=own_rank(),
         world_size=int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))),
         leave=write,
     )
 
 
-def run(config: PretrainConfig, attempt: Attempt) -> tuple[State, str, int | None]:
-    """(state, reason, last step) of the stage on this rank."""
+def run(config: PretrainConfig, attempt: Attempt) -> Outcome:
+    """Run the stage on this rank."""
     import torch.distributed as dist
 
     from train.parallel import start_rank
@@ -92,7 +100,7 @@ def run(config: PretrainConfig, attempt: Attempt) -> tuple[State, str, int | Non
         sequence_parallel=config.parallel.sequence_parallel,
     )
     record = json.loads((attempt.run_dir / "run.json").read_text(encoding="utf-8"))
-    attempt.watchdog.connect(context.store, context.gather_to_all(socket.gethostname()))
+    attempt.watchdog.connect(context.store, context.gather_to_all(host_name()))
     ending, step = pretrain(config, context, attempt, run=record)
     attempt.watchdog.close()
     if context.is_first and ending.state == "finished":
@@ -100,7 +108,7 @@ def run(config: PretrainConfig, attempt: Attempt) -> tuple[State, str, int | Non
     context.barrier()  # ranks leave together, so that no launcher sees one of them missing
     dist.destroy_process_group()
     state: State = "refused" if ending.state in ("diverged", "unsaved") else ending.state
-    return state, ending.reason, step
+    return outcome_of(attempt.run_dir, attempt.number, state, ending.reason, step=step, on_purpose=ending.on_purpose)
 
 
 def leave(code: int) -> None:

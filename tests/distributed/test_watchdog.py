@@ -22,7 +22,7 @@ from train.health.watchdog import Watchdog
 folder, rank, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 config = WatchdogConfig(startup_seconds=30.0, step_seconds=1.0, evaluate_seconds=4.0, grace_seconds=1.0)
 watchdog = Watchdog(
-    config, folder=folder, rank=rank, world_size=2, leave=lambda said: (folder / "left.txt").write_text(f"{rank}: {said}")
+    config, folder=folder, rank=rank, world_size=2, leave=lambda said, _: (folder / "left.txt").write_text(f"{rank}: {said}")
 )
 import torch, torch.distributed as dist
 store = dist.TCPStore("127.0.0.1", int(sys.argv[4]), 2, is_master=rank == 0, timeout=timedelta(seconds=20))

@@ -98,6 +98,7 @@ def test_it_stops_where_it_was_told_to(story: Story) -> None:
     outcome = story.outcome(1)
     assert (outcome.state, outcome.step, outcome.reason) == ("stopped", STOP, f"budget.stop_at_step={STOP}")
     assert dict(outcome.rank_codes) == {"0": 85, "1": 85}
+    assert outcome.on_purpose, "no launcher goes on behind the step that a person named"
     assert "run the same command again" in outcome.next
 
 
@@ -113,7 +114,7 @@ def test_it_refuses_what_cannot_change(story: Story) -> None:
 def test_a_signal_makes_it_save_and_stop(story: Story) -> None:
     assert story.signalled.code == 85, story.signalled.text
     outcome = story.outcome(2)
-    assert (outcome.state, outcome.reason) == ("stopped", "received SIGTERM")
+    assert (outcome.state, outcome.reason, outcome.on_purpose) == ("stopped", "received SIGTERM", False)
     assert outcome.step is not None and SIGNAL <= outcome.step < NEVER
     first = min(record["step"] for record in _lines(story.run_dir) if record["attempt"] == 3)
     assert first == outcome.step + 1, "the next attempt went on from the very step"

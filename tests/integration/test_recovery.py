@@ -313,6 +313,18 @@ def test_a_request_stops_all_ranks_at_the_same_step(corpus: Path, tmp_path: Path
     assert run_ranks(attempt, 2, steady(corpus), str(tmp_path), 2) == [("finished", STEPS)] * 2
 
 
+def begin_another(run_dir: Path) -> None:
+    (run_dir / "logs" / "attempt-02").mkdir(parents=True)
+
+
+def test_an_attempt_that_was_left_behind_writes_no_more(corpus: Path, tmp_path: Path) -> None:
+    """Its node was given up by the scheduler, and works on beside the attempt that has taken over."""
+    with pytest.raises(AssertionError, match="attempt-02 of this run has begun"):
+        run_ranks(attempt, 1, steady(corpus), str(tmp_path), 1, partial(ask_at, 6, begin_another, tmp_path))
+    assert train_records(tmp_path)[-1]["step"] in (6, 7)
+    assert step_of(published(tmp_path / "checkpoints")[-1]) == 5
+
+
 def test_a_save_is_asked_for(corpus: Path, tmp_path: Path) -> None:
     checkpoint = CheckpointConfig(every_steps=None, keep_last=9)
     change = partial(ask_at, 6, touch_save, tmp_path)

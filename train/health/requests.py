@@ -11,22 +11,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from conf.errors import UserError
+from train.outcome import attempt_folder
 from train.parallel import ParallelContext
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 _LOOK_SECONDS = 1.0  # between two looks at the files: a file system of many nodes is not asked at every step
 _TIME_LIMIT, _STOP_FILE = len(SIGNALS), len(SIGNALS) + 1
-_REASONS = (*(f"received {number.name}" for number in SIGNALS), "the time limit is near", f"the file {STOP_FILE} was put there")
 _RESERVE_SECONDS = 60.0  # for a save whose time is not known yet
 _MARGIN = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """Why the run is to stop. `on_purpose`: a person wants it to stay so."""
+
+    reason: str
+    on_purpose: bool
+
+
+_STOPS = (
+    *(Stop(reason=f"received {number.name}", on_purpose=number == signal.SIGINT) for number in SIGNALS),
+    Stop(reason="the time limit is near", on_purpose=False),
+    Stop(reason=f"the file {STOP_FILE} was put there", on_purpose=True),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
     """What all ranks do now. `total`: the sum over the ranks of the numbers that came along, modulo 2**64."""
 
-    stop: str | None
+    stop: Stop | None
     save: bool
     total: int
 
@@ -52,9 +68,10 @@ class Deadline:
 class Requests:
     """Collects what is asked of this rank; none of it interrupts a step or a save."""
 
-    def __init__(self, context: ParallelContext, run_dir: Path, deadline: Deadline | None = None) -> None:
+    def __init__(self, context: ParallelContext, run_dir: Path, attempt: int, deadline: Deadline | None = None) -> None:
         self.context, self.run_dir, self.deadline = context, run_dir, deadline
-        self._asked = [0] * len(_REASONS)
+        self._successor = attempt_folder(run_dir, attempt + 1)
+        self._asked = [0] * len(_STOPS)
         self._save_asked = False
         self._next_look = 0.0
         for number in SIGNALS:
@@ -67,14 +84,15 @@ class Requests:
     def agree(self, number: int = 0) -> Agreement:
         """What to do, on all ranks alike: all must ask at the same place; one that was told is enough.
 
-        `number` is summed over the ranks on the way, modulo 2**64.
+        `number` is summed over the ranks on the way, modulo 2**64. Raises UserError on rank 0 when a later attempt has begun:
+        a node that the scheduler had lost may go on beside it, and must not write any more.
         """
         if self.context.is_first:
             self._look()
         signed = number - 2**64 if number >= 2**63 else number
         *asked, save, total = self.context.sum_over_ranks([*self._asked, int(self._save_asked), signed])
         self._save_asked = False
-        stop = next((reason for reason, count in zip(_REASONS, asked, strict=True) if count), None)
+        stop = next((stop for stop, count in zip(_STOPS, asked, strict=True) if count), None)
         return Agreement(stop=stop, save=bool(save), total=total % 2**64)
 
     def answered(self) -> None:
@@ -90,6 +108,8 @@ class Requests:
             return
         self._next_look = time.monotonic() + _LOOK_SECONDS
         with contextlib.suppress(OSError):  # a file system that is away for a moment asks for nothing
+            if self._successor.exists():
+                raise UserError(f"{self._successor.name} of this run has begun; this one was left behind, and writes no more")
             if (self.run_dir / STOP_FILE).exists():
                 self._asked[_STOP_FILE] = 1
             if (self.run_dir / SAVE_FILE).exists():

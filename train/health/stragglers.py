@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 from statistics import median
 
+from train.host import host_name
 from train.parallel import ParallelContext
 
 
@@ -14,7 +14,7 @@ class Stragglers:
     def __init__(self, context: ParallelContext, every_steps: int | None) -> None:
         """every_steps: None never gathers."""
         self.context, self.every_steps = context, every_steps
-        self._host = socket.gethostname()
+        self._host = host_name()
         self._seconds: list[float] = []
 
     def after(self, step: int, busy_seconds: float) -> dict[str, float | str | int]:

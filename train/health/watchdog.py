@@ -12,7 +12,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from train.config.watchdog import WatchdogConfig
+from train.host import host_name
 
 Phase = Literal["start-up", "data", "forward", "update", "log", "evaluate", "save"]
 PROGRESS: tuple[Phase, ...] = ("start-up", "data", "forward", "update", "log", "evaluate", "save")
@@ -51,17 +51,18 @@ class Silent:
 
 
 class Watchdog:
-    """This rank's. `leave` is called with the report's summary on the rank that wrote it; then every rank exits with 1."""
+    """This rank's. `leave` is called on the rank that writes the report, with its summary and the hosts that lag; then every
+    rank exits with 1."""
 
     def __init__(
-        self, config: WatchdogConfig, *, folder: Path, rank: int, world_size: int, leave: Callable[[str], None]
+        self, config: WatchdogConfig, *, folder: Path, rank: int, world_size: int, leave: Callable[[str, Sequence[str]], None]
     ) -> None:
         self.config, self.folder, self.rank, self.world_size = config, folder, rank, world_size
         self._leave = leave
         self._beat: tuple[Phase, int, float] = ("start-up", 0, time.monotonic())
         self._first_step_done = False
         self._store: Store | None = None
-        self._hosts = [socket.gethostname()] * world_size
+        self._hosts = [host_name()] * world_size
         self._alarm: str | None = None
         self._closed = threading.Event()
         given = [value for value in _deadlines(config).values() if value is not None]
@@ -123,7 +124,7 @@ class Watchdog:
         phase, step, began = self._beat
         return {
             "rank": self.rank,
-            "host": socket.gethostname(),
+            "host": host_name(),
             "pid": os.getpid(),
             "step": step,
             "phase": phase,
@@ -142,10 +143,10 @@ class Watchdog:
         gathering.start()
         gathering.join(2 * self.config.grace_seconds)
         if self._is_reporter():
-            summary = self._report(alarm, dict(found))
+            summary, behind = self._report(alarm, dict(found))
             print(f"longhaul: {summary}", file=sys.stderr, flush=True)
             with contextlib.suppress(Exception):  # nothing may keep it from leaving
-                self._leave(summary)
+                self._leave(summary, [self._hosts[rank] for rank in behind])
         else:
             time.sleep(self.config.grace_seconds / 2)  # the launcher ends all when the first leaves: let the report be done
         os._exit(1)
@@ -178,7 +179,8 @@ class Watchdog:
             return self.rank == 0
         return True
 
-    def _report(self, alarm: str, found: dict[int, dict[str, Any]]) -> str:
+    def _report(self, alarm: str, found: dict[int, dict[str, Any]]) -> tuple[str, list[int]]:
+        """Write both files; the summary, and the ranks that lag."""
         silent = [rank for rank in range(self.world_size) if "stacks" not in found.get(rank, {})]
         behind = silent or lagging(list(found.values()))
         names = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in behind)
@@ -195,7 +197,7 @@ class Watchdog:
         with contextlib.suppress(OSError):
             (self.folder / "hang.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
             (self.folder / "hang.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return f"{summary}; the stacks of all ranks are in {self.folder / 'hang.txt'}"
+        return f"{summary}; the stacks of all ranks are in {self.folder / 'hang.txt'}", behind
 
     def _stacks(self) -> dict[str, str]:
         """Text of the stack of every thread but this one, the main thread first."""

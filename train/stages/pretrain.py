@@ -89,7 +89,7 @@ def build(config: PretrainConfig, context: ParallelContext, attempt: Attempt, me
         saver=Saver(store, metrics, deadline),
         recovery=Recovery(config.guard, attempt.run_dir, store=store, context=context),
         metrics=metrics,
-        requests=Requests(context, attempt.run_dir, deadline),
+        requests=Requests(context, attempt.run_dir, attempt.number, deadline),
         spikes=SpikeReporter(
             config=config,
             context=context,

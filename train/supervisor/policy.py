@@ -69,12 +69,7 @@ def supervise(
         while True:
             number = claim_attempt(run_dir)
             attempt = _Attempt(run_dir, number, signals=signals, grace_seconds=grace_seconds)
-            attempt.run(
-                command,
-                processes=processes,
-                environment={**base, "LONGHAUL_ATTEMPT": str(number)},
-                leave_seconds=leave_seconds,
-            )
+            attempt.run(command, processes=processes, environment=base, leave_seconds=leave_seconds)
             outcome = attempt.outcome()
             if (now := restarts.progress()) != reached:
                 in_a_row, reached = 0, now
@@ -82,22 +77,32 @@ def supervise(
             delay_seconds = min(restarts.backoff_seconds * 2**in_a_row, _BACKOFF_LIMIT_SECONDS)
             if again:
                 outcome = replace(outcome, next=f"Nothing: the supervisor tries again after {delay_seconds:g} s.")
-            _write(run_dir, outcome)
-            if outcome.state != "finished":
-                attempt.show_crash()
-                say(f"attempt {number} {outcome.state}: {outcome.reason}")
-                say(outcome.next)
+            attempt.tell(outcome)
             if not again or not signals.sleep(delay_seconds):
                 return int(outcome.exit_code)
             in_a_row += 1
             say(f"restart {in_a_row} of {restarts.most}")
 
 
-def _write(run_dir: Path, outcome: Outcome) -> None:
-    try:
-        write_outcome(run_dir, outcome)
-    except OSError as error:  # a full disk must not hide the exit code, which says the same
-        say(f"{attempt_folder(run_dir, outcome.attempt)}: outcome.json could not be written ({error.strerror})")
+def run_attempt(
+    command: Sequence[str],
+    *,
+    processes: int,
+    run_dir: Path,
+    attempt: int,
+    grace_seconds: float = 10.0,
+    leave_seconds: float = 120.0,
+) -> int:
+    """Run `command` as the `processes` ranks of `attempt`, which the caller has claimed; returns 0, 85, 93 or 1.
+
+    For a caller that decides about the next attempt itself; otherwise as `supervise`.
+    """
+    with _Signals() as signals:
+        the_attempt = _Attempt(run_dir, attempt, signals=signals, grace_seconds=grace_seconds)
+        the_attempt.run(command, processes=processes, environment=os.environ, leave_seconds=leave_seconds)
+        outcome = the_attempt.outcome()
+        the_attempt.tell(outcome)
+        return int(outcome.exit_code)
 
 
 class _Signals:
@@ -158,7 +163,8 @@ class _Attempt:
         """Start the ranks and return when none is left."""
         stream = LogStream(self._group.log_path(0))
         try:
-            self._group.start(command, processes=processes, environment=environment)
+            own = {**environment, "LONGHAUL_ATTEMPT": str(self._number)}
+            self._group.start(command, processes=processes, environment=own)
             while True:
                 self._forward_signals()
                 for rank, code in self._group.poll().items():
@@ -207,7 +213,18 @@ class _Attempt:
             self._group.end()
             self._kill_at = now + self._grace_seconds
 
-    def show_crash(self) -> None:
+    def tell(self, outcome: Outcome) -> None:
+        """Write the verdict down, and say it unless all went well."""
+        try:
+            write_outcome(self._run_dir, outcome)
+        except OSError as error:  # a full disk must not hide the exit code, which says the same
+            say(f"{attempt_folder(self._run_dir, self._number)}: outcome.json could not be written ({error.strerror})")
+        if outcome.state != "finished":
+            self._show_crash()
+            say(f"attempt {self._number} {outcome.state}: {outcome.reason}")
+            say(outcome.next)
+
+    def _show_crash(self) -> None:
         """The end of the log of the rank that crashed first, if one did."""
         if self._crashed_rank is None:
             return

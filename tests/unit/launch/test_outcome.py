@@ -14,13 +14,24 @@ from train.outcome import (
     attempt_folder,
     claim_attempt,
     last_attempt,
+    read_crash_notes,
     read_outcome,
+    write_crash_note,
     write_outcome,
 )
 
 
 def test_round_trip_keeps_every_field(tmp_path: Path) -> None:
-    outcome = Outcome(attempt=3, state="stopped", reason="SIGUSR1", next="Run again.", step=70, rank_codes={"0": 85, "1": -9})
+    outcome = Outcome(
+        attempt=3,
+        state="stopped",
+        reason="SIGUSR1",
+        next="Run again.",
+        step=70,
+        on_purpose=True,
+        suspects=("n3", "n1"),
+        rank_codes={"0": 85, "1": -9},
+    )
     path = write_outcome(tmp_path, outcome)
     assert read_outcome(tmp_path, 3) == outcome
     assert json.loads(path.read_text())["exit_code"] == 85
@@ -68,3 +79,17 @@ def test_attempts_count_past_gaps_and_strangers(tmp_path: Path) -> None:
     (tmp_path / "logs" / "notes.txt").touch()
     assert claim_attempt(tmp_path) == 108
     assert attempt_folder(tmp_path, 108).is_dir()
+
+
+def test_notes_of_crashed_ranks_come_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    folder = attempt_folder(tmp_path, claim_attempt(tmp_path))
+    for rank, error in ((3, "RuntimeError: first"), (0, "RuntimeError: second")):
+        write_crash_note(tmp_path, 1, rank=rank, error=error)
+    (folder / "crash-00009.json").write_text('{"rank": 9')  # the disk filled up
+    notes = read_crash_notes(tmp_path, 1)
+    assert [(note.rank, note.host, note.error) for note in notes] == [
+        (3, "n7", "RuntimeError: first"),
+        (0, "n7", "RuntimeError: second"),
+    ]
+    write_crash_note(tmp_path / "gone", 1, rank=0, error="nowhere to write")
