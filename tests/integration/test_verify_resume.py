@@ -16,6 +16,8 @@ from tools.verify_resume import VerifyConfig, judge, spread
 from train.metrics.record import encode
 
 STEPS = 8
+# Below the campaign's patience, or it could not tell a rank that hangs from one that takes its time.
+DEADLINES = [f"watchdog.{phase}_seconds=60" for phase in ("startup", "step", "evaluate", "save")]
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -79,7 +81,7 @@ def test_chaos_notices_a_mistake(
     named: str,
 ) -> None:
     mutate(mistake)
-    settings = words(corpus, "budget.steps=30")
+    settings = words(corpus, "budget.steps=30", *DEADLINES)
     config = ChaosConfig(overrides=settings, faults=1, kinds=(kind,), bad_data=False, folder=str(tmp_path / "runs"))
     assert chaos.run(config, module=MODULE) == 1
     printed = capsys.readouterr().out
