@@ -149,6 +149,9 @@ class TokenizerConfig:
         return problems
 
 
+Phase = Literal["all", "read", "choose", "encode", "publish"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """From documents to token shards: the root of `longhaul prepare`."""
@@ -173,9 +176,20 @@ class PrepareConfig:
     """Seed of the choice of held-out documents and of the text to train the tokenizer on."""
     dry_run: bool = False
     """Tell what would be read and written, and write nothing."""
+    phase: Phase = "all"
+    """all: one process does everything; otherwise one of its phases, so that several machines share the work: read and encode
+    in `parts`, choose (duplicates, tokenizer) and publish in one."""
+    part: int = 0
+    """Which part of the input a read or encode phase does, from 0."""
+    parts: int = 1
+    """Into how many parts these phases are split. The result does not depend on it."""
 
     def __post_init__(self) -> None:
         problems = []
+        if self.parts < 1 or not 0 <= self.part < max(1, self.parts):
+            problems.append(f"part={self.part}: must be from 0 to below parts={self.parts}")
+        if self.parts > 1 and self.phase not in ("read", "encode"):
+            problems.append(f"parts={self.parts}: phase={self.phase} is done in one; only read and encode are split")
         if not 0.0 <= self.held_out_fraction < 1.0:
             problems.append(f"held_out_fraction={self.held_out_fraction}: must be at least 0 and below 1; 0.01 is usual")
         if self.shard_tokens < 1024:

@@ -10,11 +10,14 @@ import dataclasses
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from conf.errors import UserError
 from data_pipeline.config import PrepareConfig, TokenizerConfig
 from data_pipeline.encode import TokenFormat, part_bytes, record_of, token_format, write_shards
 from data_pipeline.engines import EngineName, choose_engine
@@ -57,10 +60,10 @@ class TokenizerFacts:
 
 
 def prepare(config: PrepareConfig) -> Manifest | None:
-    """Prepare a corpus, or say that it is already there. None after a dry run.
+    """Prepare a corpus, or do one phase of it, or say that it is already there. None after a dry run or an early phase.
 
     Raises UserError for whatever the user can mend: missing input, an unusable tokenizer, an output made with other settings,
-    a full disk.
+    a full disk, a phase that comes before the one it needs.
     """
     output = config.output_folder
     manifest = finished_corpus(config)
@@ -73,24 +76,57 @@ def prepare(config: PrepareConfig) -> Manifest | None:
     check_tokenizer_request(config.tokenizer)
     inputs = list_inputs(config.corpus)
     workers = config.workers or usable_cores()
-    print_plan(config, inputs, workers=workers)
+    if config.phase in ("all", "read"):
+        print_plan(config, inputs, workers=workers)
     if config.dry_run:
         return None
     check_room(output, inputs)
     start = time.perf_counter()
-    with full_disk_is_users(output, estimated_bytes(inputs)), locked(output):
+    with full_disk_is_users(output, estimated_bytes(inputs)), locked(output, shared=config.parts > 1):
         if (manifest := finished_corpus(config)) is not None:
             return manifest  # made by another process while this one looked for its input
-        workspace = open_workspace(config, inputs)
-        _read(config, inputs, workspace, workers=workers)
-        selection = choose(config, inputs, workspace)
-        if config.corpus.document_separator is not None and len(selection.sizes_N) <= inputs.num_files:
-            print(f"note: no file holds corpus.document_separator={config.corpus.document_separator!r}: each is one document")
-        facts = _tokenizer(config, workspace, selection)
-        _encode(workspace, selection, facts, workers=workers)
-        manifest = _publish(config, inputs, workspace, selection, facts)
-    print_summary(manifest, megabytes_per_second=facts.megabytes_per_second, seconds=time.perf_counter() - start)
+        done = _do_phases(config, inputs, open_workspace(config, inputs), workers=workers)
+    if done is None:
+        part = f", part {config.part} of {config.parts}" if config.parts > 1 else ""
+        print(f"phase {config.phase}{part}: done in {time.perf_counter() - start:.1f} s")
+        return None
+    manifest, megabytes_per_second = done
+    print_summary(manifest, megabytes_per_second=megabytes_per_second, seconds=time.perf_counter() - start)
     return manifest
+
+
+def _do_phases(config: PrepareConfig, inputs: Inputs, workspace: Workspace, *, workers: int) -> tuple[Manifest, float] | None:
+    """Do the phases that were asked for; the corpus and the engine's MB/s when the last one was among them."""
+    phase = config.phase
+    if phase in ("all", "read"):
+        _read(config, inputs, workspace, workers=workers)
+    if phase == "read":
+        return None
+    _need(config, "read", [workspace.read_marker(unit.number) for unit in inputs.units])
+    selection = choose(config, inputs, workspace)
+    if phase in ("encode", "publish"):
+        _need(config, "choose", [workspace.tokenizer_marker])
+    elif config.corpus.document_separator is not None and len(selection.sizes_N) <= inputs.num_files:
+        print(f"note: no file holds corpus.document_separator={config.corpus.document_separator!r}: each is one document")
+    facts = _tokenizer(config, workspace, selection)
+    if phase == "choose":
+        return None
+    if phase in ("all", "encode"):
+        _encode(config, workspace, selection, facts, workers=workers)
+    if phase == "encode":
+        return None
+    _need(config, "encode", [workspace.encode_marker(unit) for unit in range(selection.num_units)])
+    return _publish(config, inputs, workspace, selection, facts), facts.megabytes_per_second
+
+
+def _need(config: PrepareConfig, before: str, markers: Sequence[Path]) -> None:
+    """Raises UserError when the phase `before` has left something undone."""
+    missing = sum(not marker.exists() for marker in markers)
+    if missing:
+        raise UserError(
+            f"phase={config.phase}: comes after phase={before}, of which {missing} of {len(markers)} units are not done; "
+            f"do that first"
+        )
 
 
 def _progress(what: str, total: int | None, *, done: int = 0) -> tqdm[Any]:
@@ -99,20 +135,22 @@ def _progress(what: str, total: int | None, *, done: int = 0) -> tqdm[Any]:
 
 def _read(config: PrepareConfig, inputs: Inputs, workspace: Workspace, *, workers: int) -> None:
     """Read every unit that has no marker yet."""
-    todo = [unit for unit in inputs.units if not workspace.read_marker(unit.number).exists()]
+    own = [unit for unit in inputs.units if unit.number % config.parts == config.part]
+    todo = [unit for unit in own if not workspace.read_marker(unit.number).exists()]
     tasks = [
         ReadTask(workspace=workspace, corpus=config.corpus, unit=unit, min_document_bytes=config.min_document_bytes)
         for unit in todo
     ]
     left = sum(file.size for unit in todo for file in unit.files)
+    total = sum(file.size for unit in own for file in unit.files)
     if tasks:
-        with _progress("reading", inputs.total_bytes or None, done=inputs.total_bytes - left) as bar:
+        with _progress("reading", total or None, done=total - left) as bar:
             run_tasks(read_step, tasks, workers=workers, bar=bar)
 
 
 def _tokenizer(config: PrepareConfig, workspace: Workspace, selection: Selection) -> TokenizerFacts:
     """Train or copy the tokenizer and prove the engine, or take both from before an interruption."""
-    marker = workspace.folder / "tokenizer.json"
+    marker = workspace.tokenizer_marker
     if marker.exists():
         content = read_json(marker)
         return TokenizerFacts(**{**content, "form": TokenFormat(**content["form"])})
@@ -152,16 +190,17 @@ def _make_tokenizer(config: TokenizerConfig, workspace: Workspace, selection: Se
     return tokenizer
 
 
-def _encode(workspace: Workspace, selection: Selection, facts: TokenizerFacts, *, workers: int) -> None:
+def _encode(config: PrepareConfig, workspace: Workspace, selection: Selection, facts: TokenizerFacts, *, workers: int) -> None:
     """Encode every unit that has no marker yet."""
-    tasks, left = [], 0
-    for unit in range(selection.num_units):
+    tasks, left, total = [], 0, 0
+    for unit in range(config.part, selection.num_units, config.parts):
+        own = selection.of_unit(unit)
+        size = int(selection.sizes_N[own][selection.fate_N[own] != TO_NOBODY].sum())
+        total += size
         if not workspace.encode_marker(unit).exists():
-            own = selection.of_unit(unit)
             fate_N = selection.fate_N[own]
             tasks.append(EncodeTask(workspace=workspace, unit=unit, fate_N=fate_N, engine=facts.engine, form=facts.form))
-            left += int(selection.sizes_N[own][fate_N != TO_NOBODY].sum())
-    total = selection.bytes_where(selection.fate_N != TO_NOBODY)
+            left += size
     if tasks:
         with _progress("encoding", total, done=total - left) as bar:
             run_tasks(encode_step, tasks, workers=workers, bar=bar)

@@ -45,6 +45,11 @@ class Workspace:
         """The tokenizer's folder within it."""
         return self.corpus / TOKENIZER_FOLDER
 
+    @property
+    def tokenizer_marker(self) -> Path:
+        """Exists when the tokenizer is there and the engine is proven; holds what was found out."""
+        return self.folder / "tokenizer.json"
+
     def documents(self, unit: int) -> Path:
         """The documents of a unit, as they were read."""
         return self.folder / "documents" / f"{unit:05d}.jsonl.zst"

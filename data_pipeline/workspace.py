@@ -22,7 +22,7 @@ from data_pipeline.tokenizer import Tokenizer, adopt_tokenizer
 
 SETTINGS_FILE = "settings.json"
 # Settings that do not change what is written. The engine is one: its ids are proven equal.
-FREE_SETTINGS = ("output", "workers", "dry_run", "tokenizer.engine")
+FREE_SETTINGS = ("output", "workers", "dry_run", "tokenizer.engine", "phase", "part", "parts")
 # Text on disk for a byte of compressed input, a usual ratio for source code and prose.
 COMPRESSION_RATIO = 4.0
 # Bytes in the workspace for a byte of text: compressed documents a third, then tokens twice (parts, shards), half a byte each.
@@ -38,7 +38,8 @@ def partial_folder(output: Path) -> Path:
 
 def settings_of(config: PrepareConfig) -> dict[str, Any]:
     """The settings as they are kept in the manifest: plain lists, numbers and texts."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    whole = dataclasses.replace(config, phase="all", part=0, parts=1)  # how the work was shared leaves no trace
+    return json.loads(json.dumps(dataclasses.asdict(whole)))
 
 
 def finished_corpus(config: PrepareConfig) -> Manifest | None:
@@ -66,7 +67,7 @@ def finished_corpus(config: PrepareConfig) -> Manifest | None:
 
 
 def open_workspace(config: PrepareConfig, inputs: Inputs) -> Workspace:
-    """Make the workspace, or take up the one an interrupted preparation left.
+    """Make the workspace, or take up the one that an interrupted preparation left, or that others work on as well.
 
     Raises UserError when that one had other settings or other input.
     """
@@ -82,19 +83,21 @@ def open_workspace(config: PrepareConfig, inputs: Inputs) -> Workspace:
                 f"{workspace.folder}: holds an unfinished preparation that does not fit this one: {difference}. Remove the "
                 "folder to begin anew, or give another output=FOLDER"
             )
-        print(f"{workspace.folder}: taking up an unfinished preparation")
+        if config.parts == 1:
+            print(f"{workspace.folder}: taking up an unfinished preparation")
     for folder in (workspace.folder / "documents", workspace.folder / "tokens", workspace.corpus):
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            left.unlink()
+        if config.parts == 1:  # otherwise they may be of another part, which is writing them
+            for left in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+                left.unlink()
     if not marker.exists():
         write_json(marker, {"settings": settings_of(config), "inputs": inputs.fingerprint})
     return workspace
 
 
 @contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Keep a second preparation of the same output out.
+def locked(output: Path, *, shared: bool = False) -> Iterator[None]:
+    """Keep a second preparation of the same output out; `shared`: but for other parts of this one.
 
     Raises UserError when one is at work.
     """
@@ -103,7 +106,7 @@ def locked(output: Path) -> Iterator[None]:
     path = partial.with_name(partial.name + ".lock")
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise UserError(
@@ -118,7 +121,8 @@ def locked(output: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            if not shared:
+                path.unlink(missing_ok=True)
 
 
 def estimated_text_bytes(inputs: Inputs) -> float:
