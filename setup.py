@@ -15,6 +15,7 @@ REQUIREMENTS = [
     "zstandard>=0.23",
     "safetensors>=0.6",
     "hydra-core>=1.3.2,<1.4",
+    "jinja2>=3.1",
     "pydantic>=2.11,<3",
     "PyYAML>=6.0",
     "numpy>=1.26",
@@ -27,7 +28,7 @@ REQUIREMENTS = [
 
 setup(
     packages=find_packages(include=["conf*", "train*", "data_pipeline*", "slurm*", "tools*"]),
-    package_data={"conf": ["*.yaml", "*/*.yaml"]},
+    package_data={"conf": ["*.yaml", "*/*.yaml"], "slurm": ["*.j2"]},
     install_requires=REQUIREMENTS,
     extras_require={"dev": ["pytest>=8.3", "pytest-timeout>=2.3", "ruff>=0.9"]},
     entry_points={"console_scripts": ["longhaul=tools.cli:main"]},

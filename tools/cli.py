@@ -24,6 +24,8 @@ class Verb:
     root: str
     schema: str
     examples: tuple[str, ...] = ()
+    sweep: str | None = None
+    """Function that takes all combinations of -m at once, where it is not one process for each."""
 
 
 VERBS: dict[str, Verb] = {
@@ -51,6 +53,47 @@ VERBS: dict[str, Verb] = {
         root="pretrain",
         schema="train.config.pretrain:PretrainConfig",
         examples=("longhaul plan model=llama_8b budget.tokens=15e12 batch.sequences=512 launch.processes=64 parallel=zero3",),
+    ),
+    "submit": Verb(
+        summary="run `pretrain`, `prepare` or `export` as Slurm jobs that go on until it is done; or on this machine",
+        function="slurm.submit:submit",
+        root="submit",
+        schema="slurm.config:SubmitConfig",
+        examples=(
+            "longhaul submit pretrain experiment=quickstart cluster=slurm_gpu cluster.account=abc nodes=4 dry_run=true",
+            "longhaul submit prepare corpus=jsonl 'corpus.paths=[dump/*.jsonl.zst]' parts=16 cluster=slurm_cpu",
+            "longhaul submit export checkpoint=runs/first after=[first] cluster=slurm_cpu",
+            "longhaul submit pretrain experiment=quickstart optim.lr=1e-3,3e-3 -m throttle=2 cluster=slurm_gpu",
+        ),
+        sweep="slurm.submit:sweep",
+    ),
+    "status": Verb(
+        summary="show the runs: state, step, loss, speed, time left, attempts, nodes, reason of the last stop",
+        function="slurm.verbs:status",
+        root="status",
+        schema="slurm.verbs:StatusConfig",
+        examples=("longhaul status", "longhaul status run=first"),
+    ),
+    "logs": Verb(
+        summary="show and follow the log of a rank, through all attempts",
+        function="slurm.verbs:logs",
+        root="logs",
+        schema="slurm.verbs:LogsConfig",
+        examples=("longhaul logs run=first rank=3",),
+    ),
+    "cancel": Verb(
+        summary="end a submitted run; it saves first",
+        function="slurm.verbs:cancel",
+        root="cancel",
+        schema="slurm.verbs:CancelConfig",
+        examples=("longhaul cancel run=first",),
+    ),
+    "resume": Verb(
+        summary="submit a run that was stopped or cancelled again, as it was",
+        function="slurm.verbs:resume",
+        root="resume",
+        schema="slurm.verbs:ResumeConfig",
+        examples=("longhaul resume run=first",),
     ),
     "generate": Verb(
         summary="continue a prompt with a trained model",
@@ -162,6 +205,8 @@ def _run(words: list[str]) -> int:
             name, verb = f"{name} {overrides[0]}", replace(verb, root=root, schema=f"{module}:{schema}")
         print(verb_help(name, verb, config_dir))
         return 0
+    if "multirun" in options and verb.sweep is not None:
+        return int(load(verb.sweep)(overrides, config_dir))
     if "multirun" in options:
         return run_all(name, overrides, config_dir)
     return int(load(verb.function)(overrides, config_dir))

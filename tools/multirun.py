@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from conf.compose import combinations
+from conf.sweep import named_combinations
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -19,9 +20,7 @@ def run_all(verb: str, overrides: Sequence[str], config_dir: str | None) -> int:
 
     Raises ConfigError for words that cannot be read.
     """
-    jobs = combinations(overrides)
-    if verb == "pretrain":
-        jobs = with_names(jobs)
+    jobs = named_combinations(overrides) if verb == "pretrain" else combinations(overrides)
     codes: list[int] = []
     with _Job() as job:
         for number, words in enumerate(jobs, start=1):
@@ -34,29 +33,6 @@ def run_all(verb: str, overrides: Sequence[str], config_dir: str | None) -> int:
     if len(jobs) > 1:
         print(f"{codes.count(0)} of {len(jobs)} jobs ended with exit code 0; codes: {codes}")
     return max(codes, default=0)
-
-
-def with_names(jobs: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The jobs, with numbers below a common run name unless their names differ already: no two may share a folder."""
-    names = [_name_of(job) for job in jobs]
-    if len(set(names)) == len(jobs):
-        return [list(job) for job in jobs]
-    numbered = []
-    for number, (job, name) in enumerate(zip(jobs, names, strict=True)):
-        quote = name[0] if name[0] in "'\"" else ""
-        rest = [word for word in job if not _is_name(word)]
-        numbered.append([*rest, f"run.name={quote}{name.strip(quote)}/{number:03d}{quote}"])
-    return numbered
-
-
-def _is_name(word: str) -> bool:
-    return word.lstrip("+").startswith("run.name=")
-
-
-def _name_of(job: Sequence[str]) -> str:
-    """The run name among the words, as it is spelled there."""
-    given = [word.partition("=")[2] for word in job if _is_name(word)]
-    return (given[-1] if given else "") or "sweep"
 
 
 class _Job:

@@ -67,9 +67,20 @@ def show(config: PretrainConfig) -> None:
     """Print the resolved configuration and what would be done with it, on whatever machine."""
     facts = inspect_sources(config.data)
     config = settle(config, facts, elsewhere=True)
-    plan = _planned(config, facts)
     print(as_yaml(config), end="")
-    show_plan(plan, config, facts, run_folder(config))
+    print(*plan_lines(_planned(config, facts), config, facts), sep="\n", flush=True)
+
+
+def check_elsewhere(config: PretrainConfig) -> tuple[PretrainConfig, list[str]]:
+    """Check a run for other machines against its corpus and its folder, and write nothing; the settled configuration, and
+    lines that tell what would happen.
+
+    Raises UserError when something does not fit, or the run is finished.
+    """
+    config, _, is_done, lines = _check(config, elsewhere=True)
+    if is_done:
+        raise UserError(f"{run_folder(config)}: is finished; a longer budget or another run.name=... is needed for more")
+    return config, lines
 
 
 def get_ready(config: PretrainConfig, *, elsewhere: bool = False) -> tuple[PretrainConfig, Path] | None:
@@ -78,19 +89,25 @@ def get_ready(config: PretrainConfig, *, elsewhere: bool = False) -> tuple[Pretr
     `elsewhere`: the ranks are started on other machines than this one.
     Raises UserError when the corpus, the newest checkpoint or the machine do not fit.
     """
-    facts = inspect_sources(config.data)
-    config = settle(config, facts, elsewhere=elsewhere)
-    plan, run_dir = _planned(config, facts), run_folder(config)
-    show_plan(plan, config, facts, run_dir)
-    going_on = compare_with_newest(config, facts, run_dir)
-    if is_finished(run_dir, plan):
+    config, plan, is_done, lines = _check(config, elsewhere=elsewhere)
+    run_dir = run_folder(config)
+    print(*lines, sep="\n", flush=True)
+    if is_done:
         print(f"{run_dir} is finished: its budget of {plan.total_steps:,} steps is used up; nothing to do")
         return None
-    for line in going_on:
-        print(line, flush=True)
     verify_sources(config.data)
     prepare_folder(run_dir, config)
     return config, run_dir
+
+
+def _check(config: PretrainConfig, *, elsewhere: bool) -> tuple[PretrainConfig, RunPlan, bool, list[str]]:
+    """The settled configuration, its plan, whether the run is finished, and what is about to happen."""
+    facts = inspect_sources(config.data)
+    config = settle(config, facts, elsewhere=elsewhere)
+    plan, run_dir = _planned(config, facts), run_folder(config)
+    going_on = compare_with_newest(config, facts, run_dir)
+    is_done = is_finished(run_dir, plan)
+    return config, plan, is_done, [*plan_lines(plan, config, facts), *([] if is_done else going_on)]
 
 
 def run_folder(config: PretrainConfig) -> Path:
@@ -146,12 +163,13 @@ def visible_gpus() -> int:
     return count if chosen is None else min(count, len([part for part in chosen.split(",") if part.strip()]))
 
 
-def show_plan(plan: RunPlan, config: PretrainConfig, facts: CorpusFacts, run_dir: Path) -> None:
-    """Print what is about to happen."""
-    print(f"run              {run_dir}")
-    for line in describe(plan, config, train_tokens=facts.train_tokens):
-        print(line)
-    print(f"corpus           {facts.train_tokens:,} training tokens, {facts.validation_tokens:,} held out", flush=True)
+def plan_lines(plan: RunPlan, config: PretrainConfig, facts: CorpusFacts) -> list[str]:
+    """What is about to happen, for a person."""
+    return [
+        f"run              {run_folder(config)}",
+        *describe(plan, config, train_tokens=facts.train_tokens),
+        f"corpus           {facts.train_tokens:,} training tokens, {facts.validation_tokens:,} held out",
+    ]
 
 
 def is_finished(run_dir: Path, plan: RunPlan) -> bool:

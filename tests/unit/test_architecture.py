@@ -62,7 +62,21 @@ ONLY = {
     "train.config": ("conf", "data_pipeline.config", "train.config"),
     "train.plan": ("conf", "train.config", "train.model.cost"),
     "train.supervisor": ("conf.errors", "train.outcome", "train.supervisor"),
-    "slurm": ("conf", "train.config", "train.plan", "slurm"),
+    # What a job does is run by the command line; what decides about it reads what the run has written.
+    "slurm": (
+        "conf",
+        "data_pipeline.config",
+        "train.checkpoint.manifest",
+        "train.config",
+        "train.host",
+        "train.launch",
+        "train.metrics.jsonl",
+        "train.metrics.record",
+        "train.outcome",
+        "train.plan",
+        "train.rendezvous",
+        "slurm",
+    ),
 }
 # Third-party modules and their owners; everything imported from outside is in here. () is: whoever likes.
 OWNERS: dict[str, tuple[str, ...]] = {
@@ -97,6 +111,7 @@ TORCH_FREE = (
     "data_pipeline.config",
     "data_pipeline.facts",
     "data_pipeline.prepare",
+    *(f"slurm.{path.stem}" for path in sorted((REPOSITORY / "slurm").glob("[!_]*.py"))),
     "tools.cli",
     "tools.help",
     "tools.multirun",
@@ -133,6 +148,7 @@ ENVIRONMENT: dict[str, set[str]] = {
     "train.supervisor.policy": {"*"},
     "train.convert.prove": {"*", "PYTHONPATH"},
     "data_pipeline.pool": {"TOKENIZERS_PARALLELISM"},
+    "slurm.preflight": {"SLURM_PROCID", "SLURM_NTASKS"},
     "tools.fault_injection": {"LONGHAUL_ATTEMPT"},
     "tools.watched_run": {"*"},
 }

@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 _LOOK_SECONDS = 1.0  # between two looks at the files: a file system of many nodes is not asked at every step
 _TIME_LIMIT, _STOP_FILE = len(SIGNALS), len(SIGNALS) + 1
-_RESERVE_SECONDS = 60.0  # for a save whose time is not known yet
+_RESERVE_SECONDS = 60.0  # for a save whose time is not known yet; a tenth of the time, where that is less
 _MARGIN = 1.5
 
 
@@ -54,6 +54,7 @@ class Deadline:
         """seconds_left: from now on; counted by a clock that nobody sets."""
         self._clock = clock
         self._ends_at = clock() + seconds_left
+        self._reserve_seconds = min(_RESERVE_SECONDS, seconds_left / 10)
         self.save_seconds: float | None = None
         """The longest save so far; None: none yet."""
         self.step_seconds = 0.0
@@ -61,7 +62,7 @@ class Deadline:
 
     def is_near(self) -> bool:
         """Whether another step might leave too little time for the save."""
-        save = _RESERVE_SECONDS if self.save_seconds is None else self.save_seconds
+        save = self._reserve_seconds if self.save_seconds is None else self.save_seconds
         return self._clock() + _MARGIN * (save + self.step_seconds) >= self._ends_at
 
 

@@ -17,6 +17,7 @@ from tools.help import field_documents
 
 COMMAND = [sys.executable, "-P", "-m", "tools.cli"]
 OPTIONS = ("-m", "--help")
+WORDS_OF_THEIR_OWN = ("bench", "chaos", "submit", "verify-resume")  # beside those of the schema
 
 
 def help_of(verb: str, capsys: pytest.CaptureFixture) -> str:
@@ -93,15 +94,14 @@ def test_every_verb_has_its_function_root_and_schema(verb: str) -> None:
     entry = VERBS[verb]
     assert callable(load(entry.function)) and isinstance(load(entry.schema), type)
     groups(entry.root)  # reads the root file
-    assert importlib.import_module(entry.function.partition(":")[0]).__name__.startswith(("tools.", "train."))
+    assert importlib.import_module(entry.function.partition(":")[0]).__name__.startswith(("slurm.", "tools.", "train."))
 
 
 @pytest.mark.parametrize(
     ("verb", "example"),
-    [(verb, example) for verb in VERBS for example in VERBS[verb].examples if verb not in ("bench", "chaos", "verify-resume")],
+    [(verb, example) for verb in VERBS for example in VERBS[verb].examples if verb not in WORDS_OF_THEIR_OWN],
 )
 def test_every_example_is_valid_as_a_shell_would_give_it(verb: str, example: str) -> None:
-    """bench, chaos and verify-resume read words of their own besides."""
     program, named, *words = shlex.split(example)
     assert (program, named) == ("longhaul", verb)
     given = [word for word in words if word not in OPTIONS]

@@ -13,7 +13,8 @@ import pytest
 
 from conf.compose import combinations
 from conf.errors import ConfigError
-from tools.multirun import run_all, with_names
+from conf.sweep import with_names
+from tools.multirun import run_all
 
 
 def test_combinations_in_order() -> None:

@@ -14,10 +14,15 @@ from conf.compose import CONF_FOLDER, compose, groups, options, read_config, to_
 from conf.errors import ConfigError, UserError
 from conf.schema import dataclass_in, leaf_names, nearest
 from data_pipeline.config import PrepareConfig
+from slurm.config import SubmitConfig
 from tests.unit.config.words import ENOUGH, pretrain_config, problems_of
 from train.config.pretrain import PretrainConfig
 
-ROOTS = {"pretrain": (PretrainConfig, ENOUGH), "prepare": (PrepareConfig, ["corpus.paths=[/somewhere]", "tokenizer.path=/t"])}
+ROOTS = {
+    "pretrain": (PretrainConfig, ENOUGH),
+    "prepare": (PrepareConfig, ["corpus.paths=[/somewhere]", "tokenizer.path=/t"]),
+    "submit": (SubmitConfig, []),
+}
 
 
 @pytest.mark.parametrize(

@@ -15,23 +15,70 @@ import pytest
 from conf.compose import CONF_FOLDER, compose, validate
 from conf.errors import ConfigError
 from data_pipeline.config import PrepareConfig
+from slurm.config import SubmitConfig
 from tests.unit.config.words import ENOUGH
 from train.config.export import ExportConfig
 from train.config.generate import GenerateConfig
 from train.config.pretrain import PretrainConfig
 
 REPOSITORY = CONF_FOLDER.parent
-RULE_FILES = sorted([*REPOSITORY.glob("train/config/*.py"), REPOSITORY / "data_pipeline/config.py"])
+RULE_FILES = sorted(
+    [*REPOSITORY.glob("train/config/*.py"), REPOSITORY / "data_pipeline/config.py", REPOSITORY / "slurm/config.py"]
+)
 VERBS = {
     "pretrain": (PretrainConfig, ENOUGH),
     "prepare": (PrepareConfig, []),
     "generate": (GenerateConfig, ["checkpoint=runs/a", "prompt=x"]),
     "export": (ExportConfig, ["checkpoint=runs/a", "out=exported/a"]),
+    "submit": (SubmitConfig, []),
 }
+VARIABLE = "cluster.environment=[{{name: {}, value: {}, reason: {}}}]"
 LLAMA3 = "model.rope.scaling=llama3"
 
 # verb, words, and how the one problem begins
 CASES: list[tuple[str, list[str], str]] = [
+    ("prepare", ["part=3"], "part=3: must be from 0 to below parts=1"),
+    ("prepare", ["parts=3"], "parts=3: phase=all is done in one; only read and encode are split"),
+    ("submit", [VARIABLE.format("A-B", "x", "y")], "cluster.environment[0].name='A-B': must be a variable's name"),
+    ("submit", [VARIABLE.format("WANDB_API_KEY", "x", "y")], "cluster.environment[0].name=WANDB_API_KEY: looks like a secret"),
+    ("submit", [VARIABLE.format("A", "x", "''")], "cluster.environment[0].reason='': say why A is set"),
+    ("submit", [VARIABLE.format("A", '"x\ty"', "z")], "cluster.environment[0].value: must be one line"),
+    ("submit", ["cluster.container.kind=pyxis"], "cluster.container.image=null: kind=pyxis needs an image"),
+    ("submit", ["cluster.container.image=a.sif"], "cluster.container.kind=none: image=a.sif would not be used"),
+    ("submit", ["cluster.container.mounts=['/a,/b']"], "cluster.container.mounts='/a,/b': must be one line without commas"),
+    ("submit", ['cluster.container.python="a\tb"'], "cluster.container.python: must be one line"),
+    ("submit", ["cluster.restarts.most_crashes=-1"], "cluster.restarts.most_crashes=-1: must not be negative"),
+    ("submit", ["cluster.restarts.without_progress=0"], "cluster.restarts.without_progress=0: must be at least 1"),
+    ("submit", ["cluster.preflight.timeout_seconds=0"], "cluster.preflight.timeout_seconds=0.0: must be above 0"),
+    ("submit", ["cluster.preflight.max_ecc_errors=-1"], "cluster.preflight.max_ecc_errors=-1: must not be negative"),
+    ("submit", ["cluster.preflight.min_matmul_share=1"], "cluster.preflight.min_matmul_share=1.0: must be from 0 to below 1"),
+    ("submit", ["cluster.account='a b'"], "cluster.account='a b': must be one word; null leaves it out"),
+    ("submit", ["cluster.options=[exclusive]"], "cluster.options='exclusive': must be one option of sbatch on one line"),
+    ("submit", ["cluster.modules=['a b']"], "cluster.modules='a b': must be one word"),
+    ("submit", ['cluster.setup=["a\tb"]'], "cluster.setup='a\\tb': must be one line"),
+    (
+        "submit",
+        ["cluster.environment=[{name: A, value: x, reason: y}, {name: A, value: z, reason: y}]"],
+        "cluster.environment: A is given twice",
+    ),
+    ("submit", ["cluster.scratch=tmp"], "cluster.scratch='tmp': must be a full path"),
+    ("submit", ["cluster.rendezvous_suffix='-ib 0'"], "cluster.rendezvous_suffix='-ib 0': must be part of a host's name"),
+    ("submit", ["cluster.restarts.how=chain"], "cluster.restarts.how=chain: a machine without Slurm has no queue"),
+    ("submit", ["cluster.time_limit_minutes=0"], "cluster.time_limit_minutes=0: must be at least 1, which is Slurm's grain"),
+    ("submit", ["cluster.warning_seconds=0"], "cluster.warning_seconds=0: must be above 0 and below the limit"),
+    ("submit", ["cluster.gpus_per_node=-1"], "cluster.gpus_per_node=-1: must not be negative; 0 is a cluster of CPUs"),
+    ("submit", ["cluster.cpus_per_task=0"], "cluster.cpus_per_task=0: must be at least 1; null leaves it to the cluster"),
+    (
+        "submit",
+        ["cluster.gpus_per_node=4", "cluster.tasks_per_node=8"],
+        "cluster.tasks_per_node=8: a rank needs a GPU of its own, gpus_per_node=4",
+    ),
+    ("submit", ["cluster.memory_gb_per_node=0"], "cluster.memory_gb_per_node=0.0: must be above 0"),
+    ("submit", ["nodes=0"], "nodes=0: must be at least 1"),
+    ("submit", ["jobs=0"], "jobs=0: must be from 1 to 1000"),
+    ("submit", ["jobs=2"], "jobs=2: only a chain has several"),
+    ("submit", ["throttle=0"], "throttle=0: must be at least 1; null sets no limit"),
+    ("submit", ["nodes=2"], "nodes=2: cluster.scheduler=local is one machine"),
     ("pretrain", ["run.name=../up"], "run.name=../up: must be a relative path without '..', such as first or sweep/003"),
     ("pretrain", ["run.name=/etc"], "run.name=/etc: must be a relative path"),
     ("pretrain", ["run.name=''"], "run.name=: must be a relative path"),

@@ -25,3 +25,12 @@ def test_it_is_near_when_a_save_and_a_step_may_not_fit(now: float, save: float |
     clock[0] = now
     deadline.save_seconds, deadline.step_seconds = save, step
     assert deadline.is_near() is near
+
+
+def test_a_short_limit_leaves_time_for_steps() -> None:
+    """A minute is Slurm's shortest limit: a reserve of a minute would end the run before its first step."""
+    clock = [0.0]
+    deadline = Deadline(60.0, clock=lambda: clock[0])
+    assert not deadline.is_near()
+    clock[0] = 52.0
+    assert deadline.is_near()

@@ -1,0 +1,161 @@
+"""The only place that talks to Slurm's commands, and to processes of this machine in their place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from conf.errors import UserError
+
+_TIMEOUT_SECONDS = 60
+_ONE_AFTER_ANOTHER = """
+trap 'asked=1; kill -TERM "$child"' TERM
+for index in $(seq 0 "$1"); do
+    [ -z "${asked:-}" ] || exit 85
+    SLURM_ARRAY_TASK_ID=$index bash "$2" & child=$!
+    wait "$child"; wait "$child" || failed=$?
+done
+exit "${failed:-0}"
+"""
+_COLUMNS = "%i|%T|%r|%N|%S|%Q"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job as the scheduler shows it."""
+
+    id: str
+    state: str
+    """As Slurm writes it: PENDING, RUNNING, COMPLETING ..."""
+    reason: str = ""
+    """Why it waits."""
+    nodes: str = ""
+    start: str = ""
+    """When it began, or is expected to."""
+
+
+class Scheduler(Protocol):
+    """Takes scripts and runs them."""
+
+    def submit(self, script: Path, *, array: int = 1, throttle: int | None = None, after: Sequence[str] = ()) -> str:
+        """Take a script; the id of its job. It waits until the jobs `after` have finished well."""
+
+    def jobs(self, ids: Sequence[str]) -> Mapping[str, Job]:
+        """Those of `ids` that wait or run."""
+
+    def signal(self, ids: Sequence[str], number: signal.Signals) -> None:
+        """Send a signal to what the jobs run."""
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        """End jobs, and take those that wait out of the queue."""
+
+
+class SlurmScheduler:
+    """Slurm, by its command line."""
+
+    def __init__(self) -> None:
+        if shutil.which("sbatch") is None:
+            raise UserError(
+                "cluster.scheduler=slurm: sbatch is not installed here; submit from a login node of the cluster, or use "
+                "cluster=local to run on this machine"
+            )
+
+    def submit(self, script: Path, *, array: int = 1, throttle: int | None = None, after: Sequence[str] = ()) -> str:
+        words = ["sbatch", "--parsable"]
+        if after:
+            words += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
+        answer = _call([*words, str(script)])
+        return answer.strip().split(";")[0]  # ID;CLUSTER where there are several clusters
+
+    def submit_behind(self, script: Path, *, previous: str, by: str) -> str:
+        """Take the next job of a chain."""
+        dependency = "singleton" if by == "singleton" else f"afterany:{previous}"
+        return _call(["sbatch", "--parsable", f"--dependency={dependency}", str(script)]).strip().split(";")[0]
+
+    def jobs(self, ids: Sequence[str]) -> Mapping[str, Job]:
+        found: dict[str, Job] = {}
+        if not ids:
+            return found
+        # A job that has gone makes squeue fail when it is asked for by its id, so all of the user's are read.
+        for line in _call(["squeue", "--noheader", "--me", "--array", f"--format={_COLUMNS}"]).splitlines():
+            own, state, reason, nodes, start, _ = line.split("|")
+            if own in ids or own.partition("_")[0] in ids:
+                found[own] = Job(id=own, state=state, reason=reason, nodes=nodes, start="" if start == "N/A" else start)
+        return found
+
+    def signal(self, ids: Sequence[str], number: signal.Signals) -> None:
+        for one in ids:
+            with contextlib.suppress(UserError):  # it has ended meanwhile
+                _call(["scancel", "--batch", f"--signal={number.name.removeprefix('SIG')}", one])
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        if ids:
+            _call(["scancel", *ids])
+
+
+class LocalScheduler:
+    """This machine: a job is a process in the background, its id `local-PID-START`."""
+
+    def submit(self, script: Path, *, array: int = 1, throttle: int | None = None, after: Sequence[str] = ()) -> str:
+        if array > 1:
+            words = ["bash", "-c", _ONE_AFTER_ANOTHER, "bash", str(array - 1), str(script)]
+        else:
+            words = ["bash", str(script)]
+        with (script.parent / f"{script.stem}.out").open("ab") as log:
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        return f"local-{process.pid}-{_start_ticks(process.pid)}"
+
+    def jobs(self, ids: Sequence[str]) -> Mapping[str, Job]:
+        return {one: Job(id=one, state="RUNNING", nodes=os.uname().nodename) for one in ids if _pid(one) is not None}
+
+    def signal(self, ids: Sequence[str], number: signal.Signals) -> None:
+        for one in ids:
+            if (pid := _pid(one)) is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        self.signal(ids, signal.SIGTERM)
+
+
+def scheduler_of(kind: str) -> SlurmScheduler | LocalScheduler:
+    """The scheduler of a site. Raises UserError where it is not installed."""
+    return SlurmScheduler() if kind == "slurm" else LocalScheduler()
+
+
+def _pid(job: str) -> int | None:
+    """Process of a local job, if it is still the same one."""
+    kind, _, rest = job.partition("-")
+    pid, _, ticks = rest.partition("-")
+    return int(pid) if kind == "local" and ticks and _start_ticks(int(pid)) == ticks else None
+
+
+def _start_ticks(pid: int) -> str:
+    """When a process began, in the kernel's count; empty for one that is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    fields = text.rpartition(")")[2].split()
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def _call(words: Sequence[str]) -> str:
+    """Output of a command of Slurm. Raises UserError with what it said when it fails."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
+    except OSError as error:
+        raise UserError(f"{words[0]}: cannot be run ({error.strerror})") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{words[0]}: no answer within {_TIMEOUT_SECONDS} s; is the cluster's controller up?") from None
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise UserError(f"{words[0]}: {said}")
+    return done.stdout

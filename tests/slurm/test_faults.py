@@ -1,0 +1,251 @@
+"""What a cluster does to a run, and how the run goes on: each ends as it should, with the reason in `longhaul status`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from slurm.history import Begin, End
+from tests.slurm.conftest import Desk
+from tools.exactness import differences
+from train.outcome import read_outcome
+
+LONG = ("budget.steps=100000", "checkpoint.every_steps=20", "evaluate.every_steps=null")
+SLOW = "slow:0.2"  # a step takes long enough to be met
+LIMITED_STEPS = 60  # of two seconds each
+
+
+def settle(desk: Desk, unit: Path) -> list[End]:
+    """The ends of a unit, when it has no job any more."""
+    desk.wait_until_gone(unit)
+    return desk.history(unit).ends
+
+
+def nodes_of(desk: Desk, unit: Path) -> list[tuple[str, ...]]:
+    """Nodes of every attempt."""
+    return [event.nodes for event in desk.history(unit).events if isinstance(event, Begin)]
+
+
+def slowly(desk: Desk) -> None:
+    for node in ("n1", "n2", "n3", "n4"):
+        desk.cluster.break_node(node, SLOW)
+
+
+def reason_in_status(desk: Desk, name: str) -> str:
+    text = desk.call("status", sites=False).text
+    return next(line for line in text.splitlines() if line.startswith(f"{name} "))
+
+
+def test_a_preempted_run_comes_back(desk: Desk) -> None:
+    """A job of a partition with precedence takes all nodes: the run saves, is requeued once, and goes on behind it."""
+    slowly(desk)
+    unit = desk.submit("guest", "budget.steps=60", "checkpoint.every_steps=1000")
+    desk.wait_for_step(unit, 10)
+    script = desk.folder / "urgent.sh"
+    script.write_text("#!/bin/bash\nsleep 3\n")
+    desk.cluster.call("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", str(script))
+    desk.wait(lambda: len(desk.history(unit).ends) == 1, "the preemption")
+    desk.cluster.mend()
+    desk.wait_finished(unit)
+    first, last = settle(desk, unit)
+    assert (first.state, first.reason, first.action) == ("stopped", "received SIGTERM", "again")
+    assert first.newest is not None and first.newest >= 10, "it saved where it was"
+    assert desk.history(unit).events[2].restarts == 1, "requeued once"  # type: ignore[union-attr]
+    assert last.state == "finished"
+
+
+def test_a_signal_by_hand_saves_and_requeues(desk: Desk) -> None:
+    slowly(desk)
+    unit = desk.submit("poked", "budget.steps=40", "checkpoint.every_steps=1000")
+    desk.wait_for_step(unit, 5)
+    (job,) = desk.cluster.queue()
+    desk.cluster.call("scancel", "--signal=USR1", "--batch", job)
+    desk.wait(lambda: len(desk.history(unit).ends) == 1, "the stop")
+    desk.cluster.mend()
+    desk.wait_finished(unit)
+    assert [end.reason for end in settle(desk, unit)][0] == "received SIGUSR1"
+
+
+def test_scancel_saves_and_stays_cancelled(desk: Desk) -> None:
+    slowly(desk)
+    unit = desk.submit("given-up", *LONG, "checkpoint.every_steps=1000")
+    desk.wait_for_step(unit, 5)
+    (job,) = desk.cluster.queue()
+    desk.cluster.call("scancel", job)
+    (end,) = settle(desk, unit)
+    assert (end.state, end.action) == ("stopped", "leave")
+    assert end.newest is not None and end.newest >= 5
+    assert desk.cluster.job_state(job) == "CANCELLED"
+    assert "stopped" in reason_in_status(desk, "given-up") and "SIGTERM" in reason_in_status(desk, "given-up")
+
+
+def test_longhaul_cancel_and_resume(desk: Desk) -> None:
+    slowly(desk)
+    unit = desk.submit("paused", "budget.steps=60", "checkpoint.every_steps=1000")
+    desk.wait_for_step(unit, 5)
+    refused = desk.call("submit", "pretrain", "model=gpt2_tiny", f"data.sources=[{{path: {desk.corpus}}}]", "budget.steps=9",
+                        "data.sequence_length=32", "run.name=paused", "cluster=here")  # fmt: skip
+    assert refused.code == 93 and "waits or runs already" in refused.text
+    done = desk.call("cancel", "run=paused", sites=False)
+    assert done.code == 0, done.text
+    assert desk.cluster.queue() == []
+    (end,) = desk.history(unit).ends
+    assert (end.state, end.action) == ("stopped", "stop") and "cancelled by" in end.reason
+    assert "cancelled by" in reason_in_status(desk, "paused")
+    desk.cluster.mend()
+    done = desk.call("resume", "run=paused", sites=False)
+    assert done.code == 0, done.text
+    desk.wait_finished(unit)
+    outcome = read_outcome(unit, 2)
+    assert outcome is not None and outcome.state == "finished"
+
+
+def test_a_node_that_is_lost(desk: Desk) -> None:
+    """Its daemon dies while its rank lives on: Slurm requeues the job on other nodes; the rank left behind writes no more."""
+    slowly(desk)
+    unit = desk.submit("unlucky", "budget.steps=150", "checkpoint.every_steps=10")
+    desk.wait_for_step(unit, 15)
+    desk.cluster.kill_node("n2")
+    try:
+        desk.wait(lambda: len(nodes_of(desk, unit)) == 2, "the second attempt")
+        desk.cluster.mend()
+        desk.wait_finished(unit)
+        assert nodes_of(desk, unit) == [("n1", "n2"), ("n1", "n3")]
+        ends = desk.history(unit).ends
+        assert ends[0].action == "leave" and "ended the job" in ends[0].reason or "cut off" in ends[0].reason
+    finally:
+        desk.cluster.bring_back("n2")
+
+
+def test_a_node_that_is_unfit(desk: Desk) -> None:
+    """The check before the first step finds a full disk: the node is named, left out, and the job goes on without it."""
+    desk.cluster.break_node("n2", "full_disk")
+    unit = desk.submit("picky")
+    desk.wait_finished(unit)
+    first, last = settle(desk, unit)
+    assert (first.state, first.suspects) == ("unfit", ("n2",)) and "0.0 GB of disk are free" in first.reason
+    assert nodes_of(desk, unit) == [("n1", "n2"), ("n1", "n3")]
+    assert last.state == "finished"
+
+
+def test_unfit_nodes_and_no_others(desk: Desk) -> None:
+    for node in ("n1", "n2", "n3", "n4"):
+        desk.cluster.break_node(node, "full_disk")
+    unit = desk.submit("hopeless", nodes=4)
+    (end,) = settle(desk, unit)
+    assert (end.state, end.action) == ("unfit", "stop") and "cannot be left out" in end.reason
+    assert "unfit" in reason_in_status(desk, "hopeless")
+
+
+def test_a_rank_that_hangs(desk: Desk) -> None:
+    """The watchdog names the host; the next attempt goes on without it."""
+    desk.cluster.break_node("n2", "hang:7")
+    unit = desk.submit("stuck", "watchdog.step_seconds=4", "watchdog.grace_seconds=1")
+    desk.wait_finished(unit)
+    first, last = settle(desk, unit)
+    assert (first.state, first.action, first.suspects) == ("crashed", "again", ("n2",))
+    assert "rank 1 on n2" in first.reason
+    assert nodes_of(desk, unit) == [("n1", "n2"), ("n1", "n3")]
+    assert last.state == "finished"
+
+
+def test_a_rank_that_crashes_at_once_on_one_node(desk: Desk) -> None:
+    desk.cluster.break_node("n2", "crash")
+    unit = desk.submit("sick")
+    desk.wait_finished(unit)
+    first, last = settle(desk, unit)
+    assert (first.state, first.suspects) == ("crashed", ("n2",))
+    assert "rank 1 on n2: RuntimeError: the device fell off the bus" in first.reason
+    assert nodes_of(desk, unit) == [("n1", "n2"), ("n1", "n3")]
+    assert last.state == "finished"
+
+
+def test_a_run_that_gets_nowhere_stops_with_a_report(desk: Desk) -> None:
+    """All ranks fall by the same error: no node's fault. After three attempts without a checkpoint nobody tries again."""
+    for node in ("n1", "n2", "n3", "n4"):
+        desk.cluster.break_node(node, "crash")
+    unit = desk.submit("doomed", "cluster.preflight.enabled=false")
+    ends = settle(desk, unit)
+    assert [end.action for end in ends] == ["again", "again", "stop"]
+    assert all(end.suspects == () for end in ends)
+    assert "3 attempts in a row have left no newer checkpoint" in ends[-1].reason
+    report = (unit / "slurm/stopped.txt").read_text()
+    assert report.count("the device fell off the bus") >= 3 and "longhaul resume run=doomed" in report
+    assert "3 attempts in a row" in reason_in_status(desk, "doomed")
+
+
+def test_what_comes_after_a_failure_is_cancelled(desk: Desk) -> None:
+    """A run that is refused on its node: what was to come after it is taken out of the queue, and says why."""
+    corpus = ["corpus=text", "corpus.paths=[nowhere.txt]", "output=data/none"]
+    done = desk.call("submit", "prepare", *corpus, "name=none", "cluster=here")
+    assert done.code == 0, done.text
+    unit = desk.submit("orphan", "data.sources=[{path: data/none}]", "after=[none]")
+    desk.wait_until_gone(unit)
+    assert not (unit / "logs").exists()
+    line = reason_in_status(desk, "orphan")
+    assert "cancelled" in line and "none failed" in line
+    assert "nowhere.txt" in reason_in_status(desk, "none")
+
+
+def test_a_sweep_is_an_array_with_one_table(desk: Desk) -> None:
+    words = ["optim.lr=1e-3,1e-2,1e-1", "-m", "throttle=2"]
+    root = desk.submit("sweep", *words, nodes=1)
+    desk.wait_until_gone(root)
+    text = desk.call("status", "run=sweep", sites=False).text
+    assert text.count("finished") >= 6, text
+    ranking = [line.split() for line in text.split("optim.lr")[1].splitlines()[1:4]]
+    losses = [float(cells[4]) for cells in ranking]
+    assert losses == sorted(losses) and {cells[0] for cells in ranking} == {"000", "001", "002"}
+    assert "3 finished" in desk.call("status", sites=False).text
+
+
+@pytest.mark.parametrize("name", ["two words", "it's", "größe-模型"])
+def test_odd_names(desk: Desk, name: str) -> None:
+    unit = desk.submit(name, nodes=1)
+    desk.wait_finished(unit)
+    assert (unit / "FINISHED").exists()
+
+
+def test_a_bad_configuration_submits_nothing(desk: Desk) -> None:
+    done = desk.call("submit", "pretrain", "model=gpt2_tiny", "model.num_heads=7", "run.name=bad", "cluster=here")
+    assert done.code == 93 and "model.num_heads=7" in done.text
+    assert not (desk.folder / "runs").exists() and desk.cluster.queue() == []
+
+
+def test_a_chain_of_jobs_without_requeue(desk: Desk) -> None:
+    """Sites that forbid requeueing: the next job of the chain goes on, and those behind the end leave at once."""
+    slowly(desk)
+    chain = ["cluster.restarts.how=chain", "jobs=3", "launch.time_limit_minutes=0.4", "checkpoint.every_steps=1000"]
+    unit = desk.submit("links", *chain, "budget.steps=150", "watchdog.step_seconds=60")
+    desk.wait(lambda: len(desk.history(unit).ends) == 1, "the first job's end")
+    desk.cluster.mend()
+    desk.wait_finished(unit)
+    ends = settle(desk, unit)
+    assert [end.state for end in ends] == ["stopped", "finished"]
+    assert ends[0].reason == "the time limit is near"
+    begins = [event for event in desk.history(unit).events if isinstance(event, Begin)]
+    assert len({begin.job for begin in begins}) == 2 and all(begin.restarts == 0 for begin in begins)
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(900)
+def test_a_run_longer_than_its_limit(desk: Desk) -> None:
+    """One job after another, each of a minute, until it is done; to the bit the run without a limit."""
+    for node in ("n1", "n2", "n3", "n4"):
+        desk.cluster.break_node(node, "slow:2.0")
+    words = [f"budget.steps={LIMITED_STEPS}", "monitor=default", "monitor.wandb.mode=offline", "checkpoint.every_steps=1000"]
+    limited = desk.submit("limited", *words, "cluster.time_limit_minutes=1", "cluster.warning_seconds=1")
+    desk.wait_finished(limited, 800.0)
+    desk.cluster.mend()
+    whole = desk.submit("whole", *words)
+    desk.wait_finished(whole)
+    ends = desk.history(limited).ends
+    assert len(ends) >= 5 and {end.state for end in ends[:-1]} == {"stopped"}
+    assert differences(whole, limited) == []
+    ids = {path.name.rpartition("-")[2] for path in (limited / "wandb").glob("offline-run-*")}
+    assert len(ids) == 1, "one run in W&B"
+    lines = [json.loads(line) for line in (limited / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["kind"] == "train"]
+    assert steps == list(range(1, LIMITED_STEPS + 1)), "every step once"

@@ -1,0 +1,59 @@
+"""Runs on a real Slurm, from `submit` to the finished model, and the same words on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slurm.history import Begin
+from tests.slurm.conftest import Desk
+from tools.exactness import differences
+from train.checkpoint.manifest import published
+
+PLACES = {"zero1": [], "tensor2": ["parallel.tensor=2"]}
+
+
+@pytest.mark.parametrize("layout", PLACES)
+def test_two_nodes_do_what_one_machine_does(desk: Desk, layout: str) -> None:
+    """The same words, by srun on two nodes and by the local supervisor: the same lines of metrics.jsonl, the same weights."""
+    there = desk.submit("there", *PLACES[layout])
+    here = desk.submit("here", *PLACES[layout], "cluster.tasks_per_node=2", site="this_machine", nodes=1)
+    for unit in (there, here):
+        desk.wait_finished(unit)
+        assert (unit / "FINISHED").exists()
+    assert differences(here, there) == []
+    begin = next(event for event in desk.history(there).events if isinstance(event, Begin))
+    assert begin.nodes == ("n1", "n2")
+    assert len(list((there / "logs/attempt-01").glob("rank-*.log"))) == 2
+    assert sorted(path.stem for path in (there / "logs/attempt-01/preflight").glob("*.json")) == ["n1", "n2"]
+    status = desk.call("status", sites=False).text
+    for name in ("there", "here"):
+        line = next(line for line in status.splitlines() if line.startswith(name))
+        assert "finished" in line and "16/16" in line
+
+
+def test_a_corpus_a_model_and_its_export_one_after_the_other(desk: Desk, tmp_path: Path) -> None:
+    """An array prepares, a run waits for it and trains, an export waits for the run."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(6):
+        (text / f"{number}.txt").write_text("\n".join(f"line {line} of file {number}" for line in range(400)))
+    corpus = ["corpus=text", f"corpus.paths=[{text}]", "output=data/made", "tokenizer.vocab_size=300", "held_out_fraction=0.2"]
+    words = [*corpus, "corpus.document_separator=null"]
+    done = desk.call("submit", "prepare", *words, "parts=2", "name=made", "cluster=here")
+    assert done.code == 0, done.text
+    unit = desk.submit("model", "data.sources=[{path: data/made}]", "after=[made]")
+    done = desk.call(
+        "submit", "export", "checkpoint=runs/model", "out=exported", "after=[model]", "cluster=here", "proof_sequences=2"
+    )
+    assert done.code == 0, done.text
+    desk.wait_finished(desk.folder / "runs/export-exported", 300.0)
+    assert (desk.folder / "exported/model.safetensors").exists()
+    assert step_names(unit) == ["step-00000010", "step-00000015", "step-00000016"]
+    status = desk.call("status", "run=made", sites=False).text
+    assert status.count("finished") == 6, status
+
+
+def step_names(unit: Path) -> list[str]:
+    return [path.name for path in published(unit / "checkpoints")]
