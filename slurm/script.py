@@ -15,6 +15,7 @@ from slurm.config import ClusterConfig
 from slurm.snapshot import CODE
 
 TEMPLATE = Path(__file__).with_name("job.sbatch.j2")
+_LINE = 100  # letters of the options of a command
 _WAIT_SECONDS = 60  # for the other ranks, when one has left
 _HEADER_UNSAFE = re.compile(r'["\\%`$]|[\x00-\x1f\x7f]')
 
@@ -66,7 +67,7 @@ def render(job: Job, cluster: ClusterConfig) -> str:
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"quote": quote, "comment": lambda text: " ".join(str(text).split())}
+    environment.filters |= {"quote": quote, "wrapped": wrapped, "comment": lambda text: " ".join(str(text).split())}
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(_values(job, cluster))
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -75,6 +76,16 @@ def quote(text: object) -> str:
     """One word of the shell; with commas it is quoted too, as they look like separators in an array."""
     quoted = shlex.quote(str(text))
     return f"'{quoted}'" if "," in quoted and not quoted.startswith("'") else quoted
+
+
+def wrapped(flags: Sequence[str], indent: int) -> str:
+    """Options of a command, over as many lines as they need."""
+    lines = [""]
+    for flag in map(quote, flags):
+        if len(lines[-1]) + len(flag) > _LINE:
+            lines.append("")
+        lines[-1] += f" {flag}" if lines[-1] else flag
+    return f" \\\n{' ' * indent}".join(lines)
 
 
 def _values(job: Job, cluster: ClusterConfig) -> dict[str, Any]:
