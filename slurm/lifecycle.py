@@ -138,7 +138,7 @@ def end(unit: Path, attempt: int, *, code: int, asked: str, now: Situation) -> l
     submission = read_submission(root_of(unit))
     outcome = read_outcome(unit, attempt)
     if outcome is None:
-        outcome = _by_code(attempt, code, asked)
+        outcome = _by_code(unit, attempt, code, asked)
         write_outcome(unit, outcome)
     suspects: tuple[str, ...] = ()
     if outcome.state == "crashed":
@@ -186,15 +186,16 @@ def _words(decision: Decision, outcome: Outcome, history: History, submission: S
     return ["requeue", exclude]
 
 
-def _by_code(attempt: int, code: int, asked: str) -> Outcome:
-    """The outcome of what wrote none."""
+def _by_code(unit: Path, attempt: int, code: int, asked: str) -> Outcome:
+    """The outcome of what wrote none; its last line usually says why."""
     states: dict[int, State] = {
         int(ExitCode.FINISHED): "finished",
         int(ExitCode.RESUMABLE): "stopped",
         int(ExitCode.DO_NOT_RESTART): "refused",
     }
     state = states.get(code, "crashed")
-    reason = f"exit code {code}"
+    lines = _lines(attempt_folder(unit, attempt) / "rank-00000.log")
+    reason = f"exit code {code}" + (f": {lines[-1]}" if lines and state in ("refused", "crashed") else "")
     if asked and state in ("crashed", "finished"):  # it was not begun, or had no time to answer
         state, reason = "stopped", f"SIG{asked} arrived before it was ready to save"
     return Outcome(attempt=attempt, state=state, reason=reason, next="Read the log beside this file.")
@@ -251,8 +252,13 @@ def _is_training(unit: Path) -> bool:
 
 
 def _srun_lines(unit: Path, attempt: int) -> list[str]:
+    return _lines(attempt_folder(unit, attempt) / "srun.log")
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a log that hold something; none where there is no log."""
     try:
-        return (attempt_folder(unit, attempt) / "srun.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        return [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     except OSError:
         return []
 

@@ -16,7 +16,7 @@ from conf.errors import UserError
 
 _TIMEOUT_SECONDS = 60
 _ONE_AFTER_ANOTHER = """
-trap 'asked=1; kill -TERM "$child"' TERM
+trap 'asked=1; kill -USR1 "$child"' TERM USR1
 for index in $(seq 0 "$1"); do
     [ -z "${asked:-}" ] || exit 85
     SLURM_ARRAY_TASK_ID=$index bash "$2" & child=$!

@@ -268,7 +268,7 @@ def cancel(overrides: Sequence[str], config_dir: str | None = None) -> int:
     scheduler.cancel(waiting)
     print(f"cancelled        {len(waiting)} waiting job(s)" + (f"; {', '.join(running)} save and stop" if running else ""))
     if running and config.save:
-        scheduler.signal(running, signal.SIGTERM)
+        scheduler.signal(running, signal.SIGUSR1)
         left = _await_end(scheduler, running, config.wait_seconds)
         if left:
             print(f"not ended within {config.wait_seconds:g} s: {', '.join(left)}; ending them", file=sys.stderr)

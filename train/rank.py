@@ -21,10 +21,11 @@ from conf.errors import UserError
 from train.attempt import Attempt
 from train.checkpoint.manifest import write_durably
 from train.config.pretrain import PretrainConfig
-from train.health.watchdog import Watchdog
+from train.health.watchdog import HANG_FILE, Watchdog
 from train.host import host_name
 from train.outcome import ExitCode, Outcome, State, attempt_folder, write_crash_note, write_outcome
 
+REPORT_SECONDS = 30.0  # of a hang: the stacks of all ranks are gathered first
 NEXT = {
     "finished": "export it (longhaul export checkpoint={run}) or sample from it (longhaul generate checkpoint={run})",
     "stopped": "run the same command again: it goes on from here",
@@ -52,6 +53,8 @@ def main(arguments: list[str]) -> int:
         outcome = outcome_of(run_dir, attempt, "refused", str(error))
     except Exception as error:  # whatever it is, the outcome has to be written before the process ends
         traceback.print_exc()
+        if told_by_the_watchdog(attempt_folder(run_dir, attempt)):
+            return int(ExitCode.CRASHED)
         outcome = outcome_of(run_dir, attempt, "crashed", f"{type(error).__name__}: {error}")
         write_crash_note(run_dir, attempt, rank=own_rank(), error=outcome.reason)
     if own_rank() == 0:
@@ -59,6 +62,16 @@ def main(arguments: list[str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return int(outcome.exit_code)
+
+
+def told_by_the_watchdog(folder: Path) -> bool:
+    """Whether this rank fell because another one hung, and the outcome says so; the watchdog is given the time to write it."""
+    deadline = time.monotonic() + REPORT_SECONDS
+    while (folder / HANG_FILE).exists() and time.monotonic() < deadline:
+        if (folder / "outcome.json").exists():
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def own_rank() -> int:

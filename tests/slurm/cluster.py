@@ -28,7 +28,7 @@ SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -43,7 +43,7 @@ MpiDefault=none
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=6
-KillWait=20
+KillWait=10
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,sched_min_interval=0
@@ -99,6 +99,10 @@ class Cluster:
         self._run("slurmctld", "-D")
         for node in NODES:
             self.start_node(node)
+        self.wait_until_idle()
+
+    def wait_until_idle(self) -> None:
+        """Wait until no node has anything to do."""
         self._await(lambda: self.node_states() == dict.fromkeys(NODES, "idle"), "the nodes")
 
     def start_node(self, node: str) -> None:

@@ -77,11 +77,15 @@ class Desk:
 
     def submit(self, name: str, *words: str, site: str = "here", nodes: int = 2) -> Path:
         """Submit a pretraining run; its folder."""
-        own = [f"data.sources=[{{path: {self.corpus}}}]", f'run.name="{name}"', f"cluster={site}", f"nodes={nodes}"]
-        given = [word for word in WORDS if not word.startswith("launch.device")]
-        done = self.call("submit", "pretrain", *given, *own, *words)
+        done = self.submit_call(name, *words, site=site, nodes=nodes)
         assert done.code == 0, done.text
         return self.folder / "runs" / name
+
+    def submit_call(self, name: str, *words: str, site: str = "here", nodes: int = 2) -> Called:
+        """The call that submits a pretraining run."""
+        own = [f"data.sources=[{{path: {self.corpus}}}]", f'run.name="{name}"', f"cluster={site}", f"nodes={nodes}"]
+        given = [word for word in WORDS if not word.startswith("launch.device")]
+        return self.call("submit", "pretrain", *given, *own, *words)
 
     def history(self, unit: Path) -> History:
         return read_history(unit)
@@ -113,9 +117,9 @@ class Desk:
         """Wait until a unit is done; a stop for good is a failure at once."""
 
         def done() -> bool:
-            end = read_history(unit).last_end
-            assert end is None or end.action != "stop", f"{end}\n{self.story()}"
-            return end is not None and end.action == "done"
+            history = read_history(unit)
+            assert history.stopped is None, f"{history.stopped}\n{self.story()}"
+            return history.last_end is not None and history.last_end.action == "done"
 
         self.wait(done, f"{unit} was finished", seconds)
 
@@ -138,6 +142,7 @@ def desks(cluster: Cluster, folder: Path, corpus: Path, tasks: int = 1) -> Itera
     for name, text in SITES.items():
         (folder / "sites" / "cluster" / f"{name}.yaml").write_text(text + COMMON.format(tasks=tasks))
     desk = Desk(cluster=cluster, folder=folder, corpus=corpus)
+    cluster.wait_until_idle()
     try:
         yield desk
     finally:

@@ -14,7 +14,7 @@ from train.outcome import read_outcome
 
 LONG = ("budget.steps=100000", "checkpoint.every_steps=20", "evaluate.every_steps=null")
 SLOW = "slow:0.2"  # a step takes long enough to be met
-LIMITED_STEPS = 60  # of two seconds each
+LIMITED_STEPS = 90  # of two seconds each
 
 
 def settle(desk: Desk, unit: Path) -> list[End]:
@@ -85,8 +85,7 @@ def test_longhaul_cancel_and_resume(desk: Desk) -> None:
     slowly(desk)
     unit = desk.submit("paused", "budget.steps=60", "checkpoint.every_steps=1000")
     desk.wait_for_step(unit, 5)
-    refused = desk.call("submit", "pretrain", "model=gpt2_tiny", f"data.sources=[{{path: {desk.corpus}}}]", "budget.steps=9",
-                        "data.sequence_length=32", "run.name=paused", "cluster=here")  # fmt: skip
+    refused = desk.submit_call("paused", "budget.steps=60")
     assert refused.code == 93 and "waits or runs already" in refused.text
     done = desk.call("cancel", "run=paused", sites=False)
     assert done.code == 0, done.text
@@ -112,9 +111,9 @@ def test_a_node_that_is_lost(desk: Desk) -> None:
         desk.wait(lambda: len(nodes_of(desk, unit)) == 2, "the second attempt")
         desk.cluster.mend()
         desk.wait_finished(unit)
-        assert nodes_of(desk, unit) == [("n1", "n2"), ("n1", "n3")]
-        ends = desk.history(unit).ends
-        assert ends[0].action == "leave" and "ended the job" in ends[0].reason or "cut off" in ends[0].reason
+        assert "n2" in nodes_of(desk, unit)[0] and "n2" not in nodes_of(desk, unit)[1]
+        first = desk.history(unit).ends[0]
+        assert first.action == "leave" and ("the scheduler ended the job" in first.reason or "cut off" in first.reason)
     finally:
         desk.cluster.bring_back("n2")
 
@@ -126,14 +125,15 @@ def test_a_node_that_is_unfit(desk: Desk) -> None:
     desk.wait_finished(unit)
     first, last = settle(desk, unit)
     assert (first.state, first.suspects) == ("unfit", ("n2",)) and "0.0 GB of disk are free" in first.reason
-    assert nodes_of(desk, unit) == [("n1", "n2"), ("n1", "n3")]
+    first_nodes, next_nodes = nodes_of(desk, unit)
+    assert "n2" in first_nodes and "n2" not in next_nodes
     assert last.state == "finished"
 
 
 def test_unfit_nodes_and_no_others(desk: Desk) -> None:
     for node in ("n1", "n2", "n3", "n4"):
         desk.cluster.break_node(node, "full_disk")
-    unit = desk.submit("hopeless", nodes=4)
+    unit = desk.submit("hopeless", "batch.micro_batch=1", nodes=4)
     (end,) = settle(desk, unit)
     assert (end.state, end.action) == ("unfit", "stop") and "cannot be left out" in end.reason
     assert "unfit" in reason_in_status(desk, "hopeless")
@@ -147,7 +147,8 @@ def test_a_rank_that_hangs(desk: Desk) -> None:
     first, last = settle(desk, unit)
     assert (first.state, first.action, first.suspects) == ("crashed", "again", ("n2",))
     assert "rank 1 on n2" in first.reason
-    assert nodes_of(desk, unit) == [("n1", "n2"), ("n1", "n3")]
+    first_nodes, next_nodes = nodes_of(desk, unit)
+    assert "n2" in first_nodes and "n2" not in next_nodes
     assert last.state == "finished"
 
 
@@ -158,7 +159,8 @@ def test_a_rank_that_crashes_at_once_on_one_node(desk: Desk) -> None:
     first, last = settle(desk, unit)
     assert (first.state, first.suspects) == ("crashed", ("n2",))
     assert "rank 1 on n2: RuntimeError: the device fell off the bus" in first.reason
-    assert nodes_of(desk, unit) == [("n1", "n2"), ("n1", "n3")]
+    first_nodes, next_nodes = nodes_of(desk, unit)
+    assert "n2" in first_nodes and "n2" not in next_nodes
     assert last.state == "finished"
 
 
@@ -244,8 +246,27 @@ def test_a_run_longer_than_its_limit(desk: Desk) -> None:
     ends = desk.history(limited).ends
     assert len(ends) >= 5 and {end.state for end in ends[:-1]} == {"stopped"}
     assert differences(whole, limited) == []
-    ids = {path.name.rpartition("-")[2] for path in (limited / "wandb").glob("offline-run-*")}
-    assert len(ids) == 1, "one run in W&B"
-    lines = [json.loads(line) for line in (limited / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if line["kind"] == "train"]
-    assert steps == list(range(1, LIMITED_STEPS + 1)), "every step once"
+    sent = wandb_history(limited)
+    assert len(sent) == 1, "one run in W&B"
+    (rows,) = sent.values()
+    assert [row["train/step"] for row in rows] == list(range(1, LIMITED_STEPS + 1)), "every step once"
+    tokens = [row["train/tokens"] for row in rows]
+    assert tokens == sorted(set(tokens)), "the axis rises"
+
+
+def wandb_history(run_dir: Path) -> dict[str, list[dict]]:
+    """What a sync of the offline files would send, by run id: the rows of the training steps in order."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    found: dict[str, list[dict]] = {}
+    for path in sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb")):
+        store = DataStore()
+        store.open_for_scan(str(path))
+        while (data := store.scan_data()) is not None:
+            record = Record()
+            record.ParseFromString(data)
+            row = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            if "train/loss" in row:
+                found.setdefault(path.stem.removeprefix("run-"), []).append(row)
+    return found

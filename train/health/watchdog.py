@@ -27,6 +27,7 @@ Phase = Literal["start-up", "data", "forward", "update", "log", "evaluate", "sav
 PROGRESS: tuple[Phase, ...] = ("start-up", "data", "forward", "update", "log", "evaluate", "save")
 _IN_COLLECTIVE = ("torch/distributed/", "deepspeed/comm/")
 _KEY = "watchdog"
+HANG_FILE = "hang.json"
 
 
 class Store(Protocol):
@@ -172,7 +173,7 @@ class Watchdog:
     def _is_reporter(self) -> bool:
         """Whether this rank is the first to say so; a file decides, since the store may be what hangs."""
         try:
-            os.close(os.open(self.folder / "hang.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            os.close(os.open(self.folder / HANG_FILE, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
             return False
         except OSError:
@@ -195,7 +196,7 @@ class Watchdog:
             lines += ["", " ".join(f"{key}={value}" for key, value in facts.items())]
             lines += list(found[rank].get("stacks", {"": "(no stacks)"}).values())
         with contextlib.suppress(OSError):
-            (self.folder / "hang.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+            (self.folder / HANG_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
             (self.folder / "hang.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return f"{summary}; the stacks of all ranks are in {self.folder / 'hang.txt'}", behind
 

@@ -187,7 +187,7 @@ def test_cancel_takes_what_waits_and_lets_the_rest_save(corpus: Path, slurm: Pat
     assert cancel(["run=first", "wait_seconds=0.2"]) == 0
     assert [line for line in slurm.read_text().splitlines() if line.startswith("scancel")] == [
         "scancel 101",
-        "scancel --batch --signal=TERM 100",
+        "scancel --batch --signal=USR1 100",
         "scancel 100",
     ]
     queue.unlink()
