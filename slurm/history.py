@@ -51,7 +51,7 @@ class End:
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """A person wants it to go on: what counted against it is forgotten."""
+    """A person wants it to go on, or to do more: what counted against it is forgotten, and that it was done."""
 
     time: float = field(default_factory=time.time)
 
@@ -88,6 +88,12 @@ class History:
     def last_end(self) -> End | None:
         """The newest end."""
         return self.ends[-1] if self.ends else None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is finished, as far as it was last asked for."""
+        end = self.current.last_end
+        return end is not None and end.action == "done"
 
     @property
     def stopped(self) -> End | None:

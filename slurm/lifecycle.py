@@ -51,7 +51,7 @@ def begin(unit: Path, *, job: str, restarts: int, nodes: Sequence[str]) -> int |
     close_lost(unit)
     history = read_history(unit)
     submission = read_submission(root_of(unit))
-    if (last := history.last_end) is not None and last.action == "done" and not _is_training(unit):
+    if history.is_done and not _is_training(unit):
         print(f"{unit} is finished", file=sys.stderr)
         return None
     if (unit / CANCEL_FILE).exists():

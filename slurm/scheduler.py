@@ -50,6 +50,9 @@ class Scheduler(Protocol):
     def jobs(self, ids: Sequence[str]) -> Mapping[str, Job]:
         """Those of `ids` that wait or run."""
 
+    def end_of(self, job: str) -> str:
+        """How a job ended, in the scheduler's words; empty where nobody remembers."""
+
     def signal(self, ids: Sequence[str], number: signal.Signals) -> None:
         """Send a signal to what the jobs run."""
 
@@ -90,6 +93,16 @@ class SlurmScheduler:
                 found[own] = Job(id=own, state=state, reason=reason, nodes=nodes, start="" if start == "N/A" else start)
         return found
 
+    def end_of(self, job: str) -> str:
+        """How a job ended, in Slurm's words (TIMEOUT, NODE_FAIL, OUT_OF_MEMORY ...); empty where nobody remembers."""
+        with contextlib.suppress(UserError):
+            words = dict(word.split("=", 1) for word in _call(["scontrol", "show", "job", "-o", job]).split() if "=" in word)
+            return words.get("JobState", "")
+        with contextlib.suppress(UserError):  # only where the site keeps accounts
+            options = ["--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={job}"]
+            return _call(["sacct", *options]).partition("\n")[0].strip()
+        return ""
+
     def signal(self, ids: Sequence[str], number: signal.Signals) -> None:
         for one in ids:
             with contextlib.suppress(UserError):  # it has ended meanwhile
@@ -114,6 +127,10 @@ class LocalScheduler:
 
     def jobs(self, ids: Sequence[str]) -> Mapping[str, Job]:
         return {one: Job(id=one, state="RUNNING", nodes=os.uname().nodename) for one in ids if _pid(one) is not None}
+
+    def end_of(self, job: str) -> str:
+        """Nobody remembers how a process ended."""
+        return ""
 
     def signal(self, ids: Sequence[str], number: signal.Signals) -> None:
         for one in ids:

@@ -87,8 +87,7 @@ class Submission:
 
     def is_done(self, stage: Stage) -> bool:
         """Whether all units of a stage are."""
-        ends = [read_history(self.root / unit).last_end for unit in stage.units]
-        return all(end is not None and end.action == "done" for end in ends)
+        return all(read_history(self.root / unit).is_done for unit in stage.units)
 
     def jobs_behind(self, job: str) -> tuple[str, ...]:
         """The jobs of a chain that come after `job`."""
@@ -99,10 +98,10 @@ class Submission:
 
     def unit_states(self) -> UnitStates:
         """How far its units are, by their histories."""
-        ends = [(unit, read_history(unit).last_end) for _, _, unit in self.units()]
-        failed = next((f"{unit}: {end.reason}" for unit, end in ends if end is not None and end.action == "stop"), "")
-        finished = all(end is not None and end.action == "done" for _, end in ends)
-        return UnitStates(finished=finished, failed=failed)
+        histories = [(unit, read_history(unit)) for _, _, unit in self.units()]
+        stops = [(unit, stop) for unit, history in histories if (stop := history.stopped) is not None]
+        failed = f"{stops[0][0]}: {stops[0][1].reason}" if stops else ""
+        return UnitStates(finished=all(history.is_done for _, history in histories), failed=failed)
 
     def write(self) -> None:
         """Keep it, whole or not at all."""

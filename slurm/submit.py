@@ -12,7 +12,8 @@ from conf.schema import nearest, shown
 from conf.sweep import named_combinations
 from data_pipeline.config import PrepareConfig
 from slurm.config import SubmitConfig
-from slurm.lifecycle import CONFIG_FILE
+from slurm.history import Resume, add_event, read_history
+from slurm.lifecycle import CANCEL_FILE, CONFIG_FILE, REPORT_FILE
 from slurm.scheduler import LocalScheduler, SlurmScheduler, scheduler_of
 from slurm.script import Job, render
 from slurm.snapshot import OWN_CONFIG, take_snapshot
@@ -22,6 +23,7 @@ from train.config.pretrain import PretrainConfig
 from train.launch import check_elsewhere
 
 VERBS = ("pretrain", "prepare", "export")
+STOP_FILE = "STOP"  # in a run's folder; asks a run that trains to stop
 PHASES = ("read", "choose", "encode", "publish")  # of a preparation in parts; the first and the third are arrays
 
 
@@ -53,6 +55,8 @@ class Work:
     """One behind the other."""
     configs: tuple[PretrainConfig, ...] = ()
     """Of its units, where they train."""
+    resolved: object = None
+    """The configuration of any other verb."""
     told: tuple[str, ...] = ()
     """What would happen, for a person."""
 
@@ -91,6 +95,8 @@ def _submit(words: Sequence[str], config_dir: str | None, *, sweeps: bool) -> in
     for unit, config in zip(work.jobs[0].units, work.configs, strict=False):
         (work.root / unit / "slurm").mkdir(parents=True, exist_ok=True)
         write_config(config, work.root / unit / CONFIG_FILE)
+    if work.resolved is not None:
+        write_config(work.resolved, work.root / "slurm" / f"{verb}.yaml")
     stages = []
     for job, script in zip(work.jobs, scripts, strict=True):
         (work.root / "slurm" / f"{job.stage}.sbatch").write_text(script, encoding="utf-8")
@@ -115,8 +121,19 @@ def _submit(words: Sequence[str], config_dir: str | None, *, sweeps: bool) -> in
         throttle=settings.throttle,
     )
     submission.write()
+    reopen(submission, even_finished=True)
     send(submission, scheduler)
     return 0
+
+
+def reopen(submission: Submission, *, even_finished: bool) -> None:
+    """Forget what was asked of its units before, and what counted against them."""
+    for _, _, unit in submission.units():
+        for name in (CANCEL_FILE, STOP_FILE, REPORT_FILE):
+            (unit / name).unlink(missing_ok=True)
+        history = read_history(unit)
+        if history.events and (even_finished or not history.is_done):
+            add_event(unit, Resume())
 
 
 def send(submission: Submission, scheduler: SlurmScheduler | LocalScheduler) -> None:
@@ -231,14 +248,14 @@ def _prepare(order: Order) -> Work:
         raise UserError(f"parts={settings.parts}: on one machine `prepare` uses all cores by itself; use parts=1")
     name = settings.name or f"prepare-{config.output_folder.name}"
     if settings.parts == 1:
-        return _plain(order, name)
+        return _plain(order, name, config)
     jobs = []
     for phase in PHASES:
         array = phase in ("read", "encode")
         units = tuple(f"{phase}/{part:03d}" for part in range(settings.parts)) if array else (phase,)
         more = [f"phase={phase}", *(["part=TASK", f"parts={settings.parts}"] if array else [])]
         jobs.append(replace(_plain_job(order, name, more), stage=phase, units=units, throttle=settings.throttle))
-    return Work(name=name, root=jobs[0].root, jobs=tuple(jobs))
+    return Work(name=name, root=jobs[0].root, jobs=tuple(jobs), resolved=config)
 
 
 def _export(order: Order) -> Work:
@@ -249,13 +266,13 @@ def _export(order: Order) -> Work:
     if not order.dependencies and not Path(config.checkpoint).exists():
         raise UserError(f"checkpoint={config.checkpoint}: no such folder; where another run makes it, add after=[NAME]")
     out = Path(config.out).name if config.out else Path(config.checkpoint).name
-    return _plain(order, order.settings.name or f"export-{out}")
+    return _plain(order, order.settings.name or f"export-{out}", config)
 
 
-def _plain(order: Order, name: str) -> Work:
+def _plain(order: Order, name: str, config: object) -> Work:
     """One process of the command line."""
     job = _plain_job(order, name)
-    return Work(name=name, root=job.root, jobs=(job,))
+    return Work(name=name, root=job.root, jobs=(job,), resolved=config)
 
 
 def _plain_job(order: Order, name: str, more: Sequence[str] = ()) -> Job:

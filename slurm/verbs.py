@@ -14,17 +14,15 @@ from typing import Any
 from conf.compose import compose, read_config, to_plain, validate
 from conf.errors import ConfigError, UserError
 from conf.schema import shown
-from slurm.history import Resume, add_event, read_history
 from slurm.lifecycle import CANCEL_FILE, CONFIG_FILE, REPORT_FILE
 from slurm.scheduler import LocalScheduler, SlurmScheduler, scheduler_of
 from slurm.submission import SUBMISSION_FILE, Submission, read_submission
-from slurm.submit import refuse_if_active, send
+from slurm.submit import STOP_FILE, refuse_if_active, reopen, send
 from slurm.watch import Progress, Standing, find_run, find_runs, newest_log, standings
 from train.config.pretrain import PretrainConfig
 from train.outcome import attempt_folder, last_attempt
 
 POLL_SECONDS = 0.5
-STOP_FILE = "STOP"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,11 +296,6 @@ def resume(overrides: Sequence[str], config_dir: str | None = None) -> int:
     if submission.unit_states().finished:
         print(f"{config.run} is finished; nothing to do")
         return 0
-    for _, _, unit in submission.units():
-        for name in (CANCEL_FILE, STOP_FILE, REPORT_FILE):
-            (unit / name).unlink(missing_ok=True)
-        end = read_history(unit).last_end
-        if end is not None and end.action != "done":
-            add_event(unit, Resume())
+    reopen(submission, even_finished=False)
     send(submission, scheduler)
     return 0

@@ -102,6 +102,8 @@ def _standing(submission: Submission, queue: Mapping[str, Job], *, stage: Stage,
     progress = read_progress(unit)
     name = submission.name if unit == submission.root else f"{submission.name}/{unit.relative_to(submission.root)}"
     state, reason = _state(submission, history, mine)
+    if state in ("lost", "cancelled") and stage.jobs and (ended := _end_of(submission, stage.jobs[-1])):
+        reason = f"{reason}; Slurm says {ended} of job {stage.jobs[-1]}"
     begun = [event for event in history.events if isinstance(event, Begin)]
     nodes = next((job.nodes for job in mine if job.nodes), "") or (listed(begun[-1].nodes) if begun else "-")
     return Standing(
@@ -114,6 +116,13 @@ def _standing(submission: Submission, queue: Mapping[str, Job], *, stage: Stage,
         progress=progress,
         jobs=tuple(job.id for job in mine),
     )
+
+
+def _end_of(submission: Submission, job: str) -> str:
+    try:
+        return scheduler_of(submission.scheduler).end_of(job)
+    except UserError:
+        return ""
 
 
 def _of_unit(queue: Mapping[str, Job], job: str, number: int, *, array: bool) -> Iterator[Job]:

@@ -38,6 +38,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "sbatch").write_text(SBATCH.format(notes=notes, folder=folder))
     (folder / "squeue").write_text(f"#!/bin/bash\ncat {folder}/queue 2> /dev/null\nexit 0\n")
     (folder / "scancel").write_text(f'#!/bin/bash\necho "scancel $*" >> {notes}\n')
+    (folder / "scontrol").write_text(f'#!/bin/bash\n[ -e {folder}/ended ] && echo "JobId=$4 JobState=$(cat {folder}/ended)"\n')
     for path in folder.iterdir():
         path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
@@ -178,6 +179,30 @@ def test_resume_forgets_what_counted_against_a_run(corpus: Path, slurm: Path) ->
     assert isinstance(history.events[-1], Resume) and history.stopped is None
     assert not (root / "slurm/CANCEL").exists()
     assert read_submission(root).stages[0].jobs == ("101",)
+
+
+def test_a_finished_run_may_be_given_more_to_do(corpus: Path, slurm: Path) -> None:
+    submit(words(corpus))
+    root = Path("runs/first")
+    add_event(root, Begin(attempt=1, job="100", nodes=("n1",), newest=0))
+    add_event(root, End(attempt=1, state="finished", reason="used up", action="done", newest=16))
+    (root / "slurm/CANCEL").touch()
+    assert resume(["run=first"]) == 0
+    assert len(slurm.read_text().splitlines()) == 1, "there is nothing to resume"
+    submit(words(corpus, "budget.steps=32"))
+    assert len(slurm.read_text().splitlines()) == 2
+    assert not read_history(root).is_done and not (root / "slurm/CANCEL").exists()
+
+
+@pytest.mark.parametrize("ended", ["TIMEOUT", "OUT_OF_MEMORY"])
+def test_slurm_tells_how_a_job_ended_that_nobody_speaks_for(
+    corpus: Path, slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ended: str
+) -> None:
+    submit(words(corpus))
+    add_event(Path("runs/first"), Begin(attempt=1, job="100", nodes=("n1",), newest=0))
+    (tmp_path / "bin/ended").write_text(ended)
+    status([])
+    assert f"longhaul resume goes on; Slurm says {ended} of job 100" in capsys.readouterr().out
 
 
 def test_cancel_takes_what_waits_and_lets_the_rest_save(corpus: Path, slurm: Path, tmp_path: Path) -> None:
