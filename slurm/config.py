@@ -101,6 +101,8 @@ class PreflightConfig:
     """Of the median rate of all devices; a device below is slow."""
     min_bandwidth_share: float = 0.5
     """Of the median bandwidth of all nodes; a node whose best link is below is badly connected."""
+    min_bandwidth_gb_per_second: float = 0.0
+    """Of a node's best link; 0: only the comparison counts, which two nodes do not allow."""
     max_ecc_errors: int = 0
     """Uncorrected memory errors of a GPU since the driver was loaded."""
 
@@ -109,7 +111,7 @@ class PreflightConfig:
         for name in ("timeout_seconds", "max_clock_skew_seconds"):
             if getattr(self, name) <= 0:
                 problems.append(f"{name}={getattr(self, name)}: must be above 0")
-        for name in ("min_free_memory_gb", "min_free_disk_gb", "max_ecc_errors"):
+        for name in ("min_free_memory_gb", "min_free_disk_gb", "min_bandwidth_gb_per_second", "max_ecc_errors"):
             if getattr(self, name) < 0:
                 problems.append(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("min_matmul_share", "min_bandwidth_share"):

@@ -12,6 +12,7 @@ from train.outcome import CrashNote, Outcome
 
 _FAILED_TASK = re.compile(r"srun: error: (?P<node>\S+): tasks? [\d,-]+: (?P<what>.+)")
 _EXITED = re.compile(r"Exited with exit code (\d+)")
+RENDEZVOUS = "RendezvousError"
 LOST_NODE = re.compile(r"srun: error: Node failure on (\S+)")
 
 
@@ -37,8 +38,10 @@ class Situation:
     """Whether the scheduler still counts the job as running; otherwise it has decided already, as after scancel."""
     superseded: bool = False
     """Whether a later attempt has begun."""
+    is_only_machine: bool = False
+    """Whether there is nowhere else to go."""
     usable: tuple[str, ...] = ()
-    """Nodes of the partition that could take part."""
+    """Nodes of the partition that could take part; none where that is not known."""
     needed: int = 1
 
 
@@ -58,6 +61,11 @@ def decide(now: Situation, history: History, restarts: RestartsConfig) -> Decisi
     if now.state in ("crashed", "lost") and (crashes := history.num_crashes()) > restarts.most_crashes:
         why = f"{crashes} crashes are more than cluster.restarts.most_crashes={restarts.most_crashes}"
         return Decision(action="stop", reason=f"{now.reason}; {why}")
+    if now.state == "unfit":
+        unfit = history.num_unfit()
+        if now.is_only_machine or unfit >= restarts.without_progress:
+            why = "there is no other machine" if now.is_only_machine else f"so it was for {unfit} attempts in a row"
+            return Decision(action="stop", reason=f"{now.reason}; {why}")
     exclude = _excludable(history.suspects, now)
     if now.state == "unfit" and (left_in := sorted({*history.suspects} & {*now.usable} - {*exclude})):
         why = f"{len(now.usable)} nodes are usable, {now.needed} are needed, so that {listed(left_in)} cannot be left out"
@@ -66,7 +74,12 @@ def decide(now: Situation, history: History, restarts: RestartsConfig) -> Decisi
 
 
 def _excludable(suspects: Sequence[str], now: Situation) -> tuple[str, ...]:
-    """The latest suspects, as many as the partition can spare; those that are no longer usable cost nothing."""
+    """The latest suspects, as many as the partition can spare; those that are no longer usable cost nothing.
+
+    None where it is not known what could take their place: a job that nothing can satisfy would wait for ever.
+    """
+    if not now.usable:
+        return ()
     spare = max(0, len(now.usable) - now.needed)
     kept: list[str] = []
     for node in reversed(suspects):
@@ -96,6 +109,7 @@ def suspects_of(
         code = _EXITED.search(fallen[1])
         if code is None or int(code[1]) > 128:
             return fallen[:1]
+    notes = [note for note in notes if not note.error.startswith(RENDEZVOUS)]  # those waited for somebody else
     if not notes or (len(notes) >= tasks > 1 and len({note.error for note in notes}) == 1):
         return ()
     return (notes[0].host,)
@@ -105,6 +119,6 @@ def first_fallen(srun_lines: Sequence[str]) -> tuple[str, str] | None:
     """(node, how) of the first task that failed, in srun's words."""
     for line in srun_lines:
         failed = _FAILED_TASK.search(line)
-        if failed is not None and not failed["what"].startswith("Terminated"):
+        if failed is not None and not failed["what"].startswith(("Terminated", "User defined signal 1")):
             return failed["node"], failed["what"]
     return None

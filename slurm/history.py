@@ -5,6 +5,7 @@ A unit is what one job does: a run, one run of a sweep, one part of a preparatio
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -109,6 +110,10 @@ class History:
     def num_crashes(self) -> int:
         """Attempts that crashed or were lost."""
         return sum(end.state in ("crashed", "lost") for end in self.current.ends)
+
+    def num_unfit(self) -> int:
+        """How many attempts in a row, up to the last, ended before their first step by what was found out about nodes."""
+        return sum(1 for _ in itertools.takewhile(lambda end: end.state == "unfit", reversed(self.current.ends)))
 
     def num_without_progress(self) -> int:
         """How many attempts in a row, up to the last, left no newer checkpoint than they found."""

@@ -1,4 +1,4 @@
-"""What follows the end of an attempt. `python -m slurm.lifecycle begin | judge | end | wait`, called by the job script.
+"""What follows the end of an attempt. `python -m slurm.lifecycle begin | judge | end | stop | wait`, called by the job script.
 
 The script starts things and asks here what to do next; this reads `outcome.json` of the attempt, and the history of the unit.
 """
@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from conf.compose import read_config
 from conf.errors import UserError
 from slurm.decision import LOST_NODE, Decision, Situation, decide, first_fallen, suspects_of
-from slurm.history import Begin, End, History, add_event, listed, read_history
-from slurm.preflight import PREFLIGHT_FOLDER, judge, read_reports
+from slurm.history import Action, Begin, End, History, add_event, listed, read_history
+from slurm.preflight import TOKEN_FILE
 from slurm.submission import Submission, read_submission, root_of
+from slurm.verdict import PREFLIGHT_FOLDER, judge, read_reports
 from train.checkpoint.manifest import published, step_of
 from train.config.pretrain import PretrainConfig
 from train.launch import get_ready
@@ -38,6 +40,8 @@ CONFIG_FILE = Path("slurm") / "config.yaml"
 CANCEL_FILE = Path("slurm") / "CANCEL"
 REPORT_FILE = Path("slurm") / "stopped.txt"
 WAIT_SECONDS = 2.0
+LATE_SECONDS = 35.0  # network file systems believe for half a minute that a file is not there
+BY_SIGNAL = frozenset({128 + signal.SIGTERM, 128 + signal.SIGUSR1})
 
 
 # --- the verbs of the script ------------------------------------------------------------------------------------------
@@ -69,6 +73,9 @@ def begin(unit: Path, *, job: str, restarts: int, nodes: Sequence[str]) -> int |
                 _refuse(unit, attempt, str(error))
                 raise
         if ready is None:
+            if not history.is_done:  # it had ended without the time to say so
+                reason = "its budget is used up"
+                add_event(unit, _end_of(unit, last_attempt(unit), "finished", reason, action="done"))
             return None
     attempt = _start(unit, job=job, restarts=restarts, nodes=nodes)
     if idle >= submission.restarts.without_progress:
@@ -80,7 +87,9 @@ def begin(unit: Path, *, job: str, restarts: int, nodes: Sequence[str]) -> int |
 
 def _start(unit: Path, *, job: str, restarts: int, nodes: Sequence[str]) -> int:
     attempt = claim_attempt(unit)
-    (attempt_folder(unit, attempt) / PREFLIGHT_FOLDER).mkdir()
+    folder = attempt_folder(unit, attempt) / PREFLIGHT_FOLDER
+    folder.mkdir()
+    (folder / TOKEN_FILE).touch()  # what every node has to see; before any of them looks
     add_event(unit, Begin(attempt=attempt, job=job, restarts=restarts, nodes=tuple(nodes), newest=newest_step(unit)))
     return attempt
 
@@ -88,7 +97,21 @@ def _start(unit: Path, *, job: str, restarts: int, nodes: Sequence[str]) -> int:
 def _refuse(unit: Path, attempt: int, reason: str) -> None:
     outcome = Outcome(attempt=attempt, state="refused", reason=reason, next="Mend what the reason names, then longhaul resume.")
     write_outcome(unit, outcome)
-    add_event(unit, End(attempt=attempt, state="refused", reason=reason, action="stop", newest=newest_step(unit)))
+    add_event(unit, _end_of(unit, attempt, "refused", reason, action="stop"))
+    write_report(unit)
+
+
+def _end_of(unit: Path, attempt: int, state: str, reason: str, *, action: Action, suspects: tuple[str, ...] = ()) -> End:
+    return End(attempt=attempt, state=state, reason=reason, action=action, newest=newest_step(unit), suspects=tuple(suspects))
+
+
+def stop(unit: Path, reason: str) -> None:
+    """Nothing follows the last attempt, for a reason that the script has met behind its end."""
+    history = read_history(unit)
+    before = history.last_end
+    state, attempt = (before.state, before.attempt) if before else ("lost", last_attempt(unit))
+    whole = f"{before.reason}; {reason}" if before else reason
+    add_event(unit, _end_of(unit, attempt, state, whole, action="stop"))
     write_report(unit)
 
 
@@ -105,28 +128,52 @@ def close_lost(unit: Path) -> None:
     if state in ("lost", "crashed"):
         found = [match[1] for line in _srun_lines(unit, lost.attempt) if (match := LOST_NODE.search(line))]
         suspects = tuple(dict.fromkeys(found)) or (outcome.suspects if outcome else ())
-    end = End(attempt=lost.attempt, state=state, reason=reason, action="leave", newest=newest_step(unit), suspects=suspects)
-    add_event(unit, end)
+    action: Action = "leave"
+    if outcome is not None and outcome.state == "finished":
+        action = "done"
+    elif outcome is not None and (outcome.state == "refused" or outcome.on_purpose):
+        action = "stop"
+    add_event(unit, _end_of(unit, lost.attempt, state, reason, action=action, suspects=suspects))
 
 
-def judge_nodes(unit: Path, attempt: int, nodes: Sequence[str]) -> int:
-    """0 when all nodes are fit; otherwise write down which are not, and 1."""
+def judge_nodes(unit: Path, attempt: int, nodes: Sequence[str], code: int) -> int:
+    """0 when all nodes are fit; otherwise write down what is wrong, and 1. `code`: how the checks themselves ended."""
     submission = read_submission(root_of(unit))
     folder = attempt_folder(unit, attempt) / PREFLIGHT_FOLDER
-    unfit = judge(read_reports(folder), nodes, submission.preflight, gpus=submission.gpus_per_node)
-    if not unfit:
+    if code == 0:  # every node has written; a network file system may show it late
+        await_that(lambda: {*nodes} <= {*read_reports(folder)}, LATE_SECONDS)
+    reports = read_reports(folder)
+    if code != 0 and not any(report.is_whole for report in reports.values()):
+        said = _lines(attempt_folder(unit, attempt) / "srun.log")[-1:]
+        reason = "the check of the nodes " + (f"failed: {said[0]}" if said else f"ended with code {code}")
+        state: State = "stopped" if code in BY_SIGNAL else "crashed"
+        if state == "stopped":
+            reason = "a signal arrived while the nodes were checked"
+        write_outcome(unit, Outcome(attempt=attempt, state=state, reason=reason, next="Nothing: another attempt follows."))
+        return 1
+    verdict = judge(reports, nodes, submission.preflight, gpus=submission.gpus_per_node)
+    if verdict.is_fit:
         return 0
-    reason = "unfit: " + "; ".join(f"{node}: {', '.join(problems)}" for node, problems in sorted(unfit.items()))
+    unfit = [f"{node}: {', '.join(problems)}" for node, problems in sorted(verdict.unfit.items())]
+    reason = "unfit: " + "; ".join([*unfit, *verdict.general])
     print(f"longhaul: {reason}", file=sys.stderr)
     outcome = Outcome(
         attempt=attempt,
         state="crashed",
         reason=reason,
         next="Nothing: another attempt goes on without these nodes, where there are others.",
-        suspects=tuple(sorted(unfit)),
+        suspects=tuple(sorted(verdict.unfit)),
     )
     write_outcome(unit, outcome)
     return 1
+
+
+def await_that(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether something comes to hold in time."""
+    deadline = time.monotonic() + seconds
+    while not (holds := condition()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return holds
 
 
 def end(unit: Path, attempt: int, *, code: int, asked: str, now: Situation) -> list[str]:
@@ -136,12 +183,18 @@ def end(unit: Path, attempt: int, *, code: int, asked: str, now: Situation) -> l
     and its reason.
     """
     submission = read_submission(root_of(unit))
+    if code != 0 and not asked and submission.nodes > 1:  # another node may have written it
+        await_that(lambda: read_outcome(unit, attempt) is not None, LATE_SECONDS)
     outcome = read_outcome(unit, attempt)
     if outcome is None:
         outcome = _by_code(unit, attempt, code, asked)
-        write_outcome(unit, outcome)
+        with contextlib.suppress(OSError):  # a full disk: the next one finds an attempt without an outcome
+            write_outcome(unit, outcome)
     suspects: tuple[str, ...] = ()
-    if outcome.state == "crashed":
+    is_unfit = outcome.reason.startswith("unfit: ")
+    if is_unfit:
+        suspects = outcome.suspects
+    elif outcome.state == "crashed":
         lines, notes = _srun_lines(unit, attempt), read_crash_notes(unit, attempt)
         suspects = suspects_of(outcome, notes, lines, tasks=submission.tasks)
         if not outcome.suspects and notes:
@@ -149,7 +202,7 @@ def end(unit: Path, attempt: int, *, code: int, asked: str, now: Situation) -> l
             outcome = replace(outcome, reason=f"rank {first.rank} on {first.host}: {first.error}")
         elif not outcome.suspects and (fallen := first_fallen(lines)) is not None:
             outcome = replace(outcome, reason=f"a task on {fallen[0]}: {fallen[1]}")
-    state = "unfit" if outcome.reason.startswith("unfit: ") else outcome.state
+    state = "unfit" if is_unfit else outcome.state
     is_cancelled = (unit / CANCEL_FILE).exists()
     now = replace(
         now,
@@ -157,14 +210,18 @@ def end(unit: Path, attempt: int, *, code: int, asked: str, now: Situation) -> l
         reason=outcome.reason + ("; cancelled by `longhaul cancel`" if is_cancelled else ""),
         on_purpose=outcome.on_purpose or is_cancelled,
         superseded=last_attempt(unit) > attempt,
+        is_only_machine=submission.scheduler == "local",
     )
-    ended = End(attempt=attempt, state=state, reason=now.reason, action="again", newest=newest_step(unit), suspects=suspects)
+    ended = _end_of(unit, attempt, state, now.reason, action="again", suspects=suspects)
     history = read_history(unit)
     decision = decide(now, History((*history.events, ended)), submission.restarts)
-    add_event(unit, replace(ended, action=decision.action, reason=decision.reason))
     print(f"longhaul: attempt {attempt} {state}: {decision.reason}", file=sys.stderr)
-    if decision.action == "stop":
-        write_report(unit)
+    try:
+        add_event(unit, replace(ended, action=decision.action, reason=decision.reason))
+        if decision.action == "stop":
+            write_report(unit)
+    except OSError as error:  # what was decided has to happen all the same
+        print(f"longhaul: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
     return _words(decision, replace(outcome, on_purpose=now.on_purpose), history, submission)
 
 
@@ -196,8 +253,11 @@ def _by_code(unit: Path, attempt: int, code: int, asked: str) -> Outcome:
     state = states.get(code, "crashed")
     lines = _lines(attempt_folder(unit, attempt) / "rank-00000.log")
     reason = f"exit code {code}" + (f": {lines[-1]}" if lines and state in ("refused", "crashed") else "")
+    fallen = first_fallen(_srun_lines(unit, attempt)) is not None or read_crash_notes(unit, attempt)
     if asked and state in ("crashed", "finished"):  # it was not begun, or had no time to answer
         state, reason = "stopped", f"SIG{asked} arrived before it was ready to save"
+    elif code in BY_SIGNAL and not fallen:  # the scheduler's own
+        state, reason = "stopped", "a signal arrived before it was ready to save"
     return Outcome(attempt=attempt, state=state, reason=reason, next="Read the log beside this file.")
 
 
@@ -215,7 +275,7 @@ def write_report(unit: Path) -> None:
         for log in _culprits(unit, ended.attempt):
             tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
             lines += [f"  the end of {log}:", *(f"    | {line}" for line in tail)]
-    lines += ["", "When the cause is mended: longhaul resume run=" + root_of(unit).name]
+    lines += ["", "When the cause is mended: longhaul resume run=" + read_submission(root_of(unit)).name]
     (unit / REPORT_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -278,6 +338,10 @@ def main(arguments: Sequence[str]) -> int:
     verbs.choices["begin"].add_argument("--restarts", type=int, default=0)
     for name, default in (("--code", "0"), ("--asked", ""), ("--state", "RUNNING"), ("--usable", ""), ("--needed", "1")):
         verbs.choices["end"].add_argument(name, default=default)
+    verbs.choices["judge"].add_argument("--code", type=int, default=0)
+    stopping = verbs.add_parser("stop")
+    stopping.add_argument("unit", type=Path)
+    stopping.add_argument("reason")
     verbs.add_parser("wait").add_argument("roots", type=Path, nargs="+")
     given = parser.parse_args(arguments)
     try:
@@ -285,14 +349,16 @@ def main(arguments: Sequence[str]) -> int:
             attempt = begin(given.unit, job=given.job, restarts=given.restarts, nodes=_names(given.nodes))
             print("" if attempt is None else attempt)
         elif given.verb == "judge":
-            return judge_nodes(given.unit, given.attempt, _names(given.nodes))
+            return judge_nodes(given.unit, given.attempt, _names(given.nodes), given.code)
+        elif given.verb == "stop":
+            stop(given.unit, given.reason)
         elif given.verb == "wait":
             wait_for(given.roots)
         else:
             now = Situation(
                 state="",
                 reason="",
-                job_runs=given.state == "RUNNING",
+                job_runs=given.state in ("RUNNING", ""),  # a controller that does not answer has decided nothing
                 usable=_names(given.usable),
                 needed=int(given.needed),
             )

@@ -1,11 +1,11 @@
 """What a node must show before the first step. `python -m slurm.preflight UNIT ATTEMPT`, one task on every node.
 
-Each node measures itself, and its links to the others, and writes a report into the attempt's folder; `judge` compares them.
+Each node measures itself, and its links to the others, and writes a report into the attempt's folder; slurm.verdict compares
+them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -13,149 +13,27 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from slurm.config import PreflightConfig
 from slurm.submission import read_submission, root_of
+from slurm.verdict import PREFLIGHT_FOLDER, Gpu, Report
 from train.host import host_name
 from train.outcome import attempt_folder
 from train.rendezvous import open_store
 
-PREFLIGHT_FOLDER = "preflight"
 TOKEN_FILE = "token"
-BAD_XIDS = frozenset({48, 62, 63, 64, 74, 79, 92, 94, 95, 119, 120, 140})  # memory, link, bus, firmware
+TOKEN_SECONDS = 90.0  # network file systems believe for half a minute and more that a file is not there
+XID_HOURS = 24.0
 _GPU_FIELDS = ("name", "driver_version", "memory.used", "ecc.errors.uncorrected.volatile.total")
 _MATMUL_SIZE = {"cuda": 8192, "cpu": 512}
 _MATMUL_SECONDS = 0.5
 _MESSAGE_BYTES = {"cuda": 256 * 2**20, "cpu": 8 * 2**20}
-_BUSY_MEMORY_MB = 2000  # of a GPU that somebody else is using
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """One GPU, as the driver shows it."""
-
-    name: str
-    driver: str
-    used_mb: float
-    ecc_errors: int
-    """Uncorrected; -1 where it counts none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a node found."""
-
-    node: str
-    free_memory_gb: float
-    free_disk_gb: Mapping[str, float]
-    """By folder."""
-    sees_shared_folder: bool
-    gpus: tuple[Gpu, ...] = ()
-    xids: tuple[int, ...] = ()
-    """Errors that the driver has logged."""
-    matmul_tflops: tuple[float, ...] = ()
-    """By device."""
-    bandwidth_gb_per_second: float | None = None
-    """Of the best link to another node; None with one node."""
-    clock_offset_seconds: float | None = None
-    """Against the median of all."""
-    software: str = ""
-    """Versions that have to be the same on all nodes."""
-    problems: tuple[str, ...] = ()
-    """Measurements that failed."""
-    seconds: float = 0.0
-    """How long it took."""
-
-
-def judge(reports: Mapping[str, Report], nodes: Sequence[str], config: PreflightConfig, *, gpus: int) -> dict[str, list[str]]:
-    """The nodes that are unfit, with what is wrong with each. Every node has to have reported."""
-    found: dict[str, list[str]] = {node: [] for node in nodes}
-    for node in nodes:
-        report = reports.get(node)
-        if report is None:
-            found[node].append("has not reported: it did not start, hung, or does not see the run's folder")
-            continue
-        found[node] += _own_problems(report, config, gpus=gpus)
-    present = [reports[node] for node in nodes if node in reports]
-    for node, problems in _among_peers(present, config).items():
-        found[node] += problems
-    return {node: problems for node, problems in found.items() if problems}
-
-
-def _own_problems(report: Report, config: PreflightConfig, *, gpus: int) -> list[str]:
-    problems = list(report.problems)
-    if not report.sees_shared_folder:
-        problems.append("does not see what the first node wrote into the run's folder")
-    if report.free_memory_gb < config.min_free_memory_gb:
-        problems.append(f"{report.free_memory_gb:.1f} GB of memory are free, {config.min_free_memory_gb:g} are asked for")
-    for folder, free in report.free_disk_gb.items():
-        if free < config.min_free_disk_gb:
-            problems.append(f"{free:.1f} GB of disk are free at {folder}, {config.min_free_disk_gb:g} are asked for")
-    if len(report.gpus) < gpus:
-        problems.append(f"{len(report.gpus)} of {gpus} GPUs are there")
-    for number, gpu in enumerate(report.gpus):
-        if gpu.ecc_errors > config.max_ecc_errors:
-            problems.append(f"GPU {number} has {gpu.ecc_errors} uncorrected memory errors")
-        if gpu.used_mb > _BUSY_MEMORY_MB:
-            problems.append(f"GPU {number} is in use by somebody else ({gpu.used_mb / 1000:.1f} GB)")
-    bad = sorted(set(report.xids) & BAD_XIDS)
-    if bad:
-        problems.append(f"the driver has logged Xid {', '.join(map(str, bad))}")
-    if report.clock_offset_seconds is not None and abs(report.clock_offset_seconds) > config.max_clock_skew_seconds:
-        problems.append(f"its clock is off by {report.clock_offset_seconds:+.1f} s")
-    return problems
-
-
-def _among_peers(reports: Sequence[Report], config: PreflightConfig) -> dict[str, list[str]]:
-    """What only the comparison with the others shows."""
-    found: dict[str, list[str]] = {report.node: [] for report in reports}
-    kinds = {
-        report.node: (tuple(sorted({(gpu.name, gpu.driver) for gpu in report.gpus})), report.software) for report in reports
-    }
-    if len(set(kinds.values())) > 1:
-        usual = statistics.mode(kinds.values())
-        for node, kind in kinds.items():
-            if kind != usual:
-                found[node].append(f"has {_kind(kind)}, the others have {_kind(usual)}")
-    rates = [rate for report in reports for rate in report.matmul_tflops]
-    middle = statistics.median(rates) if rates else 0.0
-    for report in reports:
-        for number, rate in enumerate(report.matmul_tflops):
-            if rate < config.min_matmul_share * middle:
-                found[report.node].append(f"device {number} multiplies at {rate:.2f} TFLOP/s, the median is {middle:.2f}")
-    links = {report.node: link for report in reports if (link := report.bandwidth_gb_per_second) is not None}
-    usual_link = statistics.median(links.values()) if links else 0.0
-    for node, link in links.items():
-        if link < config.min_bandwidth_share * usual_link:
-            found[node].append(f"its best link carries {link:.2f} GB/s, the median is {usual_link:.2f}")
-    return found
-
-
-def _kind(kind: tuple[tuple[tuple[str, str], ...], str]) -> str:
-    gpus, software = kind
-    return ", ".join([*(f"{name} with driver {driver}" for name, driver in gpus), software])
-
-
-def read_reports(folder: Path) -> dict[str, Report]:
-    """The reports that are there and whole, by node."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            gpus = tuple(Gpu(**gpu) for gpu in raw.pop("gpus"))
-            lists = {name: tuple(value) for name, value in raw.items() if isinstance(value, list)}
-            report = Report(**{**raw, **lists}, gpus=gpus)
-            found[report.node] = report
-    return found
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -164,25 +42,37 @@ def main(arguments: Sequence[str]) -> int:
     submission = read_submission(root_of(unit))
     folder = attempt_folder(unit, attempt) / PREFLIGHT_FOLDER
     number, nodes = int(os.environ.get("SLURM_PROCID", "0")), int(os.environ.get("SLURM_NTASKS", "1"))
+    limit = submission.preflight.timeout_seconds
+    overdue = threading.Timer(limit, lambda: os._exit(1))  # whatever hangs: a driver, a mount, another node
+    overdue.daemon = True
+    overdue.start()
     began = time.monotonic()
-    if number == 0:
-        (folder / TOKEN_FILE).write_text(host_name())
     with_gpus = submission.gpus_per_node > 0
+    device = "cuda" if with_gpus else "cpu"
     report = Report(
         node=host_name(),
         free_memory_gb=free_memory_gb(),
         free_disk_gb=free_disk_gb([Path(submission.scratch), unit]),
-        sees_shared_folder=await_file(folder / TOKEN_FILE, seconds=submission.preflight.timeout_seconds / 10),
+        sees_shared_folder=await_file(folder / TOKEN_FILE, seconds=min(TOKEN_SECONDS, limit / 2)),
         gpus=read_gpus() if with_gpus else (),
         xids=read_xids() if with_gpus else (),
+        is_whole=False,
+        link_problem="the links between the nodes were not measured in time",
     )
-    report = replace(report, **measure("cuda" if with_gpus else "cpu", number, nodes, submission.preflight.timeout_seconds))
-    report = replace(report, seconds=round(time.monotonic() - began, 1))
+    report = replace(report, **measure(device))
+    write_report(folder, report)  # before it meets the others, who may be missing
+    links = measure_links(device, number, nodes, limit) if nodes > 1 else {}
+    report = replace(report, **{"link_problem": "", **links}, is_whole=True, seconds=round(time.monotonic() - began, 1))
+    write_report(folder, report)
+    print(json.dumps(asdict(report), indent=1))
+    return 0
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Put the report where all are read, whole or not at all."""
     temporary = folder / f".{report.node}.tmp"
     temporary.write_text(json.dumps(asdict(report), indent=1))
     temporary.replace(folder / f"{report.node}.json")
-    print(json.dumps(asdict(report), indent=1))
-    return 0
 
 
 def free_memory_gb() -> float:
@@ -215,13 +105,18 @@ def await_file(path: Path, *, seconds: float) -> bool:
 def read_gpus() -> tuple[Gpu, ...]:
     """The node's GPUs; none where the driver does not answer."""
     words = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    if own := os.environ.get("SLURM_JOB_GPUS", ""):  # on a node that is shared, those of this job
+        words.append(f"--id={own}")
     try:
         lines = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return ()
     gpus = []
     for line in lines:
-        name, driver, used, errors = (cell.strip() for cell in line.split(","))
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) != len(_GPU_FIELDS):  # "No devices were found"
+            continue
+        name, driver, used, errors = cells
         gpus.append(Gpu(name=name, driver=driver, used_mb=_number(used), ecc_errors=int(_number(errors))))
     return tuple(gpus)
 
@@ -236,37 +131,53 @@ def _number(cell: str) -> float:
 def read_xids() -> tuple[int, ...]:
     """Numbers of the errors in the kernel's log; none where it may not be read."""
     try:
-        text = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=20, errors="replace").stdout
-    except (OSError, subprocess.SubprocessError):
+        done = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=20, errors="replace")
+        uptime_seconds = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, subprocess.SubprocessError):
         return ()
-    return xids_in(text)
+    if done.returncode:
+        print("the kernel's log may not be read here, so no Xid is seen", file=sys.stderr)
+        return ()
+    return xids_in(done.stdout, since_seconds=uptime_seconds - XID_HOURS * 3600)
 
 
-def xids_in(log: str) -> tuple[int, ...]:
-    """Numbers of the Xid lines of a kernel log, each once."""
+def xids_in(log: str, *, since_seconds: float) -> tuple[int, ...]:
+    """Numbers of the Xid lines of a kernel log, each once, that are not older than `since_seconds` after the boot."""
     found = []
     for line in log.splitlines():
         _, marker, rest = line.partition("NVRM: Xid")
         cells = rest.partition("): ")[2].split(",")
-        if marker and cells[0].strip().isdigit():
+        stamp = line.partition("]")[0].strip("[ ")
+        is_old = stamp.replace(".", "", 1).isdigit() and float(stamp) < since_seconds
+        if marker and not is_old and cells[0].strip().isdigit():
             found.append(int(cells[0]))
     return tuple(dict.fromkeys(found))
 
 
-def measure(device: str, number: int, nodes: int, timeout_seconds: float) -> dict[str, Any]:
-    """Fields of the report that need torch: rates, links, clocks. A measurement that fails is one of its problems."""
+def measure(device: str) -> dict[str, Any]:
+    """Fields of the report about the node alone that need torch. A measurement that fails is one of its problems."""
+    fields: dict[str, Any] = {}
     try:
         import torch
 
-        software = f"Python {platform.python_version()}, torch {torch.__version__}"
-        fields: dict[str, Any] = {"software": software}
+        fields["software"] = f"Python {platform.python_version()}, torch {torch.__version__}"
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if device == "cuda" else ["cpu"]
         fields["matmul_tflops"] = tuple(round(matmul_tflops(one), 4) for one in devices)
-        if nodes > 1:
-            fields |= _measure_links(device, number, nodes, timeout_seconds)
-    except (RuntimeError, OSError, ImportError, UserError) as error:
-        return {"problems": (f"could not be measured: {' '.join(str(error).split())[:300]}",)}
+    except (RuntimeError, OSError, ImportError) as error:
+        fields["problems"] = (f"could not be measured: {_short(error)}",)
     return fields
+
+
+def measure_links(device: str, number: int, nodes: int, timeout_seconds: float) -> dict[str, Any]:
+    """Fields of the report that need the other nodes."""
+    try:
+        return _measure_links(device, number, nodes, timeout_seconds)
+    except (RuntimeError, OSError, UserError) as error:
+        return {"link_problem": f"the links between the nodes could not be measured: {_short(error)}"}
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def matmul_tflops(device: str) -> float:

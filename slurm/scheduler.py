@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ trap 'asked=1; kill -USR1 "$child"' TERM USR1
 for index in $(seq 0 "$1"); do
     [ -z "${asked:-}" ] || exit 85
     SLURM_ARRAY_TASK_ID=$index bash "$2" & child=$!
-    wait "$child"; wait "$child" || failed=$?
+    while kill -0 "$child" 2> /dev/null; do wait "$child"; code=$?; done
+    [ "$code" = 0 ] || failed=$code
 done
 exit "${failed:-0}"
 """
@@ -77,20 +79,25 @@ class SlurmScheduler:
         answer = _call([*words, str(script)])
         return answer.strip().split(";")[0]  # ID;CLUSTER where there are several clusters
 
-    def submit_behind(self, script: Path, *, previous: str, by: str) -> str:
-        """Take the next job of a chain."""
-        dependency = "singleton" if by == "singleton" else f"afterany:{previous}"
-        return _call(["sbatch", "--parsable", f"--dependency={dependency}", str(script)]).strip().split(";")[0]
+    def submit_behind(self, script: Path, *, previous: str, by: str, after: Sequence[str] = ()) -> str:
+        """Take the next job of a chain, which waits for `after` as its first one does."""
+        parts = [f"afterok:{':'.join(after)}"] if after else []
+        parts.append("singleton" if by == "singleton" else f"afterany:{previous}")
+        words = ["sbatch", "--parsable", f"--dependency={','.join(parts)}", *(["--kill-on-invalid-dep=yes"] if after else [])]
+        return _call([*words, str(script)]).strip().split(";")[0]
 
     def jobs(self, ids: Sequence[str]) -> Mapping[str, Job]:
-        found: dict[str, Job] = {}
         if not ids:
-            return found
+            return {}
+        return {own: job for own, job in self.queue().items() if own in ids or own.partition("_")[0] in ids}
+
+    def queue(self) -> Mapping[str, Job]:
+        """All jobs of the user that wait or run."""
+        found: dict[str, Job] = {}
         # A job that has gone makes squeue fail when it is asked for by its id, so all of the user's are read.
         for line in _call(["squeue", "--noheader", "--me", "--array", f"--format={_COLUMNS}"]).splitlines():
             own, state, reason, nodes, start, _ = line.split("|")
-            if own in ids or own.partition("_")[0] in ids:
-                found[own] = Job(id=own, state=state, reason=reason, nodes=nodes, start="" if start == "N/A" else start)
+            found[own] = Job(id=own, state=state, reason=reason, nodes=nodes, start="" if start == "N/A" else start)
         return found
 
     def end_of(self, job: str) -> str:
@@ -114,7 +121,7 @@ class SlurmScheduler:
 
 
 class LocalScheduler:
-    """This machine: a job is a process in the background, its id `local-PID-START`."""
+    """This machine: a job is a process in the background, its id `local-HOST-PID-START`."""
 
     def submit(self, script: Path, *, array: int = 1, throttle: int | None = None, after: Sequence[str] = ()) -> str:
         if array > 1:
@@ -123,10 +130,13 @@ class LocalScheduler:
             words = ["bash", str(script)]
         with (script.parent / f"{script.stem}.out").open("ab") as log:
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-        return f"local-{process.pid}-{_start_ticks(process.pid)}"
+        return f"local-{socket.gethostname()}-{process.pid}-{_start_ticks(process.pid)}"
 
     def jobs(self, ids: Sequence[str]) -> Mapping[str, Job]:
-        return {one: Job(id=one, state="RUNNING", nodes=os.uname().nodename) for one in ids if _pid(one) is not None}
+        for one in ids:
+            if (host := one.removeprefix("local-").rsplit("-", 2)[0]) != socket.gethostname():
+                raise UserError(f"job {one}: runs on {host}, and can be looked after there alone")
+        return {one: Job(id=one, state="RUNNING", nodes=socket.gethostname()) for one in ids if _pid(one) is not None}
 
     def end_of(self, job: str) -> str:
         """Nobody remembers how a process ended."""
@@ -139,7 +149,11 @@ class LocalScheduler:
                     os.kill(pid, number)
 
     def cancel(self, ids: Sequence[str]) -> None:
-        self.signal(ids, signal.SIGTERM)
+        """Kill the script and its launcher; the ranks do not outlive that one."""
+        for one in ids:
+            if (pid := _pid(one)) is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
 
 
 def scheduler_of(kind: str) -> SlurmScheduler | LocalScheduler:
@@ -149,9 +163,8 @@ def scheduler_of(kind: str) -> SlurmScheduler | LocalScheduler:
 
 def _pid(job: str) -> int | None:
     """Process of a local job, if it is still the same one."""
-    kind, _, rest = job.partition("-")
-    pid, _, ticks = rest.partition("-")
-    return int(pid) if kind == "local" and ticks and _start_ticks(int(pid)) == ticks else None
+    _, pid, ticks = job.rsplit("-", 2)
+    return int(pid) if ticks and _start_ticks(int(pid)) == ticks else None
 
 
 def _start_ticks(pid: int) -> str:
@@ -165,9 +178,13 @@ def _start_ticks(pid: int) -> str:
 
 
 def _call(words: Sequence[str]) -> str:
-    """Output of a command of Slurm. Raises UserError with what it said when it fails."""
+    """Output of a command of Slurm. Raises UserError with what it said when it fails.
+
+    What a job has in its environment is left out: a submission from within one would inherit its bindings.
+    """
+    own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, env=own)
     except OSError as error:
         raise UserError(f"{words[0]}: cannot be run ({error.strerror})") from None
     except subprocess.TimeoutExpired:

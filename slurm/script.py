@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 import sys
@@ -118,6 +119,10 @@ def _values(job: Job, cluster: ClusterConfig) -> dict[str, Any]:
         "chain": cluster.restarts.how == "chain",
         "node_flags": _node_flags(job, cluster),
         "rank_flags": _rank_flags(job, cluster),
+        "job_id": '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if is_array else '"$SLURM_JOB_ID"',
+        "excluded": _excluded_by_site(cluster),
+        "replaceable": cluster.reservation is None and (cluster.constraint is None or "|" not in cluster.constraint),
+        "with_features": _with_features(cluster.constraint),
         "command": _command(job.command if slurm else job.local_command),
         "local_log": "launcher.log" if job.trains else "rank-00000.log",
     }
@@ -125,8 +130,9 @@ def _values(job: Job, cluster: ClusterConfig) -> dict[str, Any]:
 
 def _options(job: Job, cluster: ClusterConfig, *, is_array: bool) -> list[str]:
     logs = f"{job.root}/slurm/{job.stage}-" + ("%A_%a.out" if is_array else "%j.out")
+    place = hashlib.sha256(str(job.root).encode()).hexdigest()[:6]  # singletons of two projects must not wait for each other
     options = [
-        f'--job-name="{job.name}/{job.stage}"',
+        f'--job-name="{job.name}/{job.stage} {place}"',
         f'--chdir="{job.directory}"',
         f'--output="{logs}"',
         "--open-mode=append",
@@ -149,6 +155,19 @@ def _options(job: Job, cluster: ClusterConfig, *, is_array: bool) -> list[str]:
         throttle = f"%{job.throttle}" if job.throttle else ""
         options.append(f"--array=0-{len(job.units) - 1}{throttle}")
     return [*options, *cluster.options]
+
+
+def _excluded_by_site(cluster: ClusterConfig) -> str:
+    """Nodes that the user's own options leave out, to be put behind others."""
+    given = [option.partition("=")[2] for option in cluster.options if option.startswith("--exclude=")]
+    return "".join(f",{nodes}" for nodes in given)
+
+
+def _with_features(constraint: str | None) -> str:
+    """Filter of sinfo's lines: names of the nodes that have all features of a constraint."""
+    wanted = [word for word in re.split(r"[&,()]", constraint or "") if word]
+    tests = " && ".join(f'("," $2 ",") ~ ",{word},"' for word in wanted)
+    return f"awk '{tests + ' ' if tests else ''}{{ print $1 }}'"
 
 
 def _container_flags(cluster: ClusterConfig, directory: Path) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import conf
 from conf.errors import UserError
+from train.launch import COMMIT_FILE, git_commit
 
 PACKAGES = ("conf", "data_pipeline", "slurm", "tools", "train")
 SUFFIXES = frozenset({".py", ".yaml", ".j2", ".sh", ".txt"})
@@ -33,6 +34,7 @@ def take_snapshot(folder: Path, config_dir: str | None) -> None:
                     copy = fresh / path.relative_to(source)
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, copy)
+        (fresh / COMMIT_FILE).write_text(git_commit() or "", encoding="utf-8")
         _replace(fresh, folder / CODE)
         if config_dir is not None:
             own = folder / f".{OWN_CONFIG}"

@@ -91,9 +91,10 @@ class Submission:
 
     def jobs_behind(self, job: str) -> tuple[str, ...]:
         """The jobs of a chain that come after `job`."""
+        submitted = job.partition("_")[0]  # of an array its number
         for stage in self.stages:
-            if job in stage.jobs:
-                return stage.jobs[stage.jobs.index(job) + 1 :]
+            if submitted in stage.jobs:
+                return stage.jobs[stage.jobs.index(submitted) + 1 :]
         return ()
 
     def unit_states(self) -> UnitStates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -91,16 +92,10 @@ def _submit(words: Sequence[str], config_dir: str | None, *, sweeps: bool) -> in
     scheduler = scheduler_of(settings.cluster.scheduler)
     refuse_if_active(work.root, scheduler)
     _check_folder(work)
-    take_snapshot(work.root / "slurm", config_dir)
-    for unit, config in zip(work.jobs[0].units, work.configs, strict=False):
-        (work.root / unit / "slurm").mkdir(parents=True, exist_ok=True)
-        write_config(config, work.root / unit / CONFIG_FILE)
-    if work.resolved is not None:
-        write_config(work.resolved, work.root / "slurm" / f"{verb}.yaml")
-    stages = []
-    for job, script in zip(work.jobs, scripts, strict=True):
-        (work.root / "slurm" / f"{job.stage}.sbatch").write_text(script, encoding="utf-8")
-        stages.append(Stage(name=job.stage, units=tuple(job.units)))
+    try:
+        stages = _write(work, scripts, verb, config_dir)
+    except OSError as error:
+        raise UserError(f"{error.filename or work.root}: cannot be written ({error.strerror})") from None
     submission = Submission(
         name=work.name,
         verb=verb,
@@ -126,6 +121,21 @@ def _submit(words: Sequence[str], config_dir: str | None, *, sweeps: bool) -> in
     return 0
 
 
+def _write(work: Work, scripts: Sequence[str], verb: str, config_dir: str | None) -> list[Stage]:
+    """Put everything that the jobs need into the run's folder."""
+    take_snapshot(work.root / "slurm", config_dir)
+    for unit, config in zip(work.jobs[0].units, work.configs, strict=False):
+        (work.root / unit / "slurm").mkdir(parents=True, exist_ok=True)
+        write_config(config, work.root / unit / CONFIG_FILE)
+    if work.resolved is not None:
+        write_config(work.resolved, work.root / "slurm" / f"{verb}.yaml")
+    stages = []
+    for job, script in zip(work.jobs, scripts, strict=True):
+        (work.root / "slurm" / f"{job.stage}.sbatch").write_text(script, encoding="utf-8")
+        stages.append(Stage(name=job.stage, units=tuple(job.units)))
+    return stages
+
+
 def reopen(submission: Submission, *, even_finished: bool) -> None:
     """Forget what was asked of its units before, and what counted against them."""
     for _, _, unit in submission.units():
@@ -142,28 +152,32 @@ def send(submission: Submission, scheduler: SlurmScheduler | LocalScheduler) -> 
     Stages whose units are all done are left out.
     """
     sent: list[str] = []
-    stages: list[Stage] = []
-    behind = [job for folder in submission.after for job in _last_jobs(Path(folder), scheduler)]
+    stages = [replace(stage, jobs=()) for stage in submission.stages]
+    first = [job for folder in submission.after for job in _last_jobs(Path(folder), scheduler)]
+    behind = first
     try:
-        for stage in submission.stages:
+        for place, stage in enumerate(stages):
             if submission.is_done(stage):
-                stages.append(replace(stage, jobs=()))
                 continue
             script = submission.root / "slurm" / f"{stage.name}.sbatch"
-            jobs = [scheduler.submit(script, array=len(stage.units), after=behind)]
-            sent.append(jobs[0])
-            if isinstance(scheduler, SlurmScheduler):
-                for _ in range(submission.chain - 1):
-                    jobs.append(scheduler.submit_behind(script, previous=jobs[-1], by=submission.restarts.chain_by))
-                    sent.append(jobs[-1])
-            stages.append(replace(stage, jobs=tuple(jobs)))
-            behind = jobs[-1:]
-    except UserError:
-        scheduler.cancel(sent)
+            for link in range(submission.chain):
+                if link and isinstance(scheduler, SlurmScheduler):
+                    by = submission.restarts.chain_by
+                    job = scheduler.submit_behind(script, previous=sent[-1], by=by, after=first)
+                else:
+                    job = scheduler.submit(script, array=len(stage.units), after=behind)
+                sent.append(job)
+                stages[place] = replace(stages[place], jobs=(*stages[place].jobs, job))
+                replace(submission, stages=tuple(stages)).write()  # what is submitted is known, whatever happens next
+            behind = sent[-1:]
+    except BaseException:
+        with contextlib.suppress(UserError):
+            scheduler.cancel(sent)
         raise
-    replace(submission, stages=tuple(stages)).write()
     for stage in stages:
-        if stage.jobs:
+        if not stage.jobs:
+            print(f"done before      {stage.name}: nothing to do")
+        else:
             of = f"an array of {len(stage.units)}, " if len(stage.units) > 1 else ""
             chain = f" and {len(stage.jobs) - 1} behind it" if len(stage.jobs) > 1 else ""
             print(f"submitted        {stage.name}: {of}job {stage.jobs[0]}{chain}")

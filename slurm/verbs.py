@@ -18,11 +18,12 @@ from slurm.lifecycle import CANCEL_FILE, CONFIG_FILE, REPORT_FILE
 from slurm.scheduler import LocalScheduler, SlurmScheduler, scheduler_of
 from slurm.submission import SUBMISSION_FILE, Submission, read_submission
 from slurm.submit import STOP_FILE, refuse_if_active, reopen, send
-from slurm.watch import Progress, Standing, find_run, find_runs, newest_log, standings
+from slurm.watch import Progress, Queue, Standing, find_run, find_runs, is_active, newest_log, standings
 from train.config.pretrain import PretrainConfig
 from train.outcome import attempt_folder, last_attempt
 
 POLL_SECONDS = 0.5
+ASK_SECONDS = 20.0  # between two looks at the queue while a log is followed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +88,14 @@ def status(overrides: Sequence[str], config_dir: str | None = None) -> int:
     if not roots:
         print(f"{folder}: no runs; `longhaul submit` or `longhaul pretrain` makes them")
         return 0
-    rows = []
+    rows, queue = [], Queue()
     for root in roots:
-        units = standings(root)
-        rows.append(_row(str(root.relative_to(folder)), units[0]) if len(units) == 1 else _summed(root, folder, units))
+        name = str(root.relative_to(folder))
+        try:
+            units = standings(root, queue)
+            rows.append(_row(name, units[0]) if len(units) == 1 else _summed(name, units))
+        except UserError as error:  # of one run; the others are shown
+            rows.append((name, "unknown", "-", "-", "-", "-", "-", "-", str(error)))
     print(table(HEADER, rows))
     return 0
 
@@ -124,7 +129,7 @@ def _numbers(progress: Progress | None) -> tuple[str, str, str, str]:
     return (f"{progress.step}{total}", f"{progress.loss:.4f}", rate, eta)
 
 
-def _summed(root: Path, folder: Path, units: Sequence[Standing]) -> tuple[str, ...]:
+def _summed(name: str, units: Sequence[Standing]) -> tuple[str, ...]:
     """One line for a run of many parts."""
     counts: dict[str, int] = {}
     for one in units:
@@ -132,7 +137,7 @@ def _summed(root: Path, folder: Path, units: Sequence[Standing]) -> tuple[str, .
     state = ", ".join(f"{count} {state}" for state, count in counts.items())
     reason = next((one.reason for one in units if one.state in ("stopped", "lost", "cancelled")), "-")
     tries = sum(one.attempts for one in units)
-    return (str(root.relative_to(folder)), state, "-", "-", "-", "-", str(tries), "-", reason)
+    return (name, state, "-", "-", "-", "-", str(tries), "-", reason)
 
 
 def results(units: Sequence[Standing]) -> str:
@@ -204,29 +209,38 @@ def logs(overrides: Sequence[str], config_dir: str | None = None) -> int:
             raise UserError(f"run={config.run}: has parts; say which by part={parts[0]} ({', '.join(parts)})")
     number = config.attempt or last_attempt(unit)
     follows = config.follow and config.attempt is None
-    while follows and last_attempt(unit) == 0 and _is_active(root):
+    active, asked = is_active(root), time.monotonic()
+    path = attempt_folder(unit, number) / f"rank-{config.rank:05d}.log"
+    while follows and active and not path.exists():  # it waits, or its nodes are being checked
         time.sleep(POLL_SECONDS)
-    path = newest_log(unit, config.rank, config.attempt)
-    _show_log(path, config.lines)
-    position = path.stat().st_size
+        number = max(1, last_attempt(unit))
+        path = attempt_folder(unit, number) / path.name
+        if time.monotonic() - asked > ASK_SECONDS:
+            active, asked = is_active(root), time.monotonic()
+    position = _show_log(newest_log(unit, config.rank, config.attempt), config.lines)
     while follows:
         position = _show_more(path, position)
         if last_attempt(unit) > number:
             number += 1
             path, position = attempt_folder(unit, number) / path.name, 0
             print(f"----- attempt {number}", flush=True)
-        elif not _is_active(root):
-            _show_more(path, position)
-            return 0
+        elif time.monotonic() - asked > ASK_SECONDS or not active:
+            active, asked = is_active(root), time.monotonic()
+            if not active:
+                _show_more(path, position)
+                return 0
         time.sleep(POLL_SECONDS)
     return 0
 
 
-def _show_log(path: Path, lines: int) -> None:
-    content = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for line in content[len(content) - min(lines, len(content)) :]:
+def _show_log(path: Path, lines: int) -> int:
+    """Print the last lines; where they end."""
+    content = path.read_bytes()
+    whole = content.decode("utf-8", errors="replace").splitlines()
+    for line in whole[len(whole) - min(lines, len(whole)) :]:
         print(line)
     sys.stdout.flush()
+    return len(content)
 
 
 def _show_more(path: Path, position: int) -> int:
@@ -239,10 +253,6 @@ def _show_more(path: Path, position: int) -> int:
     sys.stdout.write(more.decode("utf-8", errors="replace"))
     sys.stdout.flush()
     return position + len(more)
-
-
-def _is_active(root: Path) -> bool:
-    return any(one.jobs or one.state == "running" for one in standings(root))
 
 
 def cancel(overrides: Sequence[str], config_dir: str | None = None) -> int:
@@ -280,7 +290,7 @@ def cancel(overrides: Sequence[str], config_dir: str | None = None) -> int:
 def _await_end(scheduler: SlurmScheduler | LocalScheduler, jobs: Sequence[str], seconds: float) -> list[str]:
     deadline = time.monotonic() + seconds
     while (left := sorted(scheduler.jobs(jobs))) and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
+        time.sleep(4 * POLL_SECONDS)
     return left
 
 

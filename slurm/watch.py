@@ -12,7 +12,7 @@ from conf.compose import read_config
 from conf.errors import UserError
 from conf.schema import nearest
 from slurm.history import Begin, History, listed, read_history
-from slurm.scheduler import Job, scheduler_of
+from slurm.scheduler import Job, LocalScheduler, SlurmScheduler, scheduler_of
 from slurm.submission import SUBMISSION_FILE, Stage, Submission, read_submission
 from train.config.pretrain import PretrainConfig
 from train.metrics.jsonl import FILE_NAME
@@ -80,30 +80,52 @@ def find_run(folder: Path, name: str) -> Path:
     raise UserError(f"run={name}: no such run below {folder}.{nearest(name, known) or ' `longhaul status` lists them'}")
 
 
-def standings(root: Path) -> list[Standing]:
-    """Every unit of a run."""
+class Queue:
+    """The jobs that wait or run, asked for once: a controller with a thousand users is not asked for every run anew."""
+
+    def __init__(self) -> None:
+        self._slurm: Mapping[str, Job] | str | None = None
+
+    def of(self, submission: Submission) -> Mapping[str, Job] | str:
+        """Jobs of a submission; a text, why, when nobody knows."""
+        try:
+            if submission.scheduler == "local":
+                return LocalScheduler().jobs(submission.job_ids())
+            if self._slurm is None:
+                self._slurm = SlurmScheduler().queue()
+        except UserError as error:
+            if submission.scheduler == "local":
+                return str(error)
+            self._slurm = str(error)
+        return self._slurm
+
+
+def standings(root: Path, queue: Queue | None = None) -> list[Standing]:
+    """Every unit of a run. Raises UserError for a run whose files cannot be read."""
     if not (root / SUBMISSION_FILE).exists():
         return [_unsubmitted(root)]
     submission = read_submission(root)
-    queue = _queue(submission)
-    return [_standing(submission, queue, stage=stage, number=number, unit=unit) for stage, number, unit in submission.units()]
+    jobs = (queue or Queue()).of(submission)
+    return [_standing(submission, jobs, stage=stage, number=number, unit=unit) for stage, number, unit in submission.units()]
 
 
-def _queue(submission: Submission) -> Mapping[str, Job]:
-    try:
-        return scheduler_of(submission.scheduler).jobs(submission.job_ids())
-    except UserError:  # looked at from a machine that is not of the cluster
-        return {}
+def is_active(root: Path) -> bool:
+    """Whether a run has jobs, or seems to run without any; also where the queue does not answer."""
+    return any(one.jobs or one.state.startswith(("running", "waiting")) for one in standings(root))
 
 
-def _standing(submission: Submission, queue: Mapping[str, Job], *, stage: Stage, number: int, unit: Path) -> Standing:
-    mine = [job for one in stage.jobs for job in _of_unit(queue, one, number, array=len(stage.units) > 1)]
+def _standing(submission: Submission, queue: Mapping[str, Job] | str, *, stage: Stage, number: int, unit: Path) -> Standing:
     history = read_history(unit)
     progress = read_progress(unit)
     name = submission.name if unit == submission.root else f"{submission.name}/{unit.relative_to(submission.root)}"
-    state, reason = _state(submission, history, mine)
-    if state in ("lost", "cancelled") and stage.jobs and (ended := _end_of(submission, stage.jobs[-1])):
-        reason = f"{reason}; Slurm says {ended} of job {stage.jobs[-1]}"
+    mine: list[Job] = []
+    if isinstance(queue, str):
+        state, reason = _state_without_queue(history, queue)
+    else:
+        mine = [job for one in stage.jobs for job in _of_unit(queue, one, number, array=len(stage.units) > 1)]
+        state, reason = _state(submission, history, mine)
+        if state in ("lost", "cancelled") and stage.jobs and (ended := _end_of(submission, stage.jobs[-1])):
+            reason = f"{reason}; Slurm says {ended} of job {stage.jobs[-1]}"
     begun = [event for event in history.events if isinstance(event, Begin)]
     nodes = next((job.nodes for job in mine if job.nodes), "") or (listed(begun[-1].nodes) if begun else "-")
     return Standing(
@@ -116,6 +138,14 @@ def _standing(submission: Submission, queue: Mapping[str, Job], *, stage: Stage,
         progress=progress,
         jobs=tuple(job.id for job in mine),
     )
+
+
+def _state_without_queue(history: History, why: str) -> tuple[str, str]:
+    """(state, reason) by the run's folder alone."""
+    end = history.current.last_end
+    if history.open is None and end is not None:
+        return ("finished" if end.action == "done" else "stopped"), f"attempt {end.attempt} {end.state}: {end.reason}"
+    return ("running?" if history.open is not None else "waiting?"), f"the queue is not known here ({why})"
 
 
 def _end_of(submission: Submission, job: str) -> str:

@@ -26,6 +26,7 @@ from train.stoppable import Stopped, stoppable
 from train.supervisor import Restarts, run_attempt, supervise
 
 VERSIONS_OF = ("torch", "deepspeed", "megatron-core", "transformers", "tokenizers", "numpy")
+COMMIT_FILE = "COMMIT"  # beside the packages of a copy of the source
 RANK_COMMAND = (sys.executable, "-P", "-m", "train.rank")
 
 
@@ -244,8 +245,14 @@ def prepare_folder(run_dir: Path, config: PretrainConfig) -> None:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree that runs, with a mark when it has changes; None outside a repository."""
+    """Commit of the source tree that runs, with a mark when it has changes; None outside a repository.
+
+    A copy that was made for a job knows it from the file that came with it: it may lie within another repository.
+    """
     source = Path(__file__).resolve().parent
+    note = source.parent / COMMIT_FILE
+    if note.exists():
+        return note.read_text(encoding="utf-8").strip() or None
     command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

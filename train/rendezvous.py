@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 _BACKLOG = 4096  # every rank of a large job may connect before rank 0 accepts; the kernel caps it at somaxconn
 
 
+class RendezvousError(RuntimeError):
+    """The ranks did not meet."""
+
+
 def open_store(
     rank: int,
     world_size: int,
@@ -31,7 +35,8 @@ def open_store(
     under srun, on MASTER_PORT bound here; a port that is still busy is asked for again for `bind_seconds`, as the
     attempt before may be leaving. `timeout_seconds` bounds the wait for the ranks and each later wait for a key.
 
-    Raises UserError for a missing or wrong MASTER_ADDR or MASTER_PORT, a busy port, or ranks that did not come.
+    Raises UserError for a missing or wrong MASTER_ADDR or MASTER_PORT, RendezvousError for a busy port or ranks that did not
+    come: another attempt has another port and may have other nodes.
     """
     from torch.distributed import DistError, TCPStore
 
@@ -48,7 +53,7 @@ def open_store(
             master_listen_fd=listen_fd,
         )
     except DistError as error:
-        raise UserError(
+        raise RendezvousError(
             f"rank {rank}: no rendezvous of {world_size} ranks at {host}:{port} within {timeout_seconds:g} s "
             f"({str(error).splitlines()[0]}); look for a rank that failed to start, or a firewall"
         ) from error
@@ -79,7 +84,7 @@ def _listening_socket(environment: MutableMapping[str, str], port: int, bind_sec
             return _bind(port)
         except OSError as error:
             if time.monotonic() >= deadline:
-                raise UserError(
+                raise RendezvousError(
                     f"MASTER_PORT={port}: cannot be bound on {socket.gethostname()} ({error.strerror}); "
                     "another job may use it: choose another port"
                 ) from None

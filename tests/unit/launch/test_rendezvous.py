@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from conf.errors import UserError
-from train.rendezvous import open_store
+from train.rendezvous import RendezvousError, open_store
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 RANK = """
 import os, sys
 import torch, torch.distributed as dist
-from train.rendezvous import open_store
+from train.rendezvous import RendezvousError, open_store
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 store = open_store(rank, world_size, timeout_seconds=30)
 assert "LONGHAUL_STORE_FD" not in os.environ
@@ -83,10 +83,10 @@ def test_a_wrong_address_is_named(environment: dict[str, str], text: str) -> Non
 def test_a_busy_port_is_named() -> None:
     with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as other:
         port = other.getsockname()[1]
-        with pytest.raises(UserError, match=f"MASTER_PORT={port}: cannot be bound"):
+        with pytest.raises(RendezvousError, match=f"MASTER_PORT={port}: cannot be bound"):
             open_store(0, 1, bind_seconds=0.3, environment={"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 
 def test_ranks_that_do_not_come_are_reported() -> None:
-    with pytest.raises(UserError, match="no rendezvous of 2 ranks"):
+    with pytest.raises(RendezvousError, match="no rendezvous of 2 ranks"):
         open_store(0, 2, timeout_seconds=1.0, environment={"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})

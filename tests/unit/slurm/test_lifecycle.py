@@ -11,9 +11,9 @@ from conf.errors import UserError
 from slurm.config import PreflightConfig, RestartsConfig
 from slurm.decision import Decision, Situation, decide, suspects_of
 from slurm.history import Action, Begin, End, Event, History, Resume, add_event, read_history
-from slurm.lifecycle import CANCEL_FILE, CONFIG_FILE, begin, end, main, newest_step
+from slurm.lifecycle import CANCEL_FILE, CONFIG_FILE, begin, close_lost, end, judge_nodes, main, newest_step
 from slurm.submission import Stage, Submission
-from train.outcome import CrashNote, Outcome, attempt_folder, claim_attempt, write_crash_note, write_outcome
+from train.outcome import CrashNote, Outcome, State, attempt_folder, claim_attempt, write_crash_note, write_outcome
 
 NODES = ("n1", "n2", "n3", "n4")
 RESTARTS = RestartsConfig(most_crashes=4, without_progress=3)
@@ -90,8 +90,9 @@ def test_crashes_have_a_budget() -> None:
         (("n2", "n3"), ("n1", "n3", "n4"), ("n2", "n3")),
         (("n2",), ("n1", "n2"), ()),
         (("n2",), ("n1",), ("n2",)),
+        (("n2",), (), ()),
     ],
-    ids=["one", "all that can be spared", "the latest", "one is down already", "none to spare", "too few anyway"],
+    ids=["one", "all to spare", "the latest", "one is down already", "none to spare", "too few anyway", "not known"],
 )
 def test_suspects_are_left_out_as_long_as_there_are_others(
     suspects: tuple[str, ...], usable: tuple[str, ...], excluded: tuple[str, ...]
@@ -106,6 +107,15 @@ def test_an_unfit_node_that_cannot_be_replaced_ends_the_run() -> None:
     history = past(begun(1), ended(1, "unfit", suspects=("n2",)))
     decision = decide(replace(CRASH, state="unfit", usable=("n1", "n2")), history, RESTARTS)
     assert decision.action == "stop" and "n2 cannot be left out" in decision.reason
+
+
+def test_unfit_nodes_do_not_go_on_for_ever() -> None:
+    events = [event for attempt in (1, 2, 3) for event in (begun(attempt), ended(attempt, "unfit"))]
+    unfit = replace(CRASH, state="unfit")
+    assert decide(unfit, past(*events[:4]), RESTARTS).action == "again"
+    assert decide(unfit, past(*events), RESTARTS).action == "stop"
+    alone = decide(replace(unfit, is_only_machine=True, usable=()), past(*events[:2]), RESTARTS)
+    assert alone.action == "stop" and "there is no other machine" in alone.reason
 
 
 NOTES = [
@@ -127,8 +137,20 @@ HANG = Outcome(attempt=1, state="crashed", reason="hung", next="", suspects=("n4
         (None, [], ["srun: error: n1: task 0: Exited with exit code 1"], ()),
         (None, [replace(note, error="ValueError: bad word") for note in NOTES], [], ()),
         (None, [], [], ()),
+        (None, [replace(NOTES[1], error="RendezvousError: no rendezvous of 2 ranks")], [], ()),
     ],
-    ids=["watchdog", "node", "killed", "killed, as a code", "fault", "first note", "no note", "all alike", "nothing known"],
+    ids=[
+        "watchdog",
+        "node",
+        "killed",
+        "killed, as a code",
+        "fault",
+        "first note",
+        "no note",
+        "all alike",
+        "nothing known",
+        "nobody came",
+    ],
 )
 def test_who_is_suspected(
     outcome: Outcome | None, notes: list[CrashNote], lines: list[str], suspected: tuple[str, ...]
@@ -172,6 +194,70 @@ def one_attempt(unit: Path, code: int, *, asked: str = "", now: Situation = RUNN
 )
 def test_an_exit_code_decides_where_there_is_no_outcome(unit: Path, code: int, asked: str, words: list[str]) -> None:
     assert one_attempt(unit, code, asked=asked) == words
+
+
+def test_a_signal_that_nobody_had_passed_on_is_a_stop(unit: Path) -> None:
+    """Preemption with a time of grace signals the ranks alone, perhaps before they could listen."""
+    attempt = begin(unit, job="7", restarts=0, nodes=["n1"])
+    assert attempt is not None
+    log = attempt_folder(unit, attempt) / "srun.log"
+    log.write_text("srun: error: n1: tasks 0-3: Terminated\n")
+    end(unit, attempt, code=143, asked="", now=RUNNING)
+    last = read_history(unit).last_end
+    assert last is not None and last.state == "stopped"
+    attempt = begin(unit, job="7", restarts=1, nodes=["n1"])
+    assert attempt is not None
+    (attempt_folder(unit, attempt) / "srun.log").write_text(
+        "srun: error: n1: task 1: Exited with exit code 1\nsrun: error: n1: task 0: Terminated\n"
+    )
+    end(unit, attempt, code=143, asked="", now=RUNNING)
+    last = read_history(unit).last_end
+    assert last is not None and last.state == "crashed", "one fell, and srun ended the others"
+
+
+def test_a_controller_that_does_not_answer_has_decided_nothing(unit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert begin(unit, job="7", restarts=0, nodes=["n1"]) == 1
+    capsys.readouterr()
+    assert main(["end", str(unit), "1", "--code", "85", "--state", ""]) == 0
+    assert capsys.readouterr().out == "requeue -\n"
+
+
+def test_a_requeue_that_is_not_permitted_is_told(unit: Path) -> None:
+    one_attempt(unit, 85)
+    assert main(["stop", str(unit), "scontrol would not requeue job 7"]) == 0
+    stop = read_history(unit).stopped
+    assert stop is not None and "scontrol would not requeue job 7" in stop.reason
+    assert (unit / "slurm/stopped.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "on_purpose", "action"),
+    [("finished", False, "done"), ("refused", False, "stop"), ("stopped", True, "stop"), ("stopped", False, "leave")],
+)
+def test_an_outcome_without_a_decision_counts_all_the_same(unit: Path, state: State, on_purpose: bool, action: Action) -> None:
+    """The script was killed between the two."""
+    assert begin(unit, job="7", restarts=0, nodes=["n1"]) == 1
+    write_outcome(unit, Outcome(attempt=1, state=state, reason="why", next="", on_purpose=on_purpose))
+    close_lost(unit)
+    last = read_history(unit).last_end
+    assert last is not None and last.action == action
+
+
+def test_checks_that_a_signal_ended_condemn_nobody(unit: Path) -> None:
+    assert begin(unit, job="7", restarts=0, nodes=["n1", "n2"]) == 1
+    assert judge_nodes(unit, 1, ["n1", "n2"], code=143) == 1
+    assert end(unit, 1, code=1, asked="", now=RUNNING) == ["requeue", "-"]
+    last = read_history(unit).last_end
+    assert last is not None and (last.state, last.suspects) == ("stopped", ())
+
+
+def test_checks_that_never_began_tell_why(unit: Path) -> None:
+    assert begin(unit, job="7", restarts=0, nodes=["n1", "n2"]) == 1
+    (attempt_folder(unit, 1) / "srun.log").write_text("srun: error: Unable to create step: no such image\n")
+    assert judge_nodes(unit, 1, ["n1", "n2"], code=1) == 1
+    assert end(unit, 1, code=1, asked="", now=RUNNING) == ["requeue", "-"]
+    last = read_history(unit).last_end
+    assert last is not None and last.state == "crashed" and "no such image" in last.reason and last.suspects == ()
 
 
 def test_an_outcome_counts_more_than_the_code(unit: Path) -> None:
@@ -252,7 +338,7 @@ def test_a_chain_names_the_jobs_behind(unit: Path) -> None:
     from slurm.submission import read_submission
 
     replace(read_submission(unit), restarts=RestartsConfig(how="chain")).write()
-    attempt = begin(unit, job="8", restarts=0, nodes=["n1"])
+    attempt = begin(unit, job="8_3", restarts=0, nodes=["n1"])
     assert attempt is not None
     assert end(unit, attempt, code=85, asked="", now=RUNNING) == ["next", "-", "9"]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from slurm.config import PreflightConfig
-from slurm.preflight import Gpu, Report, _partner, free_disk_gb, free_memory_gb, judge, matmul_tflops, read_reports, xids_in
+from slurm.preflight import _partner, free_disk_gb, free_memory_gb, matmul_tflops, xids_in
+from slurm.verdict import Gpu, Report, judge, read_reports
 
 GPU = Gpu(name="NVIDIA H200", driver="570.86", used_mb=4.0, ecc_errors=0)
 GOOD = Report(
@@ -34,7 +35,7 @@ def reports(**changes: object) -> dict[str, Report]:
 
 
 def test_good_nodes_are_fit() -> None:
-    assert judge(reports(), NODES, CONFIG, gpus=2) == {}
+    assert judge(reports(), NODES, CONFIG, gpus=2).is_fit
 
 
 @pytest.mark.parametrize(
@@ -57,22 +58,45 @@ def test_good_nodes_are_fit() -> None:
     ],
 )
 def test_one_fault_names_its_node(changes: dict, said: str) -> None:
-    found = judge(reports(**changes), NODES, CONFIG, gpus=2)
+    found = judge(reports(**changes), NODES, CONFIG, gpus=2).unfit
     assert list(found) == ["n3"] and len(found["n3"]) == 1
     assert said in found["n3"][0]
 
 
 def test_a_node_without_a_report_is_unfit() -> None:
     silent = {node: report for node, report in reports().items() if node != "n2"}
-    assert list(judge(silent, NODES, CONFIG, gpus=2)) == ["n2"]
+    assert list(judge(silent, NODES, CONFIG, gpus=2).unfit) == ["n2"]
+
+
+NOT_MET = {"link_problem": "could not be measured: no rendezvous of 4 ranks", "bandwidth_gb_per_second": None}
+
+
+@pytest.mark.parametrize("missing", [{}, {"n2": replace(GOOD, node="n2", problems=("could not be measured: CUDA error",))}])
+def test_one_node_that_does_not_join_is_no_fault_of_the_others(missing: dict[str, Report]) -> None:
+    """It is silent, or broken before it came to the links: the others wait for it in vain, and are fit."""
+    found = {node: replace(GOOD, node=node, **NOT_MET) for node in NODES if node != "n2"} | missing  # type: ignore[arg-type]
+    assert list(judge(found, NODES, CONFIG, gpus=2).unfit) == ["n2"]
+
+
+def test_links_that_cannot_be_measured_are_nobodys_fault() -> None:
+    found = {node: replace(GOOD, node=node, **NOT_MET) for node in NODES}  # type: ignore[arg-type]
+    verdict = judge(found, NODES, CONFIG, gpus=2)
+    assert not verdict.is_fit and verdict.unfit == {} and "no rendezvous" in verdict.general[0]
+
+
+def test_two_nodes_have_a_bandwidth_to_reach_of_their_own() -> None:
+    slow = {node: replace(GOOD, node=node, bandwidth_gb_per_second=1.0) for node in NODES[:2]}
+    assert judge(slow, NODES[:2], CONFIG, gpus=2).is_fit, "there is nothing to compare with"
+    strict = replace(CONFIG, min_bandwidth_gb_per_second=10.0)
+    assert list(judge(slow, NODES[:2], strict, gpus=2).unfit) == ["n1", "n2"]
 
 
 def test_programs_that_fail_are_no_fault_of_the_node() -> None:
-    assert judge(reports(xids=(13, 31)), NODES, CONFIG, gpus=2) == {}, "Xid 13 and 31 are of the program"
+    assert judge(reports(xids=(13, 31)), NODES, CONFIG, gpus=2).is_fit, "Xid 13 and 31 are of the program"
 
 
 def test_a_gpu_that_counts_no_memory_errors_has_none() -> None:
-    assert judge(reports(gpus=(replace(GPU, ecc_errors=-1),) * 2), NODES, CONFIG, gpus=2) == {}
+    assert judge(reports(gpus=(replace(GPU, ecc_errors=-1),) * 2), NODES, CONFIG, gpus=2).is_fit
 
 
 def test_reports_come_back_whole(tmp_path: Path) -> None:
@@ -87,7 +111,8 @@ def test_xids_of_a_kernel_log() -> None:
         "[2.0] NVRM: loading NVIDIA UNIX x86_64 Kernel Module  570.86\n"
         "[3.0] NVRM: Xid (PCI:0000:86:00): 13, pid=77, name=python, Graphics Exception\n"
     )
-    assert xids_in(log) == (79, 13)
+    assert xids_in(log, since_seconds=-5.0) == (79, 13)
+    assert xids_in(log, since_seconds=2.0) == (13,), "the other is long ago"
 
 
 @pytest.mark.parametrize("nodes", range(2, 9))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import time
 from pathlib import Path
@@ -64,6 +65,24 @@ def test_a_run_is_kept_with_all_it_needs(corpus: Path, slurm: Path, capsys: pyte
     assert (submission.tasks, submission.stages[0].jobs) == (2, ("100",))
 
 
+def test_no_secret_is_kept(corpus: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = secrets.token_hex()
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    submit(words(corpus))
+    kept = [path for path in Path("runs").rglob("*") if path.is_file()]
+    assert len(kept) > 50 and not [path for path in kept if secret.encode() in path.read_bytes()]
+
+
+def test_a_submission_from_within_a_job_leaves_its_bindings_behind(
+    corpus: Path, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CPU_BIND", "quiet,mask_cpu:0x1")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm/mine.conf")
+    (tmp_path / "bin/sbatch").write_text(f"#!/bin/bash\nenv | grep ^SLURM_ > {tmp_path}/environment\necho 7\n")
+    submit(words(corpus))
+    assert (tmp_path / "environment").read_text() == "SLURM_CONF=/etc/slurm/mine.conf\n"
+
+
 def test_a_dry_run_writes_nothing(corpus: Path, slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert submit(words(corpus, "dry_run=true")) == 0
     assert "#SBATCH --nodes=1" in capsys.readouterr().out
@@ -115,12 +134,17 @@ def test_a_run_that_has_a_job_is_not_submitted_again(corpus: Path, slurm: Path, 
         resume(["run=first"])
 
 
-def test_a_chain(corpus: Path, slurm: Path) -> None:
+def test_a_chain(corpus: Path, slurm: Path, tmp_path: Path) -> None:
     chain = ["cluster.restarts.how=chain", "jobs=3"]
     submit(words(corpus, *chain))
     submit(words(corpus, *chain, "cluster.restarts.chain_by=afterany", name="second"))
     behind = [line.split()[2] for line in slurm.read_text().splitlines() if "--dependency" in line]
     assert behind == ["--dependency=singleton"] * 2 + ["--dependency=afterany:103", "--dependency=afterany:104"]
+    (tmp_path / "bin/queue").write_text("102|PENDING|Dependency||N/A|1\n")
+    submit(words(corpus, *chain, "after=[first]", name="third"))
+    last = slurm.read_text().splitlines()[-3:]
+    assert all("--kill-on-invalid-dep=yes" in line for line in last), "none of them begins behind a failure"
+    assert "--dependency=afterok:102,singleton" in last[1]
     assert read_submission(Path("runs/first")).stages[0].jobs == ("100", "101", "102")
 
 
@@ -245,6 +269,23 @@ def test_status_of_every_kind(corpus: Path, slurm: Path, tmp_path: Path, capsys:
     }  # fmt: skip
     assert shown["runs"][2:6] == ["4/16", "3.2500", "50", "24s"] and "n[1-2]" in shown["runs"]
     assert "Resources" in shown["waits"] and "memory" in shown["fell"] and "fell" in shown["behind"]
+
+
+def test_a_queue_that_does_not_answer_does_not_make_runs_lost(
+    corpus: Path, slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("waits", "runs"):
+        submit(words(corpus, name=name))
+    add_event(Path("runs/runs"), Begin(attempt=1, job="101", nodes=("n3",), newest=0))
+    (tmp_path / "bin/squeue").write_text('#!/bin/bash\necho "slurm_load_jobs error: Socket timed out" >&2; exit 1\n')
+    (Path("runs/torn/slurm")).mkdir(parents=True)
+    Path("runs/torn/slurm/submission.json").write_text("{")
+    capsys.readouterr()
+    assert status([]) == 0
+    shown = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert shown["runs"].split()[1] == "running?" and "Socket timed out" in shown["runs"]
+    assert shown["waits"].split()[1] == "waiting?"
+    assert shown["torn"].split()[1] == "unknown"
 
 
 def test_status_without_runs(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
