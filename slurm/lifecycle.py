@@ -183,7 +183,7 @@ def end(unit: Path, attempt: int, *, code: int, asked: str, now: Situation) -> l
     and its reason.
     """
     submission = read_submission(root_of(unit))
-    if code != 0 and not asked and submission.nodes > 1:  # another node may have written it
+    if code != 0 and not asked and now.job_runs and submission.nodes > 1:  # another node may have written it
         await_that(lambda: read_outcome(unit, attempt) is not None, LATE_SECONDS)
     outcome = read_outcome(unit, attempt)
     if outcome is None:
