@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from slurm.history import Begin, End
+from slurm.submission import read_submission
 from tests.slurm.conftest import Desk
 from tools.exactness import differences
 from train.outcome import read_outcome
@@ -201,6 +202,23 @@ def test_a_sweep_is_an_array_with_one_table(desk: Desk) -> None:
     losses = [float(cells[4]) for cells in ranking]
     assert losses == sorted(losses) and {cells[0] for cells in ranking} == {"000", "001", "002"}
     assert "3 finished" in desk.call("status", sites=False).text
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_one_run_of_a_sweep_goes_on_alone(desk: Desk, number: int) -> None:
+    """A stop of one task requeues that one; Slurm gives the last task of an array the number of the whole."""
+    slowly(desk)
+    root = desk.submit("pair", "optim.lr=1e-3,1e-2", "-m", "budget.steps=60", "checkpoint.every_steps=1000", nodes=1)
+    units = [root / "000", root / "001"]
+    for unit in units:
+        desk.wait_for_step(unit, 5)
+    (job,) = read_submission(root).job_ids()
+    desk.cluster.call("scancel", "--signal=USR1", "--batch", f"{job}_{number}")
+    desk.wait(lambda: len(desk.history(units[number]).ends) == 1, "the stop")
+    desk.cluster.mend()
+    for unit in units:
+        desk.wait_finished(unit)
+    assert len(nodes_of(desk, units[number])) == 2 and len(nodes_of(desk, units[1 - number])) == 1
 
 
 @pytest.mark.parametrize("name", ["two words", "it's", "größe-模型"])
