@@ -18,6 +18,7 @@ from conf.errors import UserError
 
 Action = Literal["done", "again", "stop", "leave"]
 FILE = Path("slurm") / "history.jsonl"
+CANCEL_FILE = Path("slurm") / "CANCEL"  # a person has cancelled it; nothing follows until it is resumed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from conf.compose import read_config
 from conf.errors import UserError
 from slurm.decision import LOST_NODE, Decision, Situation, decide, first_fallen, suspects_of
-from slurm.history import Action, Begin, End, History, add_event, listed, read_history
+from slurm.history import CANCEL_FILE, Action, Begin, End, History, add_event, listed, read_history
 from slurm.preflight import TOKEN_FILE
 from slurm.submission import Submission, read_submission, root_of
 from slurm.verdict import PREFLIGHT_FOLDER, judge, read_reports
@@ -37,7 +37,6 @@ from train.outcome import (
 )
 
 CONFIG_FILE = Path("slurm") / "config.yaml"
-CANCEL_FILE = Path("slurm") / "CANCEL"
 REPORT_FILE = Path("slurm") / "stopped.txt"
 WAIT_SECONDS = 2.0
 LATE_SECONDS = 35.0  # network file systems believe for half a minute that a file is not there
@@ -218,7 +217,7 @@ def end(unit: Path, attempt: int, *, code: int, asked: str, now: Situation) -> l
     print(f"longhaul: attempt {attempt} {state}: {decision.reason}", file=sys.stderr)
     try:
         add_event(unit, replace(ended, action=decision.action, reason=decision.reason))
-        if decision.action == "stop":
+        if decision.action == "stop" and not now.on_purpose:
             write_report(unit)
     except OSError as error:  # what was decided has to happen all the same
         print(f"longhaul: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)

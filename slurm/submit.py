@@ -13,8 +13,8 @@ from conf.schema import nearest, shown
 from conf.sweep import named_combinations
 from data_pipeline.config import PrepareConfig
 from slurm.config import SubmitConfig
-from slurm.history import Resume, add_event, read_history
-from slurm.lifecycle import CANCEL_FILE, CONFIG_FILE, REPORT_FILE
+from slurm.history import CANCEL_FILE, Resume, add_event, read_history
+from slurm.lifecycle import CONFIG_FILE, REPORT_FILE
 from slurm.scheduler import LocalScheduler, SlurmScheduler, scheduler_of
 from slurm.script import Job, render
 from slurm.snapshot import OWN_CONFIG, take_snapshot

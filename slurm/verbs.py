@@ -14,7 +14,8 @@ from typing import Any
 from conf.compose import compose, read_config, to_plain, validate
 from conf.errors import ConfigError, UserError
 from conf.schema import shown
-from slurm.lifecycle import CANCEL_FILE, CONFIG_FILE, REPORT_FILE
+from slurm.history import CANCEL_FILE
+from slurm.lifecycle import CONFIG_FILE, REPORT_FILE
 from slurm.scheduler import LocalScheduler, SlurmScheduler, scheduler_of
 from slurm.submission import SUBMISSION_FILE, Submission, read_submission
 from slurm.submit import STOP_FILE, refuse_if_active, reopen, send
@@ -116,7 +117,10 @@ def _show_one(root: Path) -> None:
 
 
 def _row(name: str, one: Standing) -> tuple[str, ...]:
-    return (name, one.state, *_numbers(one.progress), str(one.attempts), one.nodes, one.reason or "-")
+    step, loss, rate, eta = _numbers(one.progress)
+    if not one.state.startswith("running"):
+        rate, eta = "-", "-"
+    return (name, one.state, step, loss, rate, eta, str(one.attempts), one.nodes, one.reason or "-")
 
 
 def _numbers(progress: Progress | None) -> tuple[str, str, str, str]:
@@ -274,7 +278,8 @@ def cancel(overrides: Sequence[str], config_dir: str | None = None) -> int:
     waiting = [job.id for job in active.values() if job.state == "PENDING"]
     running = [job.id for job in active.values() if job.state != "PENDING"]
     scheduler.cancel(waiting)
-    print(f"cancelled        {len(waiting)} waiting job(s)" + (f"; {', '.join(running)} save and stop" if running else ""))
+    what = "save and stop" if config.save else "ended, without saving"
+    print(f"cancelled        {len(waiting)} waiting job(s)" + (f"; {', '.join(running)} {what}" if running else ""))
     if running and config.save:
         scheduler.signal(running, signal.SIGUSR1)
         left = _await_end(scheduler, running, config.wait_seconds)

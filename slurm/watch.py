@@ -11,7 +11,7 @@ from pathlib import Path
 from conf.compose import read_config
 from conf.errors import UserError
 from conf.schema import nearest
-from slurm.history import Begin, History, listed, read_history
+from slurm.history import CANCEL_FILE, Begin, History, listed, read_history
 from slurm.scheduler import Job, LocalScheduler, SlurmScheduler, scheduler_of
 from slurm.submission import SUBMISSION_FILE, Stage, Submission, read_submission
 from train.config.pretrain import PretrainConfig
@@ -124,6 +124,8 @@ def _standing(submission: Submission, queue: Mapping[str, Job] | str, *, stage: 
     else:
         mine = [job for one in stage.jobs for job in _of_unit(queue, one, number, array=len(stage.units) > 1)]
         state, reason = _state(submission, history, mine)
+        if state == "lost" and (unit / CANCEL_FILE).exists():
+            state, reason = "cancelled", "by `longhaul cancel`, without a save"
         if state in ("lost", "cancelled") and stage.jobs and (ended := _end_of(submission, stage.jobs[-1])):
             reason = f"{reason}; Slurm says {ended} of job {stage.jobs[-1]}"
     begun = [event for event in history.events if isinstance(event, Begin)]

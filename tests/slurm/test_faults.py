@@ -290,7 +290,7 @@ def wandb_history(run_dir: Path) -> dict[str, list[dict]]:
 
 
 def log_records(content: bytes) -> Iterator[bytes]:
-    """The records of a log in LevelDB's format behind W&B's own header: blocks of 32 KiB; checksum, length, kind of a record."""
+    """The records of a log in LevelDB's format behind W&B's own header: blocks of 32 KiB; checksum, length, kind."""
     place, parts = 7, b""
     while place + 7 <= len(content):
         if (left := -place % 32768) and left < 7:

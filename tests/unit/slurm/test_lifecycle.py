@@ -10,8 +10,8 @@ import pytest
 from conf.errors import UserError
 from slurm.config import PreflightConfig, RestartsConfig
 from slurm.decision import Decision, Situation, decide, suspects_of
-from slurm.history import Action, Begin, End, Event, History, Resume, add_event, read_history
-from slurm.lifecycle import CANCEL_FILE, CONFIG_FILE, begin, close_lost, end, judge_nodes, main, newest_step
+from slurm.history import CANCEL_FILE, Action, Begin, End, Event, History, Resume, add_event, read_history
+from slurm.lifecycle import CONFIG_FILE, begin, close_lost, end, judge_nodes, main, newest_step
 from slurm.submission import Stage, Submission
 from train.outcome import CrashNote, Outcome, State, attempt_folder, claim_attempt, write_crash_note, write_outcome
 
