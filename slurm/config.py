@@ -103,6 +103,8 @@ class PreflightConfig:
     """Of the median bandwidth of all nodes; a node whose best link is below is badly connected."""
     min_bandwidth_gb_per_second: float = 0.0
     """Of a node's best link; 0: only the comparison counts, which two nodes do not allow."""
+    min_all_reduce_gb_per_second: float = 0.0
+    """Bus bandwidth of an all-reduce over all nodes; 0 only reports it."""
     max_ecc_errors: int = 0
     """Uncorrected memory errors of a GPU since the driver was loaded."""
 
@@ -111,9 +113,11 @@ class PreflightConfig:
         for name in ("timeout_seconds", "max_clock_skew_seconds"):
             if getattr(self, name) <= 0:
                 problems.append(f"{name}={getattr(self, name)}: must be above 0")
-        for name in ("min_free_memory_gb", "min_free_disk_gb", "min_bandwidth_gb_per_second", "max_ecc_errors"):
+        for name in ("min_free_memory_gb", "min_free_disk_gb", "min_bandwidth_gb_per_second", "min_all_reduce_gb_per_second"):
             if getattr(self, name) < 0:
                 problems.append(f"{name}={getattr(self, name)}: must not be negative")
+        if self.max_ecc_errors < 0:
+            problems.append(f"max_ecc_errors={self.max_ecc_errors}: must not be negative; 0 tolerates none")
         for name in ("min_matmul_share", "min_bandwidth_share"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}: must be from 0 to below 1; 0 switches the check off")

@@ -216,6 +216,7 @@ def _measure_links(device: str, number: int, nodes: int, timeout_seconds: float)
         dist.barrier()
         if partner is not None:
             best = max(best, _exchange(message, number, partner))
+    all_reduce = _all_reduce_gb_per_second(message, nodes)
     dist.barrier()
     clocks: list[float | None] = [None] * nodes
     dist.all_gather_object(clocks, time.time())
@@ -224,7 +225,24 @@ def _measure_links(device: str, number: int, nodes: int, timeout_seconds: float)
     known = [clock for clock in clocks if clock is not None]
     offset = clocks[number]
     assert offset is not None, "every node has sent its own"
-    return {"bandwidth_gb_per_second": round(best, 4), "clock_offset_seconds": round(offset - statistics.median(known), 3)}
+    rates = {"bandwidth_gb_per_second": round(best, 4), "all_reduce_gb_per_second": round(all_reduce, 4)}
+    return {**rates, "clock_offset_seconds": round(offset - statistics.median(known), 3)}
+
+
+def _all_reduce_gb_per_second(message: Any, nodes: int) -> float:
+    """Bus bandwidth as NCCL's tests count it: what each node has to send and receive, by the best time of four."""
+    import torch
+    import torch.distributed as dist
+
+    best = float("inf")
+    for _ in range(4):
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(message)
+        if message.is_cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * (nodes - 1) / nodes * message.numel() * message.element_size() / best / 1e9
 
 
 def _partner(number: int, nodes: int, shift: int) -> int | None:

@@ -43,6 +43,8 @@ class Report:
     """By device."""
     bandwidth_gb_per_second: float | None = None
     """Of the best link to another node; None with one node."""
+    all_reduce_gb_per_second: float | None = None
+    """Bus bandwidth of an all-reduce over all nodes; the same on each."""
     clock_offset_seconds: float | None = None
     """Against the median of all."""
     software: str = ""
@@ -83,8 +85,17 @@ def judge(reports: Mapping[str, Report], nodes: Sequence[str], config: Preflight
     for node, problems in _among_peers(present, config).items():
         found[node] += problems
     unfit = {node: problems for node, problems in found.items() if problems}
-    broken = {report.link_problem for report in present if report.link_problem}
-    return Verdict(unfit=unfit, general=() if unfit else tuple(sorted(broken))[:1])
+    return Verdict(unfit=unfit, general=() if unfit else tuple(_general_problems(present, config)))
+
+
+def _general_problems(reports: Sequence[Report], config: PreflightConfig) -> list[str]:
+    """What is wrong with all of them together."""
+    problems = sorted({report.link_problem for report in reports if report.link_problem})[:1]
+    rates = [rate for report in reports if (rate := report.all_reduce_gb_per_second) is not None]
+    if rates and min(rates) < config.min_all_reduce_gb_per_second:
+        wanted = f"{config.min_all_reduce_gb_per_second:g} are asked for"
+        problems.append(f"an all-reduce over all nodes moves {min(rates):.2f} GB/s, {wanted}")
+    return problems
 
 
 def _own_problems(report: Report, config: PreflightConfig, *, gpus: int) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from slurm.history import Begin
+from slurm.verdict import read_reports
 from tests.slurm.conftest import Desk
 from tools.exactness import differences
 from train.checkpoint.manifest import published
@@ -27,6 +28,9 @@ def test_two_nodes_do_what_one_machine_does(desk: Desk, layout: str) -> None:
     assert begin.nodes == ("n1", "n2")
     assert len(list((there / "logs/attempt-01").glob("rank-*.log"))) == 2
     assert sorted(path.stem for path in (there / "logs/attempt-01/preflight").glob("*.json")) == ["n1", "n2"]
+    report = read_reports(there / "logs/attempt-01/preflight")["n2"]
+    assert (report.all_reduce_gb_per_second or 0.0) > 0.0 and (report.bandwidth_gb_per_second or 0.0) > 0.0
+    assert report.clock_offset_seconds is not None and abs(report.clock_offset_seconds) < 1.0
     status = desk.call("status", sites=False).text
     for name in ("there", "here"):
         line = next(line for line in status.splitlines() if line.startswith(name))

@@ -84,6 +84,13 @@ def test_links_that_cannot_be_measured_are_nobodys_fault() -> None:
     assert not verdict.is_fit and verdict.unfit == {} and "no rendezvous" in verdict.general[0]
 
 
+def test_an_all_reduce_below_what_is_asked_for_is_nobodys_fault() -> None:
+    found = {node: replace(report, all_reduce_gb_per_second=3.0) for node, report in reports().items()}
+    assert judge(found, NODES, CONFIG, gpus=2).is_fit
+    verdict = judge(found, NODES, replace(CONFIG, min_all_reduce_gb_per_second=100.0), gpus=2)
+    assert verdict.unfit == {} and "an all-reduce over all nodes moves 3.00 GB/s, 100 are asked for" in verdict.general[0]
+
+
 def test_two_nodes_have_a_bandwidth_to_reach_of_their_own() -> None:
     slow = {node: replace(GOOD, node=node, bandwidth_gb_per_second=1.0) for node in NODES[:2]}
     assert judge(slow, NODES[:2], CONFIG, gpus=2).is_fit, "there is nothing to compare with"
