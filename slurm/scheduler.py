@@ -26,7 +26,7 @@ for index in $(seq 0 "$1"); do
 done
 exit "${failed:-0}"
 """
-_COLUMNS = "%i|%T|%r|%N|%S|%Q"
+_COLUMNS = "%i|%T|%r|%N|%S"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class SlurmScheduler:
         found: dict[str, Job] = {}
         # A job that has gone makes squeue fail when it is asked for by its id, so all of the user's are read.
         for line in _call(["squeue", "--noheader", "--me", "--array", f"--format={_COLUMNS}"]).splitlines():
-            own, state, reason, nodes, start, _ = line.split("|")
+            own, state, reason, nodes, start = line.split("|")
             found[own] = Job(id=own, state=state, reason=reason, nodes=nodes, start="" if start == "N/A" else start)
         return found
 

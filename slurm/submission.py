@@ -64,7 +64,6 @@ class Submission:
     """The run's."""
     chain: int = 1
     """Jobs of a chain."""
-    throttle: int | None = None
     directory: str
     """From which it was submitted; its paths are meant from there."""
     time: float = field(default_factory=time.time)

@@ -113,7 +113,6 @@ def _submit(words: Sequence[str], config_dir: str | None, *, sweeps: bool) -> in
         folder=str(work.root),
         directory=str(Path.cwd()),
         chain=settings.jobs,
-        throttle=settings.throttle,
     )
     submission.write()
     reopen(submission, even_finished=True)

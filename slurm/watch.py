@@ -173,7 +173,8 @@ def _state(submission: Submission, history: History, jobs: Sequence[Job]) -> tup
         if active.state == "RUNNING":
             return "running", f"after {why}" if end else ""
         if active.state == "PENDING":
-            return "waiting", active.reason + (f"; {why}" if end else "")
+            expected = f", expected at {active.start}" if active.start else ""
+            return "waiting", active.reason + expected + (f"; {why}" if end else "")
         return active.state.lower(), why
     if end is not None and history.open is None:
         return {"done": "finished", "again": "stopped", "leave": "stopped", "stop": "stopped"}[end.action], why

@@ -127,7 +127,7 @@ def test_a_machine_without_slurm(corpus: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_a_run_that_has_a_job_is_not_submitted_again(corpus: Path, slurm: Path, tmp_path: Path) -> None:
     submit(words(corpus))
-    (tmp_path / "bin/queue").write_text("100|RUNNING|None|n1|2026-01-01T00:00:00|1\n")
+    (tmp_path / "bin/queue").write_text("100|RUNNING|None|n1|2026-01-01T00:00:00\n")
     with pytest.raises(UserError, match="job 100 waits or runs already"):
         submit(words(corpus))
     with pytest.raises(UserError, match="job 100 waits or runs already"):
@@ -140,7 +140,7 @@ def test_a_chain(corpus: Path, slurm: Path, tmp_path: Path) -> None:
     submit(words(corpus, *chain, "cluster.restarts.chain_by=afterany", name="second"))
     behind = [line.split()[2] for line in slurm.read_text().splitlines() if "--dependency" in line]
     assert behind == ["--dependency=singleton"] * 2 + ["--dependency=afterany:103", "--dependency=afterany:104"]
-    (tmp_path / "bin/queue").write_text("102|PENDING|Dependency||N/A|1\n")
+    (tmp_path / "bin/queue").write_text("102|PENDING|Dependency||N/A\n")
     submit(words(corpus, *chain, "after=[first]", name="third"))
     last = slurm.read_text().splitlines()[-3:]
     assert all("--kill-on-invalid-dep=yes" in line for line in last), "none of them begins behind a failure"
@@ -167,7 +167,7 @@ def test_one_behind_another(corpus: Path, slurm: Path, tmp_path: Path) -> None:
     submit(words(corpus))
     with pytest.raises(UserError, match="it is not finished, and has no job in the queue"):
         submit(["export", "checkpoint=runs/first", "after=[first]", "cluster=slurm_cpu"])
-    (tmp_path / "bin/queue").write_text("100|PENDING|Priority||N/A|1\n")
+    (tmp_path / "bin/queue").write_text("100|PENDING|Priority||N/A\n")
     submit(["export", "checkpoint=runs/first", "after=[first]", "cluster=slurm_cpu"])
     assert "--dependency=afterok:100 --kill-on-invalid-dep=yes" in slurm.read_text()
     end = End(attempt=1, state="refused", reason="no memory", action="stop", newest=0)
@@ -232,7 +232,7 @@ def test_slurm_tells_how_a_job_ended_that_nobody_speaks_for(
 def test_cancel_takes_what_waits_and_lets_the_rest_save(corpus: Path, slurm: Path, tmp_path: Path) -> None:
     submit(words(corpus, "cluster.restarts.how=chain", "jobs=2"))
     queue = tmp_path / "bin/queue"
-    queue.write_text("100|RUNNING|None|n1|2026-01-01T00:00:00|1\n101|PENDING|Dependency||N/A|1\n")
+    queue.write_text("100|RUNNING|None|n1|2026-01-01T00:00:00\n101|PENDING|Dependency||N/A\n")
     assert cancel(["run=first", "wait_seconds=0.2"]) == 0
     assert [line for line in slurm.read_text().splitlines() if line.startswith("scancel")] == [
         "scancel 101",
@@ -247,7 +247,9 @@ def test_cancel_takes_what_waits_and_lets_the_rest_save(corpus: Path, slurm: Pat
 def test_status_of_every_kind(corpus: Path, slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("waits", "runs", "done", "fell", "gone", "lost", "behind"):
         submit(words(corpus, name=name))
-    (tmp_path / "bin/queue").write_text("100|PENDING|Resources||N/A|1\n101|RUNNING|None|n[1-2]|2026-01-01T00:00:00|1\n")
+    (tmp_path / "bin/queue").write_text(
+        "100|PENDING|Resources||2026-11-26T08:00:00\n101|RUNNING|None|n[1-2]|2026-01-01T00:00:00\n"
+    )
     begin = Begin(attempt=1, job="1", nodes=("n3",), newest=0)
     ends = {"done": ("finished", "used up", "done"), "fell": ("crashed", "out of memory", "stop")}
     for name, (state, reason, action) in ends.items():
@@ -268,7 +270,8 @@ def test_status_of_every_kind(corpus: Path, slurm: Path, tmp_path: Path, capsys:
         "behind": "cancelled",
     }  # fmt: skip
     assert shown["runs"][2:6] == ["4/16", "3.2500", "50", "24s"] and "n[1-2]" in shown["runs"]
-    assert "Resources" in shown["waits"] and "memory" in shown["fell"] and "fell" in shown["behind"]
+    assert "Resources, expected at 2026-11-26T08:00:00" in " ".join(shown["waits"])
+    assert "memory" in shown["fell"] and "fell" in shown["behind"]
 
 
 def test_a_queue_that_does_not_answer_does_not_make_runs_lost(
