@@ -12,6 +12,7 @@ from train.outcome import CrashNote, Outcome
 
 _FAILED_TASK = re.compile(r"srun: error: (?P<node>\S+): tasks? [\d,-]+: (?P<what>.+)")
 _EXITED = re.compile(r"Exited with exit code (\d+)")
+MOST_TRIES_WITHOUT_STEPS = 30  # of what cannot show how far it is, such as an export
 RENDEZVOUS = "RendezvousError"
 LOST_NODE = re.compile(r"srun: error: Node failure on (\S+)")
 
@@ -61,6 +62,8 @@ def decide(now: Situation, history: History, restarts: RestartsConfig) -> Decisi
     if now.state in ("crashed", "lost") and (crashes := history.num_crashes()) > restarts.most_crashes:
         why = f"{crashes} crashes are more than cluster.restarts.most_crashes={restarts.most_crashes}"
         return Decision(action="stop", reason=f"{now.reason}; {why}")
+    if (tries := history.num_without_steps()) >= MOST_TRIES_WITHOUT_STEPS:
+        return Decision(action="stop", reason=f"{now.reason}; {tries} attempts were not enough, give it a longer time limit")
     if now.state == "unfit":
         unfit = history.num_unfit()
         if now.is_only_machine or unfit >= restarts.without_progress:

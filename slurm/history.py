@@ -116,6 +116,10 @@ class History:
         """How many attempts in a row, up to the last, ended before their first step by what was found out about nodes."""
         return sum(1 for _ in itertools.takewhile(lambda end: end.state == "unfit", reversed(self.current.ends)))
 
+    def num_without_steps(self) -> int:
+        """Attempts at something that has no steps to tell its progress by."""
+        return sum(end.newest is None for end in self.current.ends)
+
     def num_without_progress(self) -> int:
         """How many attempts in a row, up to the last, left no newer checkpoint than they found."""
         begins = {event.attempt: event for event in self.events if isinstance(event, Begin)}

@@ -63,7 +63,12 @@ def begin(unit: Path, *, job: str, restarts: int, nodes: Sequence[str]) -> int |
         raise UserError(f"{unit}: stopped for good at attempt {stop.attempt}: {stop.reason}")
     idle = history.num_without_progress()
     attempt: int | None = None
-    if idle < submission.restarts.without_progress and _is_training(unit):
+    problem = ""
+    if idle >= submission.restarts.without_progress:
+        problem = f"{idle} attempts in a row have left no newer checkpoint"
+    elif (crashes := history.num_crashes()) > submission.restarts.most_crashes:
+        problem = f"{crashes} crashes are more than cluster.restarts.most_crashes={submission.restarts.most_crashes}"
+    if not problem and _is_training(unit):
         with contextlib.redirect_stdout(sys.stderr):
             try:
                 ready = get_ready(read_config(PretrainConfig, unit / CONFIG_FILE), elsewhere=submission.scheduler == "slurm")
@@ -77,10 +82,9 @@ def begin(unit: Path, *, job: str, restarts: int, nodes: Sequence[str]) -> int |
                 add_event(unit, _end_of(unit, last_attempt(unit), "finished", reason, action="done"))
             return None
     attempt = _start(unit, job=job, restarts=restarts, nodes=nodes)
-    if idle >= submission.restarts.without_progress:
-        reason = f"{idle} attempts in a row have left no newer checkpoint"
-        _refuse(unit, attempt, reason)
-        raise UserError(f"{unit}: {reason}; {unit / REPORT_FILE} tells what they met")
+    if problem:
+        _refuse(unit, attempt, problem)
+        raise UserError(f"{unit}: {problem}; {unit / REPORT_FILE} tells what they met")
     return attempt
 
 
@@ -142,7 +146,7 @@ def judge_nodes(unit: Path, attempt: int, nodes: Sequence[str], code: int) -> in
     if code == 0:  # every node has written; a network file system may show it late
         await_that(lambda: {*nodes} <= {*read_reports(folder)}, LATE_SECONDS)
     reports = read_reports(folder)
-    if code != 0 and not any(report.is_whole for report in reports.values()):
+    if code != 0 and (not reports or code in BY_SIGNAL):
         said = _lines(attempt_folder(unit, attempt) / "srun.log")[-1:]
         reason = "the check of the nodes " + (f"failed: {said[0]}" if said else f"ended with code {code}")
         state: State = "stopped" if code in BY_SIGNAL else "crashed"
@@ -293,8 +297,10 @@ def wait_for(roots: Sequence[Path]) -> None:
     """Return when all these submissions are finished. Raises UserError as soon as one has failed."""
     for root in roots:
         while not (states := read_submission(root).unit_states()).finished:
-            if states.failed:
-                raise UserError(f"{root.name} failed, so what comes after it is not begun: {states.failed}")
+            gone = [str(unit) for _, _, unit in read_submission(root).units() if (unit / CANCEL_FILE).exists()]
+            if states.failed or gone:
+                why = states.failed or f"{gone[0]} was cancelled"
+                raise UserError(f"{root.name} failed, so what comes after it is not begun: {why}")
             time.sleep(WAIT_SECONDS)
 
 

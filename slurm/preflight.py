@@ -105,7 +105,7 @@ def await_file(path: Path, *, seconds: float) -> bool:
 def read_gpus() -> tuple[Gpu, ...]:
     """The node's GPUs; none where the driver does not answer."""
     words = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]
-    if own := os.environ.get("SLURM_JOB_GPUS", ""):  # on a node that is shared, those of this job
+    if own := os.environ.get("CUDA_VISIBLE_DEVICES", ""):  # on a node that is shared, those of this task
         words.append(f"--id={own}")
     try:
         lines = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()

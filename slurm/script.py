@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shlex
 import sys
@@ -160,7 +161,7 @@ def _options(job: Job, cluster: ClusterConfig, *, is_array: bool) -> list[str]:
 def _excluded_by_site(cluster: ClusterConfig) -> str:
     """Nodes that the user's own options leave out, to be put behind others."""
     given = [option.partition("=")[2] for option in cluster.options if option.startswith("--exclude=")]
-    return "".join(f",{nodes}" for nodes in given)
+    return ",".join(given)
 
 
 def _with_features(constraint: str | None) -> str:
@@ -184,7 +185,9 @@ def _container_flags(cluster: ClusterConfig, directory: Path) -> list[str]:
 
 def _node_flags(job: Job, cluster: ClusterConfig) -> list[str]:
     """Of srun, for one task on every node."""
-    flags = [f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1"]
+    # Where one task never ends, such as behind a dead mount, the others do by themselves, and then the step.
+    wait = f"--wait={math.ceil(cluster.preflight.timeout_seconds)}"
+    flags = [f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1", wait]
     if cluster.cpus_per_task:
         flags.append(f"--cpus-per-task={cluster.cpus_per_task}")
     return flags

@@ -14,7 +14,7 @@ from conf.sweep import named_combinations
 from data_pipeline.config import PrepareConfig
 from slurm.config import SubmitConfig
 from slurm.history import CANCEL_FILE, Resume, add_event, read_history
-from slurm.lifecycle import CONFIG_FILE, REPORT_FILE
+from slurm.lifecycle import CONFIG_FILE, REPORT_FILE, close_lost
 from slurm.scheduler import LocalScheduler, SlurmScheduler, scheduler_of
 from slurm.script import Job, render
 from slurm.snapshot import OWN_CONFIG, take_snapshot
@@ -90,7 +90,7 @@ def _submit(words: Sequence[str], config_dir: str | None, *, sweeps: bool) -> in
         print(f"\nnothing was written or submitted; without dry_run=true {len(scripts)} script(s) are submitted")
         return 0
     scheduler = scheduler_of(settings.cluster.scheduler)
-    refuse_if_active(work.root, scheduler)
+    refuse_if_active(work.root)
     _check_folder(work)
     try:
         stages = _write(work, scripts, verb, config_dir)
@@ -140,6 +140,7 @@ def reopen(submission: Submission, *, even_finished: bool) -> None:
     for _, _, unit in submission.units():
         for name in (CANCEL_FILE, STOP_FILE, REPORT_FILE):
             (unit / name).unlink(missing_ok=True)
+        close_lost(unit)
         history = read_history(unit)
         if history.events and (even_finished or not history.is_done):
             add_event(unit, Resume())
@@ -162,7 +163,7 @@ def send(submission: Submission, scheduler: SlurmScheduler | LocalScheduler) -> 
             for link in range(submission.chain):
                 if link and isinstance(scheduler, SlurmScheduler):
                     by = submission.restarts.chain_by
-                    job = scheduler.submit_behind(script, previous=sent[-1], by=by, after=first)
+                    job = scheduler.submit_behind(script, previous=sent[-1], by=by, after=behind)
                 else:
                     job = scheduler.submit(script, array=len(stage.units), after=behind)
                 sent.append(job)
@@ -183,12 +184,14 @@ def send(submission: Submission, scheduler: SlurmScheduler | LocalScheduler) -> 
     print(f"next             longhaul status run={shown(submission.name)}; longhaul logs run={shown(submission.name)}")
 
 
-def refuse_if_active(root: Path, scheduler: SlurmScheduler | LocalScheduler) -> None:
+def refuse_if_active(root: Path) -> None:
     """Raises UserError when jobs of an earlier submission wait or run."""
     if not (root / SUBMISSION_FILE).exists():
         return
     before = read_submission(root)
-    active = scheduler.jobs(before.job_ids())
+    if before.unit_states().finished:
+        return
+    active = scheduler_of(before.scheduler).jobs(before.job_ids())
     if active:
         raise UserError(
             f"run={before.name}: job {', '.join(sorted(active))} waits or runs already; wait for it, or end it first with "

@@ -307,7 +307,7 @@ def resume(overrides: Sequence[str], config_dir: str | None = None) -> int:
         raise UserError(f"run={config.run}: was not submitted; the words of `longhaul pretrain` that began it go on with it")
     submission: Submission = read_submission(root)
     scheduler = scheduler_of(submission.scheduler)
-    refuse_if_active(root, scheduler)
+    refuse_if_active(root)
     if submission.unit_states().finished:
         print(f"{config.run} is finished; nothing to do")
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,7 +63,10 @@ def find_runs(folder: Path) -> list[Path]:
         if (place / SUBMISSION_FILE).exists() or (place / "run.json").exists():
             found.append(place)
         elif depth:
-            for child in sorted(place.iterdir()):
+            children: list[Path] = []
+            with contextlib.suppress(OSError):  # a folder that may not be read holds no run of ours
+                children = sorted(place.iterdir())
+            for child in children:
                 if child.is_dir() and not child.name.startswith("."):
                     look(child, depth - 1)
 
@@ -126,8 +130,11 @@ def _standing(submission: Submission, queue: Mapping[str, Job] | str, *, stage: 
         state, reason = _state(submission, history, mine)
         if state == "lost" and (unit / CANCEL_FILE).exists():
             state, reason = "cancelled", "by `longhaul cancel`, without a save"
-        if state in ("lost", "cancelled") and stage.jobs and (ended := _end_of(submission, stage.jobs[-1])):
-            reason = f"{reason}; Slurm says {ended} of job {stage.jobs[-1]}"
+        job = history.open.job if history.open is not None else (stage.jobs or ("",))[-1]
+        if history.open is None and len(stage.units) > 1:
+            job = f"{job}_{number}"
+        if state in ("lost", "cancelled") and job and (ended := _end_of(submission, job)):
+            reason = f"{reason}; Slurm says {ended} of job {job}"
     begun = [event for event in history.events if isinstance(event, Begin)]
     nodes = next((job.nodes for job in mine if job.nodes), "") or (listed(begun[-1].nodes) if begun else "-")
     return Standing(
@@ -145,9 +152,11 @@ def _standing(submission: Submission, queue: Mapping[str, Job] | str, *, stage: 
 def _state_without_queue(history: History, why: str) -> tuple[str, str]:
     """(state, reason) by the run's folder alone."""
     end = history.current.last_end
-    if history.open is None and end is not None:
-        return ("finished" if end.action == "done" else "stopped"), f"attempt {end.attempt} {end.state}: {end.reason}"
-    return ("running?" if history.open is not None else "waiting?"), f"the queue is not known here ({why})"
+    told = f"attempt {end.attempt} {end.state}: {end.reason}" if end is not None else ""
+    if history.open is None and end is not None and end.action in ("done", "stop"):
+        return ("finished" if end.action == "done" else "stopped"), told
+    reason = f"the queue is not known here ({why})" + (f"; {told}" if told else "")
+    return ("running?" if history.open is not None else "waiting?"), reason
 
 
 def _end_of(submission: Submission, job: str) -> str:
@@ -169,7 +178,7 @@ def _state(submission: Submission, history: History, jobs: Sequence[Job]) -> tup
     end = history.last_end
     why = f"attempt {end.attempt} {end.state}: {end.reason}" if end else ""
     active = next((job for job in jobs if job.state not in ("PENDING",)), jobs[0] if jobs else None)
-    if active is not None and not (end is not None and end.action == "done"):
+    if active is not None and not history.is_done:
         if active.state == "RUNNING":
             return "running", f"after {why}" if end else ""
         if active.state == "PENDING":

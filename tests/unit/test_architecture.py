@@ -148,7 +148,7 @@ ENVIRONMENT: dict[str, set[str]] = {
     "train.supervisor.policy": {"*"},
     "train.convert.prove": {"*", "PYTHONPATH"},
     "data_pipeline.pool": {"TOKENIZERS_PARALLELISM"},
-    "slurm.preflight": {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_JOB_GPUS"},
+    "slurm.preflight": {"SLURM_PROCID", "SLURM_NTASKS", "CUDA_VISIBLE_DEVICES"},
     "slurm.scheduler": {"*"},
     "tools.fault_injection": {"LONGHAUL_ATTEMPT"},
     "tools.watched_run": {"*"},

@@ -12,7 +12,9 @@ from slurm.config import PreflightConfig, RestartsConfig
 from slurm.decision import Decision, Situation, decide, suspects_of
 from slurm.history import CANCEL_FILE, Action, Begin, End, Event, History, Resume, add_event, read_history
 from slurm.lifecycle import CONFIG_FILE, begin, close_lost, end, judge_nodes, main, newest_step
+from slurm.preflight import write_report
 from slurm.submission import Stage, Submission
+from slurm.verdict import Report
 from train.outcome import CrashNote, Outcome, State, attempt_folder, claim_attempt, write_crash_note, write_outcome
 
 NODES = ("n1", "n2", "n3", "n4")
@@ -70,7 +72,7 @@ def test_progress_is_counted_anew_behind_a_checkpoint_and_behind_a_person() -> N
 
 
 def test_what_has_no_steps_is_not_judged_by_them() -> None:
-    events = [event for attempt in range(1, 9) for event in (begun(attempt, None), ended(attempt, "stopped", newest=None))]
+    events = [event for attempt in range(1, 20) for event in (begun(attempt, None), ended(attempt, "stopped", newest=None))]
     assert decide(replace(CRASH, state="stopped"), past(*events), RESTARTS).action == "again"
 
 
@@ -249,6 +251,34 @@ def test_checks_that_a_signal_ended_condemn_nobody(unit: Path) -> None:
     assert end(unit, 1, code=1, asked="", now=RUNNING) == ["requeue", "-"]
     last = read_history(unit).last_end
     assert last is not None and (last.state, last.suspects) == ("stopped", ())
+
+
+def test_a_node_that_does_not_report_is_the_one_that_is_unfit(unit: Path) -> None:
+    """The others waited for it in vain, until their own time was over: their reports are there, but not whole."""
+    assert begin(unit, job="7", restarts=0, nodes=["n1", "n2", "n3"]) == 1
+    for node in ("n1", "n3"):
+        report = Report(
+            node=node, free_memory_gb=9.0, free_disk_gb={"/tmp": 9.0}, sees_shared_folder=True, software="x",
+            link_problem="not measured in time", is_whole=False,
+        )  # fmt: skip
+        write_report(attempt_folder(unit, 1) / "preflight", report)
+    assert judge_nodes(unit, 1, ["n1", "n2", "n3"], code=1) == 1
+    assert end(unit, 1, code=1, asked="", now=RUNNING) == ["requeue", "n2"]
+    last = read_history(unit).last_end
+    assert last is not None and (last.state, last.suspects) == ("unfit", ("n2",)) and "has not reported" in last.reason
+
+
+def test_lost_attempts_have_a_budget_too(unit: Path) -> None:
+    """The scheduler requeues by itself what its nodes lose; nobody else is left to count."""
+    for attempt in range(1, RESTARTS.most_crashes + 2):
+        assert begin(unit, job="7", restarts=attempt - 1, nodes=["n1"]) == attempt
+    with pytest.raises(UserError, match="5 crashes are more than"):
+        begin(unit, job="7", restarts=9, nodes=["n1"])
+
+
+def test_what_never_ends_is_given_up(unit: Path) -> None:
+    words = [one_attempt(unit, 138, asked="USR1") for _ in range(30)]
+    assert words[:-1] == [["requeue", "-"]] * 29 and words[-1] == ["exit", "93"]
 
 
 def test_checks_that_never_began_tell_why(unit: Path) -> None:

@@ -17,7 +17,7 @@ from slurm.submit import submit, sweep
 from slurm.verbs import cancel, duration, logs, resume, status, table
 from tests.integration.runs import WORDS
 from tools.cli import VERBS
-from train.outcome import attempt_folder
+from train.outcome import Outcome, attempt_folder, write_outcome
 
 GIVEN = [word for word in WORDS if not word.startswith("launch.")]
 
@@ -205,7 +205,9 @@ def test_resume_forgets_what_counted_against_a_run(corpus: Path, slurm: Path) ->
     assert read_submission(root).stages[0].jobs == ("101",)
 
 
-def test_a_finished_run_may_be_given_more_to_do(corpus: Path, slurm: Path) -> None:
+def test_a_finished_run_may_be_given_more_to_do(
+    corpus: Path, slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     submit(words(corpus))
     root = Path("runs/first")
     add_event(root, Begin(attempt=1, job="100", nodes=("n1",), newest=0))
@@ -216,6 +218,21 @@ def test_a_finished_run_may_be_given_more_to_do(corpus: Path, slurm: Path) -> No
     submit(words(corpus, "budget.steps=32"))
     assert len(slurm.read_text().splitlines()) == 2
     assert not read_history(root).is_done and not (root / "slurm/CANCEL").exists()
+    (tmp_path / "bin/queue").write_text("101|PENDING|Resources||N/A\n")
+    capsys.readouterr()
+    status([])
+    assert "waiting  -" in capsys.readouterr().out
+
+
+def test_resume_comes_behind_what_nobody_had_the_time_to_write(corpus: Path, slurm: Path) -> None:
+    """The run was stopped on purpose, and its script killed before it could say so."""
+    submit(words(corpus))
+    root = Path("runs/first")
+    add_event(root, Begin(attempt=1, job="100", nodes=("n1",), newest=0))
+    write_outcome(root, Outcome(attempt=1, state="stopped", reason="the file STOP", next="", on_purpose=True))
+    resume(["run=first"])
+    history = read_history(root)
+    assert isinstance(history.events[-1], Resume) and history.stopped is None and len(history.ends) == 1
 
 
 @pytest.mark.parametrize("ended", ["TIMEOUT", "OUT_OF_MEMORY"])
