@@ -15,6 +15,7 @@ from tests.slurm.conftest import Desk
 from tools.exactness import differences
 from train.outcome import read_outcome
 
+pytestmark = pytest.mark.thorough
 LONG = ("budget.steps=100000", "checkpoint.every_steps=20", "evaluate.every_steps=null")
 SLOW = "slow:0.2"  # a step takes long enough to be met
 LIMITED_STEPS = 90  # of two seconds each
@@ -251,7 +252,6 @@ def test_a_chain_of_jobs_without_requeue(desk: Desk) -> None:
     assert len({begin.job for begin in begins}) == 2 and all(begin.restarts == 0 for begin in begins)
 
 
-@pytest.mark.thorough
 @pytest.mark.timeout(900)
 def test_a_run_longer_than_its_limit(desk: Desk) -> None:
     """One job after another, each of a minute, until it is done; to the bit the run without a limit."""

@@ -15,7 +15,7 @@ from train.checkpoint.manifest import published
 PLACES = {"zero1": [], "tensor2": ["parallel.tensor=2"]}
 
 
-@pytest.mark.parametrize("layout", PLACES)
+@pytest.mark.parametrize("layout", ["zero1", pytest.param("tensor2", marks=pytest.mark.thorough)])
 def test_two_nodes_do_what_one_machine_does(desk: Desk, layout: str) -> None:
     """The same words, by srun on two nodes and by the local supervisor: the same lines of metrics.jsonl, the same weights."""
     there = desk.submit("there", *PLACES[layout])
@@ -37,6 +37,7 @@ def test_two_nodes_do_what_one_machine_does(desk: Desk, layout: str) -> None:
         assert "finished" in line and "16/16" in line
 
 
+@pytest.mark.thorough
 def test_a_corpus_a_model_and_its_export_one_after_the_other(desk: Desk, tmp_path: Path) -> None:
     """An array prepares, a run waits for it and trains, an export waits for the run."""
     text = tmp_path / "text"
