@@ -56,13 +56,12 @@ def main(arguments: Sequence[str]) -> int:
         sees_shared_folder=await_file(folder / TOKEN_FILE, seconds=min(TOKEN_SECONDS, limit / 2)),
         gpus=read_gpus() if with_gpus else (),
         xids=read_xids() if with_gpus else (),
-        is_whole=False,
         link_problem="the links between the nodes were not measured in time",
     )
     report = replace(report, **measure(device))
     write_report(folder, report)  # before it meets the others, who may be missing
     links = measure_links(device, number, nodes, limit) if nodes > 1 else {}
-    report = replace(report, **{"link_problem": "", **links}, is_whole=True, seconds=round(time.monotonic() - began, 1))
+    report = replace(report, **{"link_problem": "", **links}, seconds=round(time.monotonic() - began, 1))
     write_report(folder, report)
     print(json.dumps(asdict(report), indent=1))
     return 0

@@ -46,7 +46,7 @@ class Job:
 class Scheduler(Protocol):
     """Takes scripts and runs them."""
 
-    def submit(self, script: Path, *, array: int = 1, throttle: int | None = None, after: Sequence[str] = ()) -> str:
+    def submit(self, script: Path, *, array: int = 1, after: Sequence[str] = ()) -> str:
         """Take a script; the id of its job. It waits until the jobs `after` have finished well."""
 
     def jobs(self, ids: Sequence[str]) -> Mapping[str, Job]:
@@ -72,7 +72,7 @@ class SlurmScheduler:
                 "cluster=local to run on this machine"
             )
 
-    def submit(self, script: Path, *, array: int = 1, throttle: int | None = None, after: Sequence[str] = ()) -> str:
+    def submit(self, script: Path, *, array: int = 1, after: Sequence[str] = ()) -> str:
         words = ["sbatch", "--parsable"]
         if after:
             words += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
@@ -123,7 +123,7 @@ class SlurmScheduler:
 class LocalScheduler:
     """This machine: a job is a process in the background, its id `local-HOST-PID-START`."""
 
-    def submit(self, script: Path, *, array: int = 1, throttle: int | None = None, after: Sequence[str] = ()) -> str:
+    def submit(self, script: Path, *, array: int = 1, after: Sequence[str] = ()) -> str:
         if array > 1:
             words = ["bash", "-c", _ONE_AFTER_ANOTHER, "bash", str(array - 1), str(script)]
         else:
@@ -156,7 +156,7 @@ class LocalScheduler:
                     os.killpg(pid, signal.SIGKILL)
 
 
-def scheduler_of(kind: str) -> SlurmScheduler | LocalScheduler:
+def scheduler_of(kind: str) -> Scheduler:
     """The scheduler of a site. Raises UserError where it is not installed."""
     return SlurmScheduler() if kind == "slurm" else LocalScheduler()
 

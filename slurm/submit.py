@@ -15,16 +15,16 @@ from data_pipeline.config import PrepareConfig
 from slurm.config import SubmitConfig
 from slurm.history import CANCEL_FILE, Resume, add_event, read_history
 from slurm.lifecycle import CONFIG_FILE, REPORT_FILE, close_lost
-from slurm.scheduler import LocalScheduler, SlurmScheduler, scheduler_of
+from slurm.scheduler import Scheduler, SlurmScheduler, scheduler_of
 from slurm.script import Job, render
 from slurm.snapshot import OWN_CONFIG, take_snapshot
 from slurm.submission import SUBMISSION_FILE, Stage, Submission, read_submission
 from train.config.export import ExportConfig
 from train.config.pretrain import PretrainConfig
 from train.launch import check_elsewhere
+from train.outcome import STOP_FILE
 
 VERBS = ("pretrain", "prepare", "export")
-STOP_FILE = "STOP"  # in a run's folder; asks a run that trains to stop
 PHASES = ("read", "choose", "encode", "publish")  # of a preparation in parts; the first and the third are arrays
 
 
@@ -146,7 +146,7 @@ def reopen(submission: Submission, *, even_finished: bool) -> None:
             add_event(unit, Resume())
 
 
-def send(submission: Submission, scheduler: SlurmScheduler | LocalScheduler) -> None:
+def send(submission: Submission, scheduler: Scheduler) -> None:
     """Submit its scripts, one stage behind the other, and keep the ids. What was submitted before a failure is taken back.
 
     Stages whose units are all done are left out.
@@ -361,7 +361,7 @@ def _dependency(name: str, settings: SubmitConfig, words: Sequence[str]) -> Subm
     raise UserError(f"after={name}: no such submission below {', '.join(folders)}.{nearest(name, known)}")
 
 
-def _last_jobs(root: Path, scheduler: SlurmScheduler | LocalScheduler) -> list[str]:
+def _last_jobs(root: Path, scheduler: Scheduler) -> list[str]:
     """Jobs that have to end well before something behind `root` may begin; none when it is finished.
 
     Raises UserError when it is neither finished nor at work.

@@ -6,22 +6,23 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from conf.compose import compose, read_config, to_plain, validate
 from conf.errors import ConfigError, UserError
 from conf.schema import shown
 from slurm.history import CANCEL_FILE
 from slurm.lifecycle import CONFIG_FILE, REPORT_FILE
-from slurm.scheduler import LocalScheduler, SlurmScheduler, scheduler_of
+from slurm.scheduler import Scheduler, scheduler_of
 from slurm.submission import SUBMISSION_FILE, Submission, read_submission
-from slurm.submit import STOP_FILE, refuse_if_active, reopen, send
+from slurm.submit import refuse_if_active, reopen, send
 from slurm.watch import Progress, Queue, Standing, find_run, find_runs, is_active, newest_log, standings
+from train.config.changes import leaves
 from train.config.pretrain import PretrainConfig
-from train.outcome import attempt_folder, last_attempt
+from train.metrics.console import duration
+from train.outcome import STOP_FILE, attempt_folder, last_attempt
 
 POLL_SECONDS = 0.5
 ASK_SECONDS = 20.0  # between two looks at the queue while a log is followed
@@ -146,7 +147,7 @@ def _summed(name: str, units: Sequence[Standing]) -> tuple[str, ...]:
 
 def results(units: Sequence[Standing]) -> str:
     """What the runs of a sweep were given that the others were not, and what came out, the best first."""
-    settings = [_leaves(to_plain(read_config(PretrainConfig, one.unit / CONFIG_FILE))) for one in units]
+    settings = [leaves(to_plain(read_config(PretrainConfig, one.unit / CONFIG_FILE))) for one in units]
     names = [
         name
         for name in settings[0]
@@ -167,25 +168,6 @@ def results(units: Sequence[Standing]) -> str:
         step = "-" if found is None else str(found.step)
         rows.append((one.unit.name, *(shown(given.get(name)) for name in names), step, loss, held_out, one.state))
     return table(("RUN", *names, "STEP", "LOSS", "HELD-OUT LOSS", "STATE"), rows)
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 3d 04h, 4h 05m, 5m 06s or 7s."""
-    minutes, left = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours:02d}h"
-    if hours:
-        return f"{hours}h {minutes:02d}m"
-    return f"{minutes}m {left:02d}s" if minutes else f"{left}s"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -292,7 +274,7 @@ def cancel(overrides: Sequence[str], config_dir: str | None = None) -> int:
     return 0
 
 
-def _await_end(scheduler: SlurmScheduler | LocalScheduler, jobs: Sequence[str], seconds: float) -> list[str]:
+def _await_end(scheduler: Scheduler, jobs: Sequence[str], seconds: float) -> list[str]:
     deadline = time.monotonic() + seconds
     while (left := sorted(scheduler.jobs(jobs))) and time.monotonic() < deadline:
         time.sleep(4 * POLL_SECONDS)

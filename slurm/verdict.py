@@ -53,8 +53,6 @@ class Report:
     """Measurements of its own that failed."""
     link_problem: str = ""
     """Why its links were not measured; one node that is missing is enough for that on all."""
-    is_whole: bool = True
-    """Whether it came to the end."""
     seconds: float = 0.0
     """How long it took."""
 

@@ -18,6 +18,8 @@ from train.host import host_name
 
 State = Literal["finished", "stopped", "refused", "crashed"]
 
+STOP_FILE = "STOP"  # in a run's folder: a person asks it to save and stop
+
 _ATTEMPT_FOLDER = re.compile(r"attempt-(\d+)")
 
 

@@ -18,7 +18,7 @@ from train.outcome import read_outcome
 pytestmark = pytest.mark.thorough
 LONG = ("budget.steps=100000", "checkpoint.every_steps=20", "evaluate.every_steps=null")
 SLOW = "slow:0.2"  # a step takes long enough to be met
-LIMITED_STEPS = 90  # of two seconds each
+LIMITED_STEPS = 120  # of two seconds each
 
 
 def settle(desk: Desk, unit: Path) -> list[End]:
@@ -264,6 +264,9 @@ def test_a_run_longer_than_its_limit(desk: Desk) -> None:
     whole = desk.submit("whole", *words)
     desk.wait_finished(whole)
     ends = desk.history(limited).ends
+    begins = [event for event in desk.history(limited).events if isinstance(event, Begin)]
+    used_seconds = sum(end.time - begin.time for begin, end in zip(begins, ends, strict=True))
+    assert used_seconds > 5 * 60, "it needs five times its limit"
     assert len(ends) >= 5 and {end.state for end in ends[:-1]} == {"stopped"}
     assert differences(whole, limited) == []
     sent = wandb_history(limited)

@@ -70,6 +70,7 @@ ONLY = {
         "train.config",
         "train.host",
         "train.launch",
+        "train.metrics.console",
         "train.metrics.jsonl",
         "train.metrics.record",
         "train.outcome",

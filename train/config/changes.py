@@ -66,7 +66,7 @@ def kind_of(field: str) -> Kind:
 
 def changes(before: PretrainConfig, after: PretrainConfig) -> list[Change]:
     """Every field that differs, by its dotted name."""
-    old, new = _flat(to_plain(before)), _flat(to_plain(after))
+    old, new = leaves(to_plain(before)), leaves(to_plain(after))
     return [
         Change(field=name, before=old.get(name), after=new.get(name), kind=kind_of(name))
         for name in sorted(old.keys() | new.keys())
@@ -92,11 +92,11 @@ def check_resume(before: PretrainConfig, after: PretrainConfig, checkpoint: str)
     return [change for change in found if change.kind == "adjustable"]
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> leaf; lists count as leaves."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return flat
+        found |= leaves(value, f"{prefix}.{key}" if prefix else key)
+    return found

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import FrameType
 
 from conf.errors import UserError
-from train.outcome import attempt_folder
+from train.outcome import STOP_FILE, attempt_folder
 from train.parallel import ParallelContext
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-STOP_FILE, SAVE_FILE = "STOP", "SAVE"
+SAVE_FILE = "SAVE"
 _LOOK_SECONDS = 1.0  # between two looks at the files: a file system of many nodes is not asked at every step
 _TIME_LIMIT, _STOP_FILE = len(SIGNALS), len(SIGNALS) + 1
 _RESERVE_SECONDS = 60.0  # for a save whose time is not known yet; a tenth of the time, where that is less

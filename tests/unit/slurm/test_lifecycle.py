@@ -259,7 +259,7 @@ def test_a_node_that_does_not_report_is_the_one_that_is_unfit(unit: Path) -> Non
     for node in ("n1", "n3"):
         report = Report(
             node=node, free_memory_gb=9.0, free_disk_gb={"/tmp": 9.0}, sees_shared_folder=True, software="x",
-            link_problem="not measured in time", is_whole=False,
+            link_problem="not measured in time",
         )  # fmt: skip
         write_report(attempt_folder(unit, 1) / "preflight", report)
     assert judge_nodes(unit, 1, ["n1", "n2", "n3"], code=1) == 1

@@ -14,7 +14,7 @@ from conf.errors import ConfigError, UserError
 from slurm.history import Begin, End, Resume, add_event, read_history
 from slurm.submission import read_submission
 from slurm.submit import submit, sweep
-from slurm.verbs import cancel, duration, logs, resume, status, table
+from slurm.verbs import cancel, logs, resume, status, table
 from tests.integration.runs import WORDS
 from tools.cli import VERBS
 from train.outcome import Outcome, attempt_folder, write_outcome
@@ -342,11 +342,6 @@ def test_this_machine_runs_the_same_script(tmp_path: Path, monkeypatch: pytest.M
     (end,) = read_history(root).ends
     assert (end.state, end.action) == ("refused", "stop"), subprocess.run(["cat", root / "slurm/export.out"])
     assert "empty" in (root / "logs/attempt-01/rank-00000.log").read_text()
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(7.4, "7s"), (306, "5m 06s"), (14_700, "4h 05m"), (273_600, "3d 04h")])
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_a_table_is_aligned() -> None:
