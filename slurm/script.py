@@ -16,6 +16,7 @@ from conf.errors import UserError
 from slurm.config import ClusterConfig
 from slurm.snapshot import CODE
 
+UNIT, TASK = "\0unit", "\0task"  # no word of a command line can be one of them
 TEMPLATE = Path(__file__).with_name("job.sbatch.j2")
 _LINE = 100  # letters of the options of a command
 _WAIT_SECONDS = 60  # for the other ranks, when one has left
@@ -37,7 +38,7 @@ class Job:
     units: Sequence[str]
     """As in `Stage.units`; more than one make an array."""
     command: Sequence[str]
-    """Words behind `python -P` that a rank runs; UNIT and TASK stand for the unit's folder and its number."""
+    """Words behind `python -P` that a rank runs; UNIT and TASK, also behind `name=`, are the unit's folder and number."""
     local_command: Sequence[str]
     """The same where no srun starts the ranks."""
     nodes: int
@@ -211,7 +212,7 @@ def _rank_flags(job: Job, cluster: ClusterConfig) -> list[str]:
 
 
 def _command(words: Sequence[str]) -> str:
-    places = {"UNIT": '"$unit"', "TASK": '"$SLURM_ARRAY_TASK_ID"'}
+    places = {UNIT: '"$unit"', TASK: '"$SLURM_ARRAY_TASK_ID"'}
     return " ".join(_word(word, places) for word in words)
 
 

@@ -16,7 +16,7 @@ from slurm.config import SubmitConfig
 from slurm.history import CANCEL_FILE, Resume, add_event, read_history
 from slurm.lifecycle import CONFIG_FILE, REPORT_FILE, close_lost
 from slurm.scheduler import Scheduler, SlurmScheduler, scheduler_of
-from slurm.script import Job, render
+from slurm.script import TASK, UNIT, Job, render
 from slurm.snapshot import OWN_CONFIG, take_snapshot
 from slurm.submission import SUBMISSION_FILE, Stage, Submission, read_submission
 from train.config.export import ExportConfig
@@ -226,8 +226,8 @@ def _pretrain(order: Order) -> Work:
         root=root,
         directory=Path.cwd(),
         units=units,
-        command=["-m", "train.rank", "UNIT"],
-        local_command=["-m", "train.launch", "UNIT"],
+        command=["-m", "train.rank", UNIT],
+        local_command=["-m", "train.launch", UNIT],
         nodes=settings.nodes,
         ranks_per_node=settings.cluster.ranks_per_node,
         trains=True,
@@ -269,7 +269,7 @@ def _prepare(order: Order) -> Work:
     for phase in PHASES:
         array = phase in ("read", "encode")
         units = tuple(f"{phase}/{part:03d}" for part in range(settings.parts)) if array else (phase,)
-        more = [f"phase={phase}", *(["part=TASK", f"parts={settings.parts}"] if array else [])]
+        more = [f"phase={phase}", *([f"part={TASK}", f"parts={settings.parts}"] if array else [])]
         jobs.append(replace(_plain_job(order, name, more), stage=phase, units=units, throttle=settings.throttle))
     return Work(name=name, root=jobs[0].root, jobs=tuple(jobs), resolved=config)
 

@@ -106,7 +106,7 @@ def test_longhaul_cancel_and_resume(desk: Desk) -> None:
 
 
 def test_a_node_that_is_lost(desk: Desk) -> None:
-    """Its daemon dies while its rank lives on: Slurm requeues the job on other nodes; the rank left behind writes no more."""
+    """Its daemon dies while its rank lives on: Slurm requeues the job on other nodes, and no step is done twice or left out."""
     slowly(desk)
     unit = desk.submit("unlucky", "budget.steps=150", "checkpoint.every_steps=10")
     desk.wait_for_step(unit, 15)
@@ -117,6 +117,9 @@ def test_a_node_that_is_lost(desk: Desk) -> None:
         desk.wait_finished(unit)
         assert "n2" in nodes_of(desk, unit)[0] and "n2" not in nodes_of(desk, unit)[1]
         first = desk.history(unit).ends[0]
+        lines = [json.loads(line) for line in (unit / "metrics.jsonl").read_text().splitlines()]
+        newest = {line["step"]: line["attempt"] for line in lines if line["kind"] == "train"}
+        assert list(newest) == list(range(1, 151)) and sorted(newest.values()) == list(newest.values())
         assert first.action == "leave" and ("the scheduler ended the job" in first.reason or "cut off" in first.reason)
     finally:
         desk.cluster.bring_back("n2")

@@ -13,7 +13,7 @@ import pytest
 from conf.compose import compose, validate
 from conf.errors import UserError
 from slurm.config import ClusterConfig, SubmitConfig
-from slurm.script import Job, render
+from slurm.script import TASK, UNIT, Job, render
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "slurm"
 RUN = Job(
@@ -22,8 +22,8 @@ RUN = Job(
     root=Path("/work/runs/first"),
     directory=Path("/work"),
     units=("",),
-    command=["-m", "train.rank", "UNIT"],
-    local_command=["-m", "train.launch", "UNIT"],
+    command=["-m", "train.rank", UNIT],
+    local_command=["-m", "train.launch", UNIT],
     nodes=4,
     ranks_per_node=8,
     trains=True,
@@ -32,7 +32,7 @@ PART = replace(
     RUN,
     stage="read",
     units=tuple(f"read/{part:03d}" for part in range(12)),
-    command=["-m", "tools.cli", "prepare", "corpus.name=it's mine", "part=TASK", "parts=12"],
+    command=["-m", "tools.cli", "prepare", "corpus.name=it's mine", f"part={TASK}", "parts=12"],
     nodes=1,
     ranks_per_node=1,
     trains=False,
@@ -78,7 +78,7 @@ def test_shellcheck_finds_nothing(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-ODD = ["two words", "it's", "größe-模型", "a;rm -rf b", "$(id)&|<>*?", "~", "#no", "!x"]
+ODD = ["two words", "it's", "größe-模型", "a;rm -rf b", "$(id)&|<>*?", "~", "#no", "!x", "TASK", "UNIT"]
 
 
 @pytest.mark.parametrize("word", ODD)
