@@ -56,14 +56,15 @@ def _common(model: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": model.num_heads,
         "max_position_embeddings": model.max_positions,
         "tie_word_embeddings": model.tied_head,
-        "rope_parameters": _rope(model.rope),
+        "rope_parameters": rope_parameters(model.rope),
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,  # a class's own id of padding would have an embedding without a gradient
     }
 
 
-def _rope(rope: RopeConfig) -> dict[str, Any]:
+def rope_parameters(rope: RopeConfig) -> dict[str, Any]:
+    """Rotary settings in the words of transformers."""
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.base, "partial_rotary_factor": rope.fraction}
     if rope.scaling == "linear":
         parameters |= {"rope_type": "linear", "factor": rope.factor}
@@ -74,6 +75,27 @@ def _rope(rope: RopeConfig) -> dict[str, Any]:
             "low_freq_factor": rope.low_frequency_factor,
             "high_freq_factor": rope.high_frequency_factor,
             "original_max_position_embeddings": rope.original_max_positions,
+        }
+    if rope.scaling == "dynamic":
+        parameters |= {"rope_type": "dynamic", "factor": rope.factor}
+    if rope.scaling == "yarn":
+        parameters |= {
+            "rope_type": "yarn",
+            "factor": rope.factor,
+            "original_max_position_embeddings": rope.original_max_positions,
+            "beta_fast": rope.fast_turns,
+            "beta_slow": rope.slow_turns,
+            "truncate": rope.truncate,
+            "attention_factor": rope.attention_factor,
+        }
+    if rope.scaling == "longrope":
+        parameters |= {
+            "rope_type": "longrope",
+            "factor": rope.factor,
+            "original_max_position_embeddings": rope.original_max_positions,
+            "short_factor": list(rope.short_factors),
+            "long_factor": list(rope.long_factors),
+            "attention_factor": rope.attention_factor,
         }
     return parameters
 
@@ -117,7 +139,7 @@ def _gemma2(model: ModelConfig) -> tuple[PreTrainedConfig, Callable[..., PreTrai
 
 
 def _gemma3(model: ModelConfig) -> tuple[PreTrainedConfig, Callable[..., PreTrainedModel]]:
-    ropes = {"full_attention": _rope(model.rope), "sliding_attention": _rope(model.local_rope)}
+    ropes = {"full_attention": rope_parameters(model.rope), "sliding_attention": rope_parameters(model.local_rope)}
     config = transformers.Gemma3TextConfig(
         **_gemma(model) | {"rope_parameters": ropes}, sliding_window_pattern=len(model.window_pattern)
     )

@@ -126,7 +126,11 @@ CASES: dict[str, ModelConfig] = {
 
 def hf_model(model: ModelConfig, seed: int = 0) -> PreTrainedModel:
     """A Hugging Face model of the shape of `model`, its configuration written out by hand, all weights random."""
-    module = hugging_face.build(model)
+    return randomise(hugging_face.build(model), model, seed)
+
+
+def randomise(module: PreTrainedModel, model: ModelConfig, seed: int = 0) -> PreTrainedModel:
+    """Random values for all weights of `module`, which has the shape of `model`; in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():  # norms and biases too: zeros and ones hide a swap

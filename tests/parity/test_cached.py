@@ -9,6 +9,7 @@ import torch
 
 from conf.errors import UserError
 from tests.dist import run_ranks
+from tests.parity.custom import LIMIT, make_custom_pair
 from tests.parity.pairs import CASES, make_pair, whole_sequence_inputs
 from train.inference.cached import CachedDecoder
 from train.inference.load import assemble_decoder
@@ -23,22 +24,37 @@ SEQUENCES, LENGTH = 2, 120
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("prefill", [(1,), (97,), (40, 33)], ids=str)
 def test_cached_logits_at_every_position(case, prefill):
-    pair = make_pair(CASES[case])
+    _compare_cached(make_pair(CASES[case]), prefill, LENGTH)
+
+
+@pytest.mark.parametrize("case", ["yarn"])
+@pytest.mark.parametrize("prefill", [(1,), (40, 33)], ids=str)
+def test_cached_logits_of_what_no_family_has(case, prefill):
+    _compare_cached(make_custom_pair(case), prefill, LENGTH)
+
+
+@pytest.mark.parametrize(("prefill", "length"), [((1,), LIMIT), ((40, 20), LIMIT), ((LIMIT + 1,), LENGTH), ((97,), LENGTH)])
+def test_cached_logits_of_longrope_on_either_side_of_its_limit(prefill, length):
+    _compare_cached(make_custom_pair("longrope"), prefill, length)
+
+
+def _compare_cached(pair, prefill, length):
+    """Logits at every position of a context run in pieces, then token by token, are those of it run whole."""
     model = pair.model
-    tokens_T, _, positions_T, bounds = whole_sequence_inputs(SEQUENCES, LENGTH, vocab_size=model.vocab_size)
-    decoder = pair.ours(LENGTH)
+    tokens_T, _, positions_T, bounds = whole_sequence_inputs(SEQUENCES, length, vocab_size=model.vocab_size)
+    decoder = pair.ours(length)
     with torch.no_grad():
-        whole_BSV = decoder.logits(tokens_T, positions_T, bounds).view(SEQUENCES, LENGTH, -1)
+        whole_BSV = decoder.logits(tokens_T, positions_T, bounds).view(SEQUENCES, length, -1)
     cached = CachedDecoder(decoder, model)
-    cache = cached.new_cache(num_sequences=SEQUENCES, capacity=LENGTH)
-    sizes = [*prefill, *[1] * (LENGTH - sum(prefill))]
-    pieces = tokens_T.view(SEQUENCES, LENGTH).split(sizes, dim=1)
+    cache = cached.new_cache(num_sequences=SEQUENCES, capacity=length)
+    sizes = [*prefill, *[1] * (length - sum(prefill))]
+    pieces = tokens_T.view(SEQUENCES, length).split(sizes, dim=1)
     logits_BSV = torch.cat([cached.logits(cached.advance(piece, cache)) for piece in pieces], dim=1)
-    assert cache.length == LENGTH
+    assert cache.length == length
     vocab = model.vocab_size
     torch.testing.assert_close(logits_BSV[..., :vocab], whole_BSV[..., :vocab], atol=TOLERANCE, rtol=0)
     with torch.no_grad():
-        theirs_BSV = pair.theirs(input_ids=tokens_T.view(SEQUENCES, LENGTH)).logits
+        theirs_BSV = pair.theirs(input_ids=tokens_T.view(SEQUENCES, length)).logits
     torch.testing.assert_close(logits_BSV[..., :vocab], theirs_BSV, atol=TOLERANCE, rtol=0)
 
 
@@ -95,15 +111,15 @@ def test_no_context_beyond_the_models():
 
 
 EVEN = {
-    "gpt2": replace(CASES["gpt2"], num_heads=2),
-    "llama": CASES["llama-tied-llama3"],
-    "gemma3": CASES["gemma3"],  # of the logits the cap too, and of heads the norms
+    "gpt2": lambda: make_pair(replace(CASES["gpt2"], num_heads=2)),
+    "llama": lambda: make_pair(CASES["llama-tied-llama3"]),
+    "gemma3": lambda: make_pair(CASES["gemma3"]),  # of the logits the cap too, and of heads the norms
 }
 
 
 def _on_tensor_ranks(context, case):
     """Logits of a prompt run through the cache in two pieces, on one of the ranks that share the model."""
-    pair = make_pair(EVEN[case])
+    pair = EVEN[case]()
     tensor = split_ranks(context, tensor_parallel=context.world_size).tensor
     weights = {name: parameter.detach() for name, parameter in pair.named_weights().items()}
     decoder = assemble_decoder(

@@ -26,6 +26,7 @@ ANY: tuple[Any, ...] = ()
 _PLAIN: Table = {
     "positions": ("rotary",),
     "rope.fraction": (1.0,),
+    "rope.scaling": ("none", "linear", "llama3"),
     "local_rope": (None,),
     "norm": ("rms",),
     "norm_placement": ("pre",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import log, sqrt
 from typing import Literal
 
 from conf.errors import ConfigError
@@ -15,36 +16,81 @@ class RopeConfig:
     """Base of the rotary frequencies (theta)."""
     fraction: float = 1.0
     """Part of each head that is rotated, its first dimensions; the rest knows no position. GPT-NeoX has 0.25."""
-    scaling: Literal["none", "linear", "llama3"] = "none"
-    """Stretching to longer contexts: linear stretches all frequencies alike; llama3 is the rule of Llama 3.1."""
+    scaling: Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"] = "none"
+    """Stretching to longer contexts: linear stretches all frequencies alike, llama3 (of Llama 3.1) and yarn the slow ones,
+    longrope (of Phi 3) each by a factor of its own. dynamic begins beyond max_positions, where no model reads: as none."""
     factor: float = 8.0
-    """linear, llama3: how many times (slow) frequencies are stretched."""
+    """linear, llama3, yarn: how many times (slow) frequencies are stretched; longrope: how many times the context is, which
+    only attention_factor follows from; dynamic: written to an export."""
     low_frequency_factor: float = 1.0
     """llama3: wavelengths above original_max_positions / this are stretched fully."""
     high_frequency_factor: float = 4.0
     """llama3: wavelengths below original_max_positions / this are left alone."""
     original_max_positions: int = 8192
-    """llama3: context length in tokens that the unstretched model was trained at."""
+    """llama3, yarn, longrope: context length in tokens that the unstretched model was trained at."""
+    fast_turns: float = 32.0
+    """yarn: pairs that turn at least this often within original_max_positions are left alone."""
+    slow_turns: float = 1.0
+    """yarn: pairs that turn at most this often within original_max_positions are stretched fully."""
+    truncate: bool = True
+    """yarn: whether the pairs where the stretching begins and is full are taken as whole numbers."""
+    attention_factor: float | None = None
+    """yarn, longrope: what cosine and sine are multiplied with; null: by the scaling's rule, for factor > 1, yarn
+    0.1 ln(factor) + 1, longrope sqrt(1 + ln(factor) / ln(original_max_positions))."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: what the frequency of each rotated pair is divided by in documents of up to original_max_positions tokens."""
+    long_factors: tuple[float, ...] = ()
+    """longrope: what the frequency of each rotated pair is divided by in longer documents."""
 
     def rotated_size(self, head_size: int) -> int:
         """How many dimensions of a head are rotated."""
         return int(head_size * self.fraction)
 
+    @property
+    def amplitude(self) -> float:
+        """What cosine and sine are multiplied with.
+
+        Peng et al. 2023 (YaRN), equation 22; Ding et al. 2024 (LongRoPE), as in transformers.
+        """
+        if self.scaling not in ("yarn", "longrope"):
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.scaling == "yarn":
+            return 0.1 * log(self.factor) + 1
+        return sqrt(1 + log(self.factor) / log(self.original_max_positions))
+
     def __post_init__(self) -> None:
-        problems = []
+        problems = self._scaling_problems()
         if self.base <= 1:
             problems.append(f"base={self.base}: must be above 1; Llama 2 has 10000, Llama 3 has 500000")
         if not 0 < self.fraction <= 1:
             problems.append(f"fraction={self.fraction}: must be above 0 and at most 1, which rotates whole heads")
+        if problems:
+            raise ConfigError(problems)
+
+    def _scaling_problems(self) -> list[str]:
+        problems = []
+        if self.scaling != "none" and self.factor < 1:
+            problems.append(f"factor={self.factor}: must be at least 1, which stretches nothing")
+        if self.scaling in ("llama3", "yarn", "longrope") and self.original_max_positions < 2:
+            problems.append(f"original_max_positions={self.original_max_positions}: must be at least 2 tokens")
         if self.scaling == "llama3" and not 0 < self.low_frequency_factor < self.high_frequency_factor:
             problems.append(
                 f"low_frequency_factor={self.low_frequency_factor}: must be above 0 and below "
                 f"high_frequency_factor={self.high_frequency_factor}; Llama 3.1 has 1 and 4"
             )
-        if self.scaling != "none" and (self.factor < 1 or self.original_max_positions < 1):
-            problems.append(f"factor={self.factor}: must be at least 1, with original_max_positions at least 1")
-        if problems:
-            raise ConfigError(problems)
+        if self.scaling == "yarn" and not 0 < self.slow_turns < self.fast_turns:
+            problems.append(
+                f"slow_turns={self.slow_turns}: must be above 0 and below fast_turns={self.fast_turns}; 1 and 32 are usual"
+            )
+        if self.attention_factor is not None and self.attention_factor <= 0:
+            problems.append(f"attention_factor={self.attention_factor}: must be above 0; null takes the scaling's rule")
+        for name in ("short_factors", "long_factors"):
+            lowest = min(getattr(self, name), default=1.0)
+            if lowest <= 0:
+                problems.append(f"{name}: holds {lowest}; each must be above 0, 1 stretches nothing")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +109,7 @@ class ModelConfig:
     head_size: int | None = None
     """Width of one head; null: hidden_size / num_heads."""
     ffn_size: int
-    """Inner width of the MLP; for swiglu and geglu the width of each of gate and up."""
+    """Inner width of the MLP; with a gate the width of each of gate and up."""
     max_positions: int
     """Longest context in tokens: rows of the learned position table, and the limit of data.sequence_length."""
     vocab_size: int | None = None
@@ -225,6 +271,13 @@ class ModelConfig:
                     f"{name}.fraction={rope.fraction}: rotates {rotated} of head_size={self.head_dim}, which must be an even "
                     f"number above 0; 1 rotates whole heads"
                 )
+            for factors in ("short_factors", "long_factors") if rope.scaling == "longrope" else ():
+                given = len(getattr(rope, factors))
+                if given != rotated // 2:
+                    problems.append(
+                        f"{name}.{factors}: holds {given} numbers; scaling=longrope needs one for each of the {rotated // 2} "
+                        f"pairs that are rotated of head_size={self.head_dim}"
+                    )
         return problems
 
     def _block_problems(self) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from conf.errors import UserError
 from train.config.model import ModelConfig
 from train.model.attention import attend_cached, view_of_cache
-from train.model.layers import Rotary
+from train.model.rotary import Rotary
 from train.model.transformer import Block, Decoder
 
 
@@ -82,15 +82,19 @@ class CachedDecoder:
         )
 
     @torch.inference_mode()
-    def advance(self, tokens_BS: Tensor, cache: KeyValueCache) -> Tensor:
-        """Run S new positions of every sequence after the cached ones, and cache them; returns hidden [B, S, H]."""
+    def advance(self, tokens_BS: Tensor, cache: KeyValueCache, *, length: int | None = None) -> Tensor:
+        """Run S new positions of every sequence after the cached ones, and cache them; returns hidden [B, S, H].
+
+        `length`: positions that the sequences have with what is to be run right after; None: up to the new ones.
+        """
         num_sequences, num_new = tokens_BS.shape
         start, end = cache.length, cache.length + num_new
         assert end <= cache.capacity, f"{end} positions do not fit a cache of {cache.capacity}"
         positions_S = torch.arange(start, end, device=tokens_BS.device)
         positions_T = positions_S.repeat(num_sequences)
         hidden_TH = self.embedding.embed(tokens_BS.flatten(), positions_T)
-        rotary = self.rotary.tables(positions_T, hidden_TH.dtype)
+        last = torch.full((), (length or end) - 1, device=tokens_BS.device) if self.rotary.asks_for_lengths else None
+        rotary = self.rotary.tables(positions_T, hidden_TH.dtype, last_position=last)
         views = {
             window: view_of_cache(start, end, window=window, device=tokens_BS.device)
             for window in {block.attention.window for block in self.blocks}
@@ -115,6 +119,11 @@ class CachedDecoder:
             hidden_TH = block.around(hidden_TH, attention)
         cache.length = end
         return hidden_TH.view(num_sequences, num_new, -1)
+
+    def outgrows(self, cache: KeyValueCache) -> bool:
+        """Whether one position more would rotate all cached ones in another way (longrope), so that they must be run anew."""
+        ropes = [rope for rope in self.rotary.frequencies if rope.scaling == "longrope"]
+        return any(rope.original_max_positions == cache.length for rope in ropes)
 
     @torch.inference_mode()
     def logits(self, hidden_BSH: Tensor) -> Tensor:

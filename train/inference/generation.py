@@ -51,7 +51,8 @@ def generate_ids(decoder: CachedDecoder, request: Request) -> Iterator[list[int]
             f"model.max_positions={model.max_positions}; shorten the prompt or the continuation"
         )
     cache = decoder.new_cache(num_sequences=1, capacity=capacity)
-    logits_BV = _prefill(decoder, request.prompt, cache).expand(request.num_samples, -1)
+    prompt_1S = torch.tensor([request.prompt], device=decoder.weight.device)
+    logits_BV = _prefill(decoder, prompt_1S, cache).expand(request.num_samples, -1)
     if not torch.isfinite(logits_BV.max()):
         raise UserError("the model's logits are not finite: its weights are damaged or it diverged in training")
     if request.num_samples > 1:
@@ -60,21 +61,24 @@ def generate_ids(decoder: CachedDecoder, request: Request) -> Iterator[list[int]
     generators = [
         torch.Generator().manual_seed(keyed_seed(request.seed, "sample", number)) for number in range(request.num_samples)
     ]
-    tokens_B: Tensor | None = None
-    for _ in range(request.max_new_tokens):
-        if tokens_B is not None:
-            logits_BV = decoder.logits(decoder.advance(tokens_B.unsqueeze(1), cache))[:, -1]
+    context_BS = prompt_1S.expand(request.num_samples, -1)
+    for number in range(request.max_new_tokens):
+        if number and decoder.outgrows(cache):
+            cache.length = 0  # run anew, as transformers does for Phi 3
+            logits_BV = _prefill(decoder, context_BS, cache)
+        elif number:
+            logits_BV = decoder.logits(decoder.advance(context_BS[:, -1:], cache))[:, -1]
         uniform_B = torch.stack([torch.rand((), generator=each, dtype=torch.float64) for each in generators])
         tokens_B = choose(logits_BV[:, : request.num_known_ids], uniform_B.to(logits_BV.device), request.sampling)
+        context_BS = torch.cat((context_BS, tokens_B.unsqueeze(1)), dim=1)
         yield tokens_B.tolist()
 
 
-def _prefill(decoder: CachedDecoder, prompt: Sequence[int], cache: KeyValueCache) -> Tensor:
-    """Run the prompt into the cache; returns the logits [1, V] after its last token."""
-    tokens_1S = torch.tensor([prompt], device=decoder.weight.device)
-    for chunk_1S in tokens_1S.split(PREFILL_TOKENS, dim=1):
-        hidden_1SH = decoder.advance(chunk_1S, cache)
-    return decoder.logits(hidden_1SH[:, -1:])[:, -1]
+def _prefill(decoder: CachedDecoder, context_BS: Tensor, cache: KeyValueCache) -> Tensor:
+    """Run whole contexts into the empty cache; returns the logits [B, V] after their last tokens."""
+    for chunk_BS in context_BS.split(PREFILL_TOKENS, dim=1):
+        hidden_BSH = decoder.advance(chunk_BS, cache, length=context_BS.shape[1])
+    return decoder.logits(hidden_BSH[:, -1:])[:, -1]
 
 
 class TextStream(Protocol):

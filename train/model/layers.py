@@ -1,11 +1,10 @@
-"""Norms, rotary positions, MLPs: the parts of a block that are not attention.
+"""Norms and MLPs: the parts of a block that are not attention.
 
 Shapes: T tokens, H hidden, N heads, D head size, F inner width of the MLP.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.config.model import ModelConfig, RopeConfig
 from train.model.blueprint import Blueprint
 from train.model.crossings import replicated
 from train.model.logical import LogicalTensor, tag
@@ -53,62 +51,6 @@ class Norm(nn.Module):
         if bias is None:
             return F.rms_norm(states, weight.shape, weight, self.epsilon)
         return F.layer_norm(states, weight.shape, weight, bias, self.epsilon)
-
-
-def rotary_frequencies(head_size: int, rope: RopeConfig) -> Tensor:
-    """Angular frequency of each rotated pair of a head: fp32 [D/2], fewer where a part of the head is rotated.
-
-    Su et al. 2021; linear divides all frequencies by `factor` (Chen et al. 2023); the llama3 stretch as in Meta's release
-    of Llama 3.1: wavelengths longer than original / low_frequency_factor are divided by `factor`, shorter than original /
-    high_frequency_factor kept, between them blended.
-    """
-    rotated = rope.rotated_size(head_size)
-    exponent = torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated
-    frequency = 1.0 / (rope.base**exponent)
-    if rope.scaling == "none":
-        return frequency
-    if rope.scaling == "linear":
-        return frequency / rope.factor
-    original = rope.original_max_positions
-    turns = original * frequency / (2 * math.pi)
-    blend = (turns - rope.low_frequency_factor) / (rope.high_frequency_factor - rope.low_frequency_factor)
-    blend = blend.clamp(0.0, 1.0)
-    return (1 - blend) * frequency / rope.factor + blend * frequency
-
-
-def rotary_tables(positions_T: Tensor, frequency: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position: each [T, 1, R] for R rotated dimensions, both halves of them alike."""
-    angle_TD = (positions_T.float().unsqueeze(1) * frequency).repeat(1, 2).unsqueeze(1)
-    return angle_TD.cos().to(dtype), angle_TD.sin().to(dtype)
-
-
-class Rotary:
-    """The rotary tables of a model's layers, made once for all layers with the same settings."""
-
-    def __init__(self, model: ModelConfig) -> None:
-        windows = dict.fromkeys(model.window_of(number) for number in range(model.num_layers))
-        self.ropes = {window: model.rope_of(window) for window in windows}
-        self.frequencies = {rope: rotary_frequencies(model.head_dim, rope) for rope in self.ropes.values() if rope is not None}
-
-    def tables(self, positions_T: Tensor, dtype: torch.dtype) -> dict[int | None, tuple[Tensor, Tensor] | None]:
-        """Cosine and sine of every position by the layer's window; None where nothing is rotated."""
-        made = {}
-        for rope, frequency in self.frequencies.items():
-            self.frequencies[rope] = frequency.to(positions_T.device)  # moved once
-            made[rope] = rotary_tables(positions_T, self.frequencies[rope], dtype)
-        return {window: made.get(rope) for window, rope in self.ropes.items()}
-
-
-def rotate(states_TND: Tensor, cosine_T1R: Tensor, sine_T1R: Tensor) -> Tensor:
-    """Turn each pair (i, i + R/2) of a head by its position's angle; dimensions from R on stay as they are.
-
-    Half rotation, as Hugging Face's Llama.
-    """
-    rotated = cosine_T1R.shape[-1]
-    turned = states_TND[..., :rotated]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cosine_T1R + torch.cat((-second, first), dim=-1) * sine_T1R
-    return turned if rotated == states_TND.shape[-1] else torch.cat((turned, states_TND[..., rotated:]), dim=-1)
 
 
 _GELU_TANH = partial(F.gelu, approximate="tanh")

@@ -21,14 +21,16 @@ from torch import Tensor, nn
 
 from train.config.model import ModelConfig
 from train.model.attention import Attend, Needs, choose
+from train.model.attention.layout import sequence_bounds
 from train.model.blueprint import Blueprint
 from train.model.crossings import own_draws, own_rows, replicated
 from train.model.float8 import check_device
 from train.model.heads import LossHead
 from train.model.init import initial_value
-from train.model.layers import GatedMLP, Norm, PlainMLP, Rotary, rotate
+from train.model.layers import GatedMLP, Norm, PlainMLP
 from train.model.logical import LogicalTensor, logical_of, tag
 from train.model.recompute import trained
+from train.model.rotary import Rotary, last_positions, rotate
 from train.model.tensor_parallel import expand_linear, reduce_linear, vocab_embedding
 
 State: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -83,9 +85,17 @@ class Deriver:
                 needs = replace(self.needs[window], dtype=dtype)
                 layout = backend.lay_out(needs, document_bounds, positions_T.shape[0])
                 attend[window] = Attend(backend=backend, needs=needs, layout=layout)
-            rotary = self.rotary.tables(positions_T, dtype)
+            last_T = self._last_positions(positions_T, document_bounds) if self.rotary.asks_for_lengths else None
+            rotary = self.rotary.tables(positions_T, dtype, last_position=last_T)
         self._asked, self._answer = (positions_T, document_bounds, dtype), Derived(attend=attend, rotary=rotary)
         return self._answer
+
+    def _last_positions(self, positions_T: Tensor, document_bounds: Tensor) -> Tensor:
+        """The last position of what each token is read in, its document or its sequence: [T]."""
+        if not self.reading.document_mask:
+            length = self.reading.sequence_length
+            document_bounds = sequence_bounds(positions_T.shape[0], length, document_bounds.device)
+        return last_positions(positions_T, document_bounds)
 
     def attention_line(self) -> str:
         """Which backends compute attention, for a person."""

@@ -11,6 +11,7 @@ from tests.parity.pairs import CASES
 from tests.unit.config.words import problems_of
 from train.config.model import RopeConfig
 
+YARN = RopeConfig(scaling="yarn")
 REFUSED = [
     ("gpt2", {"bias": False}, "bias=false: family=gpt2 has true; take that, or family=custom, which trains"),
     ("gpt2", {"head_size": 8}, "head_size=8: family=gpt2 has 16"),
@@ -21,6 +22,9 @@ REFUSED = [
     ("llama-gqa", {"attention_scale": 0.5}, "attention_scale=0.5: family=llama has 0.35355"),
     ("llama-gqa", {"rope": RopeConfig(fraction=0.5)}, "rope.fraction=0.5: family=llama has 1.0"),
     ("llama-gqa", {"window": 8}, "window=8: family=llama has null"),
+    ("llama-gqa", {"rope": YARN}, "rope.scaling=yarn: family=llama has none or linear or llama3"),
+    ("gpt-neox", {"rope": RopeConfig(scaling="dynamic")}, "rope.scaling=dynamic: family=gpt_neox has none or linear or"),
+    ("gemma3", {"local_rope": YARN}, "local_rope.scaling=yarn: family=gemma3 has none"),
     ("mistral", {"window_pattern": "SL"}, "window_pattern=SL: family=mistral has S"),
     ("qwen2", {"qkv_bias": None}, "qkv_bias=false: family=qwen2 has true"),
     ("qwen2", {"head_size": 20}, "head_size=20: family=qwen2 has 12"),

@@ -34,6 +34,8 @@ VERBS = {
 }
 VARIABLE = "cluster.environment=[{{name: {}, value: {}, reason: {}}}]"
 LLAMA3 = "model.rope.scaling=llama3"
+YARN = "model.rope.scaling=yarn"
+LONGROPE = ["model.rope.scaling=longrope", f"model.rope.short_factors={[1] * 16}"]
 
 # verb, words, and how the one problem begins
 CASES: list[tuple[str, list[str], str]] = [
@@ -125,6 +127,19 @@ CASES: list[tuple[str, list[str], str]] = [
         "model.rope.low_frequency_factor=9.0: must be above 0 and below",
     ),
     ("pretrain", [LLAMA3, "model.rope.factor=0.5"], "model.rope.factor=0.5: must be at least 1"),
+    (
+        "pretrain",
+        [YARN, "model.rope.original_max_positions=1"],
+        "model.rope.original_max_positions=1: must be at least 2",
+    ),
+    ("pretrain", [YARN, "model.rope.slow_turns=32"], "model.rope.slow_turns=32.0: must be above 0 and below fast_turns=32.0"),
+    ("pretrain", [YARN, "model.rope.attention_factor=0"], "model.rope.attention_factor=0.0: must be above 0; null takes"),
+    ("pretrain", ["model.rope.long_factors=[1,0]"], "model.rope.long_factors: holds 0.0; each must be above 0"),
+    (
+        "pretrain",
+        [*LONGROPE, "model.rope.long_factors=[2]"],
+        "model.rope.long_factors: holds 1 numbers; scaling=longrope",
+    ),
     ("pretrain", ["optim.lr=0"], "optim.lr=0.0: must be above 0"),
     ("pretrain", ["optim.muon_lr=0"], "optim.muon_lr=0.0: must be above 0"),
     ("pretrain", ["optim.muon_momentum=1"], "optim.muon_momentum=1.0: must be at least 0 and below 1"),

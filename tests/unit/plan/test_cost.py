@@ -9,6 +9,7 @@ import torch
 
 from conf.compose import CONF_FOLDER
 from tests.parity import hugging_face
+from tests.parity.custom import CUSTOM
 from tests.parity.pairs import CASES
 from tests.unit.config.words import pretrain_config
 from train.config.kernels import KernelsConfig
@@ -71,15 +72,26 @@ def transformers_count(settings: ModelConfig) -> int:
         return sum(parameter.numel() for parameter in hugging_face.build(settings).parameters())
 
 
-@pytest.mark.parametrize("case", CASES)
+ALL_CASES = CASES | {name: settings for name, (settings, *_) in CUSTOM.items()}
+
+
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_what_is_counted_is_what_is_built(case: str) -> None:
+    settings = ALL_CASES[case]
     with torch.device("meta"):
-        decoder = Decoder(
-            build_layers(Blueprint(model=CASES[case]), Reading(sequence_length=8, document_mask=False), seed=None)
-        )
+        decoder = Decoder(build_layers(Blueprint(model=settings), Reading(sequence_length=8, document_mask=False), seed=None))
     built = {name: tuple(parameter.logical.shape) for name, parameter in logical_parameters(decoder).items()}
-    assert list(built.items()) == list(cost.parameter_shapes(CASES[case]).items())
-    assert cost.num_parameters(CASES[case]) == sum(parameter.numel() for parameter in decoder.parameters())
+    assert list(built.items()) == list(cost.parameter_shapes(settings).items())
+    assert cost.num_parameters(settings) == sum(parameter.numel() for parameter in decoder.parameters())
+
+
+@pytest.mark.parametrize("case", CUSTOM)
+def test_other_families_shapes_have_what_transformers_counts(case: str) -> None:
+    settings, _, build = CUSTOM[case]
+    padding = 2 * (settings.padded_vocab_size - settings.vocab_size) * settings.hidden_size
+    with torch.device("meta"):
+        theirs = sum(parameter.numel() for parameter in build(settings).parameters())
+    assert cost.num_parameters(settings) - padding == theirs
 
 
 def test_biases_of_a_llama_are_counted() -> None:

@@ -29,11 +29,16 @@ def sequence_bounds(num_tokens: int, sequence_length: int, device: torch.device)
     return torch.arange(0, num_tokens + 1, sequence_length, dtype=torch.int32, device=device)
 
 
-def allowed_keys(document_bounds: Tensor, num_tokens: int, sequence_length: int, *, window: int | None) -> Tensor:
-    """[B, 1, S, S]: True where a query may look at a key: not later, in the same document, among the last `window`."""
+def document_of_tokens(document_bounds: Tensor, num_tokens: int) -> Tensor:
+    """[T]: the place in `document_bounds` of the bound that ends a token's document."""
     token_T = torch.arange(num_tokens, device=document_bounds.device, dtype=document_bounds.dtype)
     # right=True puts a token behind every bound that is equal to it, so empty documents hold no token.
-    document_BS = torch.searchsorted(document_bounds, token_T, right=True).view(-1, sequence_length)
+    return torch.searchsorted(document_bounds, token_T, right=True)
+
+
+def allowed_keys(document_bounds: Tensor, num_tokens: int, sequence_length: int, *, window: int | None) -> Tensor:
+    """[B, 1, S, S]: True where a query may look at a key: not later, in the same document, among the last `window`."""
+    document_BS = document_of_tokens(document_bounds, num_tokens).view(-1, sequence_length)
     allowed_BSS = (document_BS.unsqueeze(2) == document_BS.unsqueeze(1)).tril_()
     if window is not None:
         allowed_BSS.triu_(1 - window)
