@@ -21,6 +21,7 @@ MODELS = {
     "gpt2": uneven.TINY_GPT2,
     "qwen3": uneven.TINY_QWEN3,
     "gemma": uneven.TINY_GEMMA,
+    "olmo2": uneven.TINY_OLMO2,
     "parallel": uneven.TINY_PARALLEL,
 }
 LAYOUTS = [(2, data, zero, rows) for data in (1, 2) for zero in (1, 2, 3) for rows in (False, True)]

@@ -41,6 +41,13 @@ TINY_GEMMA = replace(
     embedding_scale=2.0, logit_softcap=2.0, attention_softcap=1.5, window=5, window_pattern="SL",
     local_rope=RopeConfig(base=50),
 )  # fmt: skip
+# Of the order of OLMo 2; longrope's limit lies among the lengths of documents.
+TINY_OLMO2 = replace(
+    TINY, family="custom", head_size=12, norm_placement="post", qk_norm=True, qk_norm_across_heads=True, mlp="geglu_exact",
+    attention_output_bias=True, norm_one_plus=True, rope=RopeConfig(
+        base=50, scaling="longrope", original_max_positions=8, short_factors=(1.0,) * 6, long_factors=(1, 1.5, 2, 4, 8, 8)
+    ),
+)  # fmt: skip
 TINY_PARALLEL = replace(
     TINY_GPT2, family="custom", positions="rotary", rope=RopeConfig(fraction=0.5), residual="parallel_shared"
 )

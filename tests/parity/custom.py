@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import transformers
@@ -28,6 +29,7 @@ LONGROPE = RopeConfig(
 YARN = RopeConfig(base=500.0, scaling="yarn", factor=2.5, original_max_positions=LIMIT, fast_turns=8.0)
 
 _LLAMA = replace(CASES["llama-gqa"], family="custom")
+_OLMO2 = replace(_LLAMA, norm_placement="post", qk_norm=True, qk_norm_across_heads=True, num_heads=6, num_kv_heads=2)
 
 
 def _words(model: ModelConfig) -> dict[str, Any]:
@@ -49,12 +51,16 @@ def _words(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _llama(model: ModelConfig) -> PreTrainedModel:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_words(model)))
+def _llama(model: ModelConfig, **words: Any) -> PreTrainedModel:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_words(model), **words))
 
 
 def _qwen2(model: ModelConfig) -> PreTrainedModel:
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_words(model)))
+
+
+def _olmo2(model: ModelConfig) -> PreTrainedModel:
+    return transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**_words(model)))
 
 
 # Name -> our model, the family whose names its weights have, and how Hugging Face makes it.
@@ -67,6 +73,18 @@ CUSTOM: dict[str, tuple[ModelConfig, str, Callable[[ModelConfig], PreTrainedMode
         _qwen2,
     ),
     "dynamic": (replace(_LLAMA, rope=RopeConfig(base=500.0, scaling="dynamic", factor=4.0)), "llama", _llama),
+    "olmo2": (_OLMO2, "exaone4", _olmo2),
+    "attention-biases": (
+        replace(_LLAMA, qkv_bias=True, attention_output_bias=True),
+        "llama",
+        partial(_llama, attention_bias=True),
+    ),
+    "mlp-biases": (
+        replace(_LLAMA, bias=True, qkv_bias=False, attention_output_bias=False),
+        "llama",
+        partial(_llama, mlp_bias=True),
+    ),
+    "geglu-exact": (replace(_LLAMA, mlp="geglu_exact"), "llama", partial(_llama, hidden_act="gelu")),
 }
 
 

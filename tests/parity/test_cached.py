@@ -27,7 +27,7 @@ def test_cached_logits_at_every_position(case, prefill):
     _compare_cached(make_pair(CASES[case]), prefill, LENGTH)
 
 
-@pytest.mark.parametrize("case", ["yarn"])
+@pytest.mark.parametrize("case", ["yarn", "olmo2", "geglu-exact"])
 @pytest.mark.parametrize("prefill", [(1,), (40, 33)], ids=str)
 def test_cached_logits_of_what_no_family_has(case, prefill):
     _compare_cached(make_custom_pair(case), prefill, LENGTH)
@@ -114,6 +114,7 @@ EVEN = {
     "gpt2": lambda: make_pair(replace(CASES["gpt2"], num_heads=2)),
     "llama": lambda: make_pair(CASES["llama-tied-llama3"]),
     "gemma3": lambda: make_pair(CASES["gemma3"]),  # of the logits the cap too, and of heads the norms
+    "olmo2": lambda: make_custom_pair("olmo2"),
 }
 
 

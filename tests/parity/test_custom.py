@@ -12,6 +12,9 @@ from tests.parity.custom import CUSTOM, LIMIT, LONGROPE, make_custom_pair
 from tests.parity.pairs import CASES, VOCAB_SIZE, gradients_of, whole_sequence_inputs
 from train.config.kernels import KernelsConfig
 from train.model.blueprint import Blueprint
+from train.model.cost import num_parameters, parameter_shapes
+from train.model.layers import ACTIVATIONS, NormAcrossHeads
+from train.model.logical import logical_parameters
 from train.model.transformer import Decoder, Reading, build_layers
 
 TOLERANCE = 1e-5
@@ -77,10 +80,49 @@ def test_longrope_of_sequences_that_are_read_whole_goes_by_their_length() -> Non
     assert torch.equal(expected, found)
 
 
+def test_the_norm_across_heads_in_float64() -> None:
+    model = replace(CUSTOM["olmo2"][0], norm_one_plus=True, norm_epsilon=1e-2)
+    norm = NormAcrossHeads("blocks.0.attention.query_norm", model.num_heads, Blueprint(model=model))
+    generator = torch.Generator().manual_seed(3)
+    states_TND = torch.randn(11, model.num_heads, model.head_dim, generator=generator)
+    with torch.no_grad():
+        norm.weight.normal_(generator=generator)
+        found = norm(states_TND)
+        exact = states_TND.double().flatten(1)
+        exact = exact / (exact.square().mean(dim=1, keepdim=True) + 1e-2).sqrt() * (1 + norm.weight.double())
+        torch.testing.assert_close(found.double(), exact.view(found.shape), atol=1e-6, rtol=1e-6)
+        halved = norm(states_TND.bfloat16())
+    assert halved.dtype == torch.bfloat16
+    torch.testing.assert_close(halved.double(), found.double(), atol=0.05, rtol=0.02)
+
+
+def test_the_exact_gate_is_not_the_approximate_one() -> None:
+    gate = torch.linspace(-4, 4, 101, dtype=torch.float64)
+    exact = gate * 0.5 * (1 + torch.erf(gate / 2**0.5))
+    torch.testing.assert_close(ACTIVATIONS["geglu_exact"](gate), exact)
+    assert (ACTIVATIONS["geglu"](gate) - exact).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("qkv_bias", [None, False, True])
+@pytest.mark.parametrize("output_bias", [None, False, True])
+def test_every_combination_of_biases(bias: bool, qkv_bias: bool | None, output_bias: bool | None) -> None:
+    model = replace(CUSTOM["olmo2"][0], bias=bias, qkv_bias=qkv_bias, attention_output_bias=output_bias, num_layers=1)
+    decoder = Decoder(build_layers(Blueprint(model=model), Reading(sequence_length=8, document_mask=False), seed=1))
+    built = {name: tuple(parameter.logical.shape) for name, parameter in logical_parameters(decoder).items()}
+    assert list(built.items()) == list(parameter_shapes(model).items())
+    assert num_parameters(model) == sum(parameter.numel() for parameter in decoder.parameters())
+    biases = {name.removeprefix("blocks.0.") for name in built if name.endswith("bias")}
+    expected = {"mlp.gate_up.bias", "mlp.down.bias"} if bias else set()
+    expected |= {"attention.qkv.bias"} if (bias if qkv_bias is None else qkv_bias) else set()
+    expected |= {"attention.output.bias"} if (bias if output_bias is None else output_bias) else set()
+    assert biases == expected
+
+
 def test_selective_recomputation_of_all_of_it() -> None:
     """The gradients of a block that is run again are those of one that is not."""
-    rope = replace(LONGROPE, short_factors=(1.0,) * 4, long_factors=(2.0,) * 4)
-    settings = replace(CUSTOM["longrope"][0], rope=rope)
+    rope = replace(LONGROPE, short_factors=(1.0,) * 6, long_factors=(2.0,) * 6)
+    settings = replace(CUSTOM["olmo2"][0], rope=rope)
     inputs = whole_sequence_inputs(SEQUENCES, 80)
     found = []
     for recompute in ("none", "selective", "full"):

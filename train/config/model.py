@@ -133,14 +133,20 @@ class ModelConfig:
     residual: Literal["sequential", "parallel", "parallel_shared"] = "sequential"
     """Whether the MLP reads what attention has added to, or the same as attention: parallel by a norm of its own, as
     GPT-NeoX, parallel_shared by the same norm, as Phi."""
-    mlp: Literal["gelu", "gelu_exact", "swiglu", "geglu"]
-    """GELU with two matrices, in tanh form, as GPT-2, or exact, as GPT-NeoX; SwiGLU or GeGLU (tanh form) with three."""
+    mlp: Literal["gelu", "gelu_exact", "swiglu", "geglu", "geglu_exact"]
+    """GELU with two matrices, in tanh form, as GPT-2, or exact, as GPT-NeoX; SwiGLU, GeGLU (tanh form) or GeGLU with the
+    exact GELU with three."""
     bias: bool
-    """Whether linear layers have a bias."""
+    """Whether linear layers have a bias; those of attention, unless the next two say otherwise."""
     qkv_bias: bool | None = None
     """Whether the query, key and value projections have one; null: as bias."""
+    attention_output_bias: bool | None = None
+    """Whether the attention's output projection has one; null: as bias."""
     qk_norm: bool = False
     """Whether each query and key head is RMS-normalised before it is rotated, as Qwen 3."""
+    qk_norm_across_heads: bool = False
+    """Whether qk_norm takes its mean square over all query (key) heads of a token together, with a weight for each of their
+    dimensions, as OLMo 2."""
     embedding_scale: float = 1.0
     """What token embeddings are multiplied with; Gemma has the root of hidden_size."""
     logit_softcap: float | None = None
@@ -180,9 +186,14 @@ class ModelConfig:
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
+    def has_attention_output_bias(self) -> bool:
+        """Whether the attention's output projection has a bias."""
+        return self.bias if self.attention_output_bias is None else self.attention_output_bias
+
+    @property
     def gated_mlp(self) -> bool:
         """Whether the MLP has a gate beside its up-projection."""
-        return self.mlp in ("swiglu", "geglu")
+        return self.mlp in ("swiglu", "geglu", "geglu_exact")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -242,6 +253,8 @@ class ModelConfig:
             problems.append(f"window_pattern={self.window_pattern}: needs the window that its S layers have; give window")
         if self.local_rope is not None and (self.window is None or self.positions != "rotary"):
             problems.append("local_rope: is of layers with a window and rotary positions; give window, or local_rope=null")
+        if self.qk_norm_across_heads and not self.qk_norm:
+            problems.append("qk_norm_across_heads=true: says how qk_norm is taken; give qk_norm=true, or leave it out")
         for name in ("attention_scale", "attention_softcap", "logit_softcap"):
             value = getattr(self, name)
             if value is not None and value <= 0:

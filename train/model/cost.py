@@ -51,8 +51,10 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         norm(f"{block}.attention_norm", before)
         linear(f"{block}.attention.qkv", (model.kv_heads, per_kv, head), hidden, bias=model.has_qkv_bias)
         if model.qk_norm:
-            shapes |= {f"{block}.attention.{kind}_norm.weight": (head,) for kind in ("query", "key")}
-        linear(f"{block}.attention.output", (hidden,), model.num_heads * head)
+            heads = {"query": model.num_heads, "key": model.kv_heads}
+            widths = {kind: head * (count if model.qk_norm_across_heads else 1) for kind, count in heads.items()}
+            shapes |= {f"{block}.attention.{kind}_norm.weight": (width,) for kind, width in widths.items()}
+        linear(f"{block}.attention.output", (hidden,), model.num_heads * head, bias=model.has_attention_output_bias)
         norm(f"{block}.attention_post_norm", after)
         norm(f"{block}.mlp_norm", before and model.residual != "parallel_shared")
         if model.gated_mlp:
@@ -73,10 +75,16 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 def parameters_per_rank(model: ModelConfig, tensor_parallel: int) -> int:
-    """Number of parameters that one of `tensor_parallel` ranks holds: norms, positions and reduced biases whole."""
+    """Number of parameters that one of `tensor_parallel` ranks holds: norms, positions and reduced biases whole.
+
+    Of norms across heads each rank has what belongs to its heads.
+    """
     whole = ("norm.weight", "norm.bias", "positions.weight", "attention.output.bias", "mlp.down.bias")
+    cut = ("query_norm.weight", "key_norm.weight") if model.qk_norm_across_heads else ()
     counts = {name: prod(shape) for name, shape in parameter_shapes(model).items()}
-    return sum(count if name.endswith(whole) else count // tensor_parallel for name, count in counts.items())
+    return sum(
+        count if name.endswith(whole) and not name.endswith(cut) else count // tensor_parallel for name, count in counts.items()
+    )
 
 
 def num_matmul_parameters(model: ModelConfig) -> int:

@@ -59,6 +59,13 @@ def sum_of_parts(values: Tensor, tensor: TensorRanks) -> Tensor:
     return _mappings().reduce_from_tensor_model_parallel_region(values.contiguous(), group=tensor.group)
 
 
+def sum_for_parts(values: Tensor, tensor: TensorRanks) -> Tensor:
+    """Sum over the tensor-parallel ranks, each of which will use it for its part: the gradient is summed over the ranks."""
+    if tensor.size == 1:
+        return values
+    return _mappings().copy_to_tensor_model_parallel_region(sum_of_parts(values, tensor), group=tensor.group)
+
+
 def vocab_parallel_loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     """Cross-entropy [T] of logits whose columns lie on several ranks; overwrites fp32 logits.
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.model.blueprint import Blueprint
-from train.model.crossings import replicated
+from train.model.crossings import replicated, sum_for_parts
 from train.model.logical import LogicalTensor, tag
 from train.model.tensor_parallel import expand_linear, reduce_linear
 
@@ -53,12 +53,39 @@ class Norm(nn.Module):
         return F.layer_norm(states, weight.shape, weight, bias, self.epsilon)
 
 
+class NormAcrossHeads(nn.Module):
+    """RMSNorm over all heads of a token together, as OLMo 2; a tensor rank has the weights of its own heads."""
+
+    def __init__(self, name: str, num_heads: int, blueprint: Blueprint) -> None:
+        super().__init__()
+        model, tensor = blueprint.model, blueprint.tensor
+        self.epsilon, self.one_plus, self.tensor = model.norm_epsilon, model.norm_one_plus, tensor
+        self.width = num_heads * model.head_dim
+        self.weight = nn.Parameter(torch.empty(self.width // tensor.size))
+        part = {"index": tensor.rank, "parts": tensor.size}
+        tag(self.weight, LogicalTensor(name=f"{name}.weight", shape=(self.width,), **part))
+
+    def forward(self, states_TND: Tensor) -> Tensor:
+        """Normalise the heads that are here by the mean square of all: same shape and dtype."""
+        states, weight = states_TND.flatten(1), self.weight
+        if self.one_plus:  # in fp32, as `Norm`
+            states, weight = states.float(), 1 + weight.float()
+        if self.tensor.size == 1:
+            normed = F.rms_norm(states, weight.shape, weight, self.epsilon)
+        else:
+            states = states.float()
+            squares_T1 = sum_for_parts(states.square().sum(dim=1, keepdim=True), self.tensor)
+            normed = states * torch.rsqrt(squares_T1 / self.width + self.epsilon) * weight
+        return normed.to(states_TND.dtype).view(states_TND.shape)
+
+
 _GELU_TANH = partial(F.gelu, approximate="tanh")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": _GELU_TANH,
     "gelu_exact": F.gelu,
     "swiglu": F.silu,
     "geglu": _GELU_TANH,
+    "geglu_exact": F.gelu,
 }
 
 

@@ -27,7 +27,7 @@ from train.model.crossings import own_draws, own_rows, replicated
 from train.model.float8 import check_device
 from train.model.heads import LossHead
 from train.model.init import initial_value
-from train.model.layers import GatedMLP, Norm, PlainMLP
+from train.model.layers import GatedMLP, Norm, NormAcrossHeads, PlainMLP
 from train.model.logical import LogicalTensor, logical_of, tag
 from train.model.recompute import trained
 from train.model.rotary import Rotary, last_positions, rotate
@@ -169,9 +169,11 @@ class Attention(nn.Module):
         self.qkv = expand_linear(
             f"{name}.qkv", (model.kv_heads, self.queries_per_kv + 2, model.head_dim), blueprint, bias=model.has_qkv_bias
         )
-        self.query_norm = Norm(f"{name}.query_norm", blueprint, of_heads=True) if model.qk_norm else nn.Identity()
-        self.key_norm = Norm(f"{name}.key_norm", blueprint, of_heads=True) if model.qk_norm else nn.Identity()
-        self.output = reduce_linear(f"{name}.output", model.num_heads * model.head_dim, blueprint, bias=model.bias)
+        self.query_norm = _norm_of_heads(f"{name}.query_norm", model.num_heads, blueprint)
+        self.key_norm = _norm_of_heads(f"{name}.key_norm", model.kv_heads, blueprint)
+        self.output = reduce_linear(
+            f"{name}.output", model.num_heads * model.head_dim, blueprint, bias=model.has_attention_output_bias
+        )
 
     def project(self, hidden_TH: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, N, D], keys and values [T, K, D]; queries and keys normalised and turned by their positions."""
@@ -189,6 +191,15 @@ class Attention(nn.Module):
         with own_draws(self.tensor, self.name, dropout=dropout):
             mixed_TND = derived.attend[self.window](query_TND, key_TKD, value_TKD, dropout=dropout)
         return self.output(mixed_TND.flatten(1))
+
+
+def _norm_of_heads(name: str, num_heads: int, blueprint: Blueprint) -> nn.Module:
+    """The norm of queries or keys [T, N, D]; an identity where the model has none."""
+    if not blueprint.model.qk_norm:
+        return nn.Identity()
+    if blueprint.model.qk_norm_across_heads:
+        return NormAcrossHeads(name, num_heads, blueprint)
+    return Norm(name, blueprint, of_heads=True)
 
 
 class Block(nn.Module):

@@ -140,6 +140,7 @@ CASES: list[tuple[str, list[str], str]] = [
         [*LONGROPE, "model.rope.long_factors=[2]"],
         "model.rope.long_factors: holds 1 numbers; scaling=longrope",
     ),
+    ("pretrain", ["model.qk_norm_across_heads=true"], "model.qk_norm_across_heads=true: says how qk_norm is taken; give"),
     ("pretrain", ["optim.lr=0"], "optim.lr=0.0: must be above 0"),
     ("pretrain", ["optim.muon_lr=0"], "optim.muon_lr=0.0: must be above 0"),
     ("pretrain", ["optim.muon_momentum=1"], "optim.muon_momentum=1.0: must be at least 0 and below 1"),

@@ -94,6 +94,17 @@ def test_other_families_shapes_have_what_transformers_counts(case: str) -> None:
     assert cost.num_parameters(settings) - padding == theirs
 
 
+def test_a_rank_has_the_norms_of_its_heads() -> None:
+    settings = CUSTOM["olmo2"][0]
+    whole = cost.num_parameters(replace(settings, qk_norm=False, qk_norm_across_heads=False))
+    halved = cost.parameters_per_rank(replace(settings, qk_norm=False, qk_norm_across_heads=False), 2)
+    width = (settings.num_heads + settings.kv_heads) * settings.head_dim
+    assert cost.num_parameters(settings) - whole == settings.num_layers * width
+    assert cost.parameters_per_rank(settings, 2) - halved == settings.num_layers * width // 2
+    by_head = replace(settings, qk_norm_across_heads=False)  # of which every rank has all
+    assert cost.parameters_per_rank(by_head, 2) - halved == settings.num_layers * 2 * settings.head_dim
+
+
 def test_biases_of_a_llama_are_counted() -> None:
     settings = replace(model("llama_tiny"), bias=True, tied_head=False)
     padding = 2 * (settings.padded_vocab_size - settings.vocab_size) * settings.hidden_size
