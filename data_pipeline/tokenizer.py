@@ -25,7 +25,7 @@ TOKENIZER_FILE = "tokenizer.json"
 # Files that a tokenizer folder may hold; model weights that lie beside them are not taken along.
 TOKENIZER_FILES = (
     TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+    "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 # Contractions; a word with the one sign before it; up to three digits; signs with their line ends; line ends; other blanks.
 LLAMA3_WORDS = (
@@ -65,6 +65,13 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; nothing is put before or after it."""
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def opening(self) -> list[int]:
+        """Ids that the tokenizer puts before a text of its own accord, such as a beginning-of-sequence; often none."""
+        bare = self.encode("a")
+        whole = self.backend.encode("a", add_special_tokens=True).ids
+        places = [place for place in range(len(whole) - len(bare) + 1) if whole[place : place + len(bare)] == bare]
+        return whole[: places[0]] if places else []
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens have none."""

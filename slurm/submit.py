@@ -21,6 +21,7 @@ from slurm.snapshot import OWN_CONFIG, take_snapshot
 from slurm.submission import SUBMISSION_FILE, Stage, Submission, read_submission
 from train.config.export import ExportConfig
 from train.config.pretrain import PretrainConfig
+from train.initial import configure
 from train.launch import check_elsewhere
 from train.outcome import STOP_FILE
 
@@ -209,7 +210,7 @@ def _pretrain(order: Order) -> Work:
     configs = []
     told: list[str] = []
     for words in order.combinations:
-        config = _placed(validate(PretrainConfig, compose("pretrain", words, order.config_dir)), settings)
+        config = _placed(configure(words, order.config_dir), settings)
         if not order.dependencies:  # otherwise what it reads may not be there yet; the job itself checks as well
             config, lines = check_elsewhere(config)
             told += lines

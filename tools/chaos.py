@@ -132,11 +132,11 @@ def shape_of(words: Sequence[str], config_dir: str | None, *, patience_seconds: 
     Raises UserError where the watchdog would notice a hang only after the campaign has given up.
     """
     from data_pipeline.facts import inspect_sources
-    from train.config.pretrain import PretrainConfig
+    from train.initial import configure
     from train.launch import settle
     from train.plan import make_plan
 
-    settings = validate(PretrainConfig, compose("pretrain", words, config_dir))
+    settings = configure(words, config_dir)
     _check_deadlines(settings.watchdog, patience_seconds)
     settings = settle(settings, inspect_sources(settings.data))
     processes = settings.launch.processes

@@ -45,6 +45,7 @@ VERBS: dict[str, Verb] = {
             "longhaul pretrain experiment=quickstart",
             "longhaul pretrain model=llama_160m 'data.sources=[{path: data/mine}]' budget.tokens=3000000000 run.name=first",
             "longhaul pretrain experiment=quickstart optim.lr=1e-3,3e-3 -m",
+            "longhaul pretrain initial_checkpoint=imported/qwen3 'data.sources=[{path: data/mine}]' budget.tokens=1e9",
         ),
     ),
     "plan": Verb(
@@ -101,6 +102,13 @@ VERBS: dict[str, Verb] = {
         root="generate",
         schema="train.config.generate:GenerateConfig",
         examples=('longhaul generate checkpoint=runs/first prompt="def main("',),
+    ),
+    "import": Verb(
+        summary="read a Hugging Face model as a checkpoint, with the proof that both compute the same",
+        function="tools.verbs:import_",
+        root="import",
+        schema="train.config.hf_import:ImportConfig",
+        examples=("longhaul import hf=models/Qwen3-0.6B out=imported/qwen3", "longhaul import hf=HuggingFaceTB/SmolLM2-135M"),
     ),
     "export": Verb(
         summary="write a checkpoint as a Hugging Face model folder, with the proof that both compute the same",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from conf.compose import compose, validate
 from conf.errors import UserError
@@ -48,6 +48,16 @@ def generate(overrides: Sequence[str], config_dir: str | None = None) -> int:
     return run(config)
 
 
+def import_(overrides: Sequence[str], config_dir: str | None = None) -> int:
+    """`longhaul import`."""
+    from train.config.hf_import import ImportConfig
+
+    config = validate(ImportConfig, compose("import", overrides, config_dir))
+    from train.stages.hf_import import run
+
+    return _convert("import", lambda: run(config))
+
+
 def export(overrides: Sequence[str], config_dir: str | None = None) -> int:
     """`longhaul export`."""
     from train.checkpoint.manifest import resolve_checkpoint
@@ -57,7 +67,23 @@ def export(overrides: Sequence[str], config_dir: str | None = None) -> int:
     resolve_checkpoint(config.checkpoint)  # a wrong folder is told before seconds go into importing torch
     from train.stages.export import run
 
-    return run(config)
+    return _convert("export", lambda: run(config))
+
+
+def _convert(verb: str, run: Callable[[], int]) -> int:
+    """Run a conversion; one that is stopped, or finds the disk full, keeps the files that are whole."""
+    from train.outcome import ExitCode
+    from train.stoppable import Stopped, stoppable
+
+    goes_on = "the same command goes on behind the files that are whole"
+    try:
+        with stoppable():
+            return run()
+    except Stopped as request:
+        print(f"longhaul {verb}: stopped by {request}; {goes_on}", file=sys.stderr)
+        return ExitCode.RESUMABLE
+    except OSError as error:
+        raise UserError(f"{error.filename or 'out'}: {error.strerror or error}; {goes_on}") from None
 
 
 def baseline(overrides: Sequence[str], config_dir: str | None = None) -> int:

@@ -62,13 +62,13 @@ def run(config: VerifyConfig, config_dir: str | None = None, module: str = MODUL
 
     Raises UserError when the words do not make a run, or the folder exists.
     """
-    from train.config.pretrain import PretrainConfig
+    from train.initial import configure
 
     folder, half = Path(config.folder), config.steps // 2
     # The schedule is made for the steps of the user's own budget: only how far it is followed is set here.
     words = [*config.overrides, f"run.folder={folder}", f"budget.stop_at_step={config.steps}", f"checkpoint.every_steps={half}"]
     words += ["launch.max_restarts=0", "monitor.wandb.mode=disabled"]
-    settings = validate(PretrainConfig, compose("pretrain", words, config_dir))
+    settings = configure(words, config_dir)
     budget = settings.budget.steps
     if budget is not None and budget < config.steps:
         raise UserError(f"steps={config.steps}: the run has {budget}; lower steps, or raise budget.steps")

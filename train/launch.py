@@ -13,13 +13,14 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-from conf.compose import as_yaml, compose, read_config, validate, write_config
+from conf.compose import as_yaml, read_config, write_config
 from conf.errors import UserError
 from conf.schema import shown
 from data_pipeline.facts import CorpusFacts, check_epochs, inspect_sources, verify_sources
 from train.checkpoint.manifest import DamagedCheckpoint, check_files, published, read_manifest, write_durably
 from train.config.changes import check_resume
 from train.config.pretrain import PretrainConfig
+from train.initial import check_initial, configure
 from train.outcome import ExitCode, last_attempt, read_outcome
 from train.plan import RunPlan, describe, make_plan
 from train.stoppable import Stopped, stoppable
@@ -37,7 +38,7 @@ def pretrain(overrides: Sequence[str], config_dir: str | None = None, rank_comma
     """
     try:
         with stoppable():
-            config = validate(PretrainConfig, compose("pretrain", overrides, config_dir))
+            config = configure(overrides, config_dir)
             if config.launch.dry_run:
                 show(config)
                 return ExitCode.FINISHED
@@ -106,7 +107,7 @@ def _check(config: PretrainConfig, *, elsewhere: bool) -> tuple[PretrainConfig, 
     facts = inspect_sources(config.data)
     config = settle(config, facts, elsewhere=elsewhere)
     plan, run_dir = _planned(config, facts), run_folder(config)
-    going_on = compare_with_newest(config, facts, run_dir)
+    going_on = compare_with_newest(config, facts, run_dir) or check_initial(config, facts)
     is_done = is_finished(run_dir, plan)
     return config, plan, is_done, [*plan_lines(plan, config, facts), *([] if is_done else going_on)]
 

@@ -146,6 +146,19 @@ def _gemma3(model: ModelConfig) -> tuple[PreTrainedConfig, Callable[..., PreTrai
     return config, transformers.Gemma3ForCausalLM
 
 
+def _gemma1(model: ModelConfig) -> tuple[PreTrainedConfig, Callable[..., PreTrainedModel]]:
+    return transformers.GemmaConfig(**_grouped(model), head_dim=model.head_dim), transformers.GemmaForCausalLM
+
+
+def _phi3(model: ModelConfig) -> tuple[PreTrainedConfig, Callable[..., PreTrainedModel]]:
+    own = {"sliding_window": model.window, "original_max_position_embeddings": model.rope.original_max_positions}
+    return transformers.Phi3Config(**_grouped(model), **own), transformers.Phi3ForCausalLM
+
+
+def _olmo2(model: ModelConfig) -> tuple[PreTrainedConfig, Callable[..., PreTrainedModel]]:
+    return transformers.Olmo2Config(**_grouped(model)), transformers.Olmo2ForCausalLM
+
+
 def _gpt_neox(model: ModelConfig) -> tuple[PreTrainedConfig, Callable[..., PreTrainedModel]]:
     config = transformers.GPTNeoXConfig(
         **_common(model),
@@ -179,7 +192,10 @@ FAMILIES: dict[str, Callable[[ModelConfig], tuple[PreTrainedConfig, Callable[...
     "mistral": _mistral,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "gemma": _gemma1,
     "gemma2": _gemma2,
+    "phi3": _phi3,
+    "olmo2": _olmo2,
     "gemma3": _gemma3,
     "gpt_neox": _gpt_neox,
     "stablelm": _stablelm,

@@ -102,6 +102,36 @@ _STABLELM = replace(
     rope=RopeConfig(base=500.0, fraction=0.5),
 )
 _EXAONE4 = replace(_LLAMA, family="exaone4", norm_placement="post", qk_norm=True)
+_GEMMA = replace(
+    _LLAMA,
+    family="gemma",
+    num_heads=6,
+    num_kv_heads=2,
+    head_size=16,
+    norm_one_plus=True,
+    mlp="geglu",
+    embedding_scale=72**0.5,
+    tied_head=True,
+)
+_PHI3 = replace(
+    _LLAMA,
+    family="phi3",
+    num_heads=6,
+    num_kv_heads=2,
+    window=140,
+    rope=RopeConfig(
+        base=500.0,
+        fraction=0.5,
+        scaling="longrope",
+        factor=2.5,
+        original_max_positions=64,
+        short_factors=(1.0, 1.1, 1.3),
+        long_factors=(1.0, 2.5, 4.0),
+    ),
+)
+_OLMO2 = replace(
+    _LLAMA, family="olmo2", num_heads=6, num_kv_heads=2, norm_placement="post", qk_norm=True, qk_norm_across_heads=True
+)
 
 CASES: dict[str, ModelConfig] = {
     "gpt2": _GPT2,
@@ -114,6 +144,7 @@ CASES: dict[str, ModelConfig] = {
     "qwen2": _QWEN,
     "qwen2-tied-linear": replace(_QWEN, tied_head=True, rope=RopeConfig(scaling="linear", factor=4.0)),
     "qwen3": replace(_QWEN, family="qwen3", qkv_bias=None, qk_norm=True, head_size=20),
+    "gemma": _GEMMA,
     "gemma2": _GEMMA2,
     "gemma3": _GEMMA3,
     "gpt-neox": _GPT_NEOX,
@@ -121,6 +152,8 @@ CASES: dict[str, ModelConfig] = {
     "stablelm-shared-norm": _STABLELM,
     "stablelm-qkv-bias": replace(_STABLELM, residual="sequential", qkv_bias=True),
     "exaone4": _EXAONE4,
+    "phi3": _PHI3,
+    "olmo2": _OLMO2,
 }
 
 

@@ -73,6 +73,8 @@ class Manifest:
     tensors: dict[str, StoredTensor]
     health: dict[str, float] = field(default_factory=dict)
     """Loss and gradient norm of its last step, and `validation_loss` where the held-out text was read at that step."""
+    written_by: str = "pretrain"
+    """Verb that wrote it, which says what its config.yaml holds."""
     probe: str | None = None
     """File that holds the logits of the fixed batch; None: an older checkpoint, or a model without them."""
 
@@ -157,6 +159,7 @@ def read_manifest(folder: Path) -> Manifest:
                 for name, entry in raw["tensors"].items()
             },
             health=raw.get("health", {}),
+            written_by=raw.get("written_by", "pretrain"),
             probe=raw.get("probe"),
         )
     except OSError as error:

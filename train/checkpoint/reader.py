@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from conf.compose import read_config
 from train.checkpoint.manifest import CheckpointError, StoredTensor, check_files, read_manifest
+from train.checkpoint.settings import read_settings
+from train.config.imported import ImportedConfig
+from train.config.model import ModelConfig
 from train.config.pretrain import PretrainConfig
 from train.model.logical import LogicalTensor
 
@@ -28,10 +30,25 @@ class CheckpointReader:
         self.manifest = read_manifest(path)
         self._open = cache(self._open_file)
 
+    @cached_property
+    def settings(self) -> PretrainConfig | ImportedConfig:
+        """The resolved configuration of the run, or of the import, that wrote it."""
+        return read_settings(self.path, self.manifest)
+
+    @property
+    def model(self) -> ModelConfig:
+        """Shape of its model."""
+        return self.settings.model
+
     @property
     def config(self) -> PretrainConfig:
-        """The resolved configuration of the run that wrote it."""
-        return read_config(PretrainConfig, self.path / "config.yaml")
+        """The resolved configuration of the run that wrote it. Raises CheckpointError for an imported checkpoint."""
+        if isinstance(self.settings, ImportedConfig):
+            raise CheckpointError(
+                f"{self.path}: was imported from {self.settings.origin.source}, so there is no run to go on with; start one "
+                f"from its weights with initial_checkpoint={self.path}"
+            )
+        return self.settings
 
     @property
     def state(self) -> dict[str, Any]:
@@ -42,7 +59,7 @@ class CheckpointReader:
     def probe(self) -> Tensor | None:
         """Logits of the fixed batch when it was written, fp32 [positions, V]; None where it has none."""
         file = self.manifest.probe
-        return None if file is None else self._slice(file, PROBE, 0, None)
+        return None if file is None else self._slice(file, PROBE, 0, None, whole=True)
 
     @property
     def step(self) -> int:
@@ -79,9 +96,12 @@ class CheckpointReader:
     def read(self, name: str, kind: str = "weight") -> Tensor:
         """A whole logical tensor, fp32: its weight or another of its `kinds`. Raises CheckpointError when a part is missing."""
         stored = self._stored(name)
+        layouts = {(piece.dim, piece.index, piece.parts) for piece in stored.fragments}
+        if all(parts == 1 for _, _, parts in layouts):
+            logical = LogicalTensor(name=name, shape=stored.shape)
+            return self.read_range(logical, kind, 0, logical.local_numel).view(stored.shape)
         whole = torch.empty(stored.shape, dtype=torch.float32)
         covered = 0
-        layouts = {(piece.dim, piece.index, piece.parts) for piece in stored.fragments}
         for dim, index, parts in layouts:
             logical = LogicalTensor(name=name, shape=stored.shape, dim=dim, index=index, parts=parts)
             logical.cut(whole).copy_(self.read_range(logical, kind, 0, logical.local_numel).view(logical.local_shape))
@@ -109,6 +129,8 @@ class CheckpointReader:
         pieces = [piece for piece in stored.fragments if (piece.dim, piece.index, piece.parts) == cut]
         if not pieces or (logical.parts == 1 and any(piece.parts != 1 for piece in stored.fragments)):
             return logical.cut(self.read(logical.name, kind)).reshape(-1)[start : start + length]
+        if len(pieces) == 1 and (start, length) == (0, pieces[0].length):  # no second copy of a large one
+            return self._slice(pieces[0].file, f"{kind}/{logical.name}", 0, length, whole=True).float()
         values = torch.empty(length, dtype=torch.float32)
         filled = 0
         for piece in pieces:
@@ -116,12 +138,16 @@ class CheckpointReader:
             if low >= high:
                 continue
             values[low - start : high - start] = self._slice(
-                piece.file, f"{kind}/{logical.name}", low - piece.start, high - piece.start
+                piece.file, f"{kind}/{logical.name}", low - piece.start, high - piece.start, whole=high - low == piece.length
             )
             filled += high - low
         if filled != length:
             raise CheckpointError(f"{self.path}: {logical.name} is not complete: {filled} of {length} elements of a range")
         return values
+
+    def release(self) -> None:
+        """Let go of the open files: their pages that were read count as this process's memory. Reading opens them again."""
+        self._open.cache_clear()
 
     def _stored(self, name: str) -> StoredTensor:
         try:
@@ -129,11 +155,13 @@ class CheckpointReader:
         except KeyError:
             raise CheckpointError(f"{self.path}: holds no {name}; it is a checkpoint of another model") from None
 
-    def _slice(self, file: str, key: str, low: int, high: int | None) -> Tensor:
+    def _slice(self, file: str, key: str, low: int, high: int | None, *, whole: bool) -> Tensor:
         try:
-            return self._open(file).get_slice(key)[low:high]
+            if whole:  # read, not mapped: what is mapped stays in memory for as long as the file is open
+                return self._open(file, "pread").get_tensor(key)
+            return self._open(file, "mmap").get_slice(key)[low:high]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path / file}: {key} cannot be read ({error})") from None
 
-    def _open_file(self, file: str) -> Any:
-        return safe_open(self.path / file, framework="pt")
+    def _open_file(self, file: str, backend: str) -> Any:
+        return safe_open(self.path / file, framework="pt", backend=backend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -167,6 +167,16 @@ class CheckpointStore:
             )
         return None
 
+    def load_weights(self, engine: Engine, path: Path) -> CheckpointReader:
+        """Load the weights, and nothing else, of a checkpoint that is not the run's own; all ranks together.
+
+        Raises DamagedCheckpoint, on every rank, when it is not what was written.
+        """
+        reader = self._open(path)
+        self._together(lambda: self._fill(engine, reader, kinds=("weight",)))
+        engine.loaded(updates=0)
+        return reader
+
     def quarantine_from(self, step: int, reason: str) -> None:
         """Set aside every checkpoint of `step` and later; all ranks together."""
         later = [str(path) for path in published(self.root) if step_of(path) >= step]
@@ -175,9 +185,7 @@ class CheckpointStore:
 
     def _load(self, engine: Engine, path: Path) -> CheckpointReader:
         """Verify and load one. Raises DamagedCheckpoint, on every rank, when it is not what was written."""
-        reader = self._together(lambda: CheckpointReader(path))
-        names = sorted(reader.manifest.files)
-        self._together(lambda: check_files(path, reader.manifest, names[self.context.rank :: self.context.world_size]))
+        reader = self._open(path)
         self._together(lambda: self._fill(engine, reader))
         engine.loaded(reader.state["updates"])
         expected = reader.probe
@@ -193,9 +201,17 @@ class CheckpointStore:
             f"where {allowed:.1%} is allowed: the weights were copied while they changed, or the program computes otherwise"
         )
 
-    def _fill(self, engine: Engine, reader: CheckpointReader) -> None:
+    def _open(self, path: Path) -> CheckpointReader:
+        """A checkpoint whose files are what was written; every rank hashes its share."""
+        reader = self._together(lambda: CheckpointReader(path))
+        names = sorted(reader.manifest.files)
+        self._together(lambda: check_files(path, reader.manifest, names[self.context.rank :: self.context.world_size]))
+        return reader
+
+    def _fill(self, engine: Engine, reader: CheckpointReader, kinds: Collection[str] | None = None) -> None:
         for fragment in engine.fragments():
-            for kind, tensor in fragment.tensors.items():
+            for kind in fragment.tensors if kinds is None else kinds:
+                tensor = fragment.tensors[kind]
                 tensor.copy_(reader.read_range(fragment.logical, kind, fragment.start, fragment.length))
 
     def _set_aside(self, folder: Path, reason: str) -> None:

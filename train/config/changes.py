@@ -21,6 +21,7 @@ KINDS: dict[str, Kind] = {
     "model": "fixed",
     "model.dropout": "adjustable",
     "model.z_loss": "adjustable",
+    "initial_checkpoint": "fixed",
     "data": "fixed",  # the sample order follows from it
     "data.sources": "free",  # a corpus may be moved; that its content is the same is told by the data's fingerprint
     "data.max_epochs": "free",

@@ -17,8 +17,8 @@ class ExportConfig:
     """Folder to make; it appears only when everything is written and proved. null: exported/NAME-STEP, after the run."""
     format: Literal["hf"] = "hf"
     """Layout of the folder; hf: what `AutoModelForCausalLM.from_pretrained` of transformers reads."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the written weights; auto: fp32 after a run in fp32, else bf16."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the written weights; auto: as they were imported; of a run fp32 where it computed in fp32, else bf16."""
     shard_bytes: int = 5_000_000_000
     """Most bytes of one weight file; only a single larger tensor exceeds it."""
     proof: bool = True
@@ -26,7 +26,7 @@ class ExportConfig:
     proof_sequences: int | None = 64
     """Held-out sequences on which the proof compares the loss; null: all of them."""
     overwrite: bool = False
-    """Replace `out` when it is an earlier export."""
+    """Replace `out` when it is an earlier conversion."""
 
     def __post_init__(self) -> None:
         problems = []

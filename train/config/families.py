@@ -16,7 +16,20 @@ if TYPE_CHECKING:  # it imports this module
     from train.config.model import ModelConfig
 
 FamilyName: TypeAlias = Literal[
-    "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_neox", "stablelm", "exaone4", "custom"
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "olmo2",
+    "stablelm",
+    "exaone4",
+    "custom",
 ]
 # The values that a field may have; or how the only one follows from the model's other fields.
 Choice: TypeAlias = "tuple[Any, ...] | Callable[[ModelConfig], Any]"
@@ -26,7 +39,6 @@ ANY: tuple[Any, ...] = ()
 _PLAIN: Table = {
     "positions": ("rotary",),
     "rope.fraction": (1.0,),
-    "rope.scaling": ("none", "linear", "llama3"),
     "local_rope": (None,),
     "norm": ("rms",),
     "norm_placement": ("pre",),
@@ -50,42 +62,72 @@ _ALL_KEYS: Table = _DIVIDED_HIDDEN | {"num_kv_heads": lambda model: model.num_he
 _DIVIDING_HEADS: Table = {
     "num_heads": lambda model: max(n for n in range(1, model.num_heads + 1) if model.hidden_size % n == 0),
 }
-_GEMMA: Table = {
+# One switch for all biases of attention.
+_ATTENTION_BIASES: Table = {"qkv_bias": ANY, "attention_output_bias": lambda model: model.has_qkv_bias}
+_GEMMA: Table = (
+    _DIVIDING_HEADS
+    | _ATTENTION_BIASES
+    | {"norm_one_plus": (True,), "mlp": ("geglu",), "embedding_scale": lambda model: sqrt(model.hidden_size)}
+)
+_GEMMA2: Table = _GEMMA | {
     "norm_placement": ("both",),
-    "norm_one_plus": (True,),
-    "mlp": ("geglu",),
-    "embedding_scale": lambda model: sqrt(model.hidden_size),
     "window": lambda model: model.window or model.max_positions,
     # The file has the inverse square of the scale, as a whole number.
     "attention_scale": lambda model: 1 / sqrt(max(1, round(model.score_scale**-2))),
+    "attention_softcap": ANY,
+    "logit_softcap": ANY,
 }
 
 FAMILIES: dict[str, Table] = {
-    "gpt2": _PLAIN | _ALL_KEYS | {"positions": ("learned",), "norm": ("layer",), "mlp": ("gelu",), "bias": (True,)},
-    "llama": _PLAIN | _DIVIDING_HEADS | {"bias": ANY},
+    "gpt2": _PLAIN
+    | _ALL_KEYS
+    | {
+        "positions": ("learned",),
+        "norm": ("layer",),
+        "mlp": ("gelu", "gelu_exact"),
+        "bias": (True,),
+        "attention_scale": lambda model: 1.0 if model.score_scale == 1.0 else model.head_dim**-0.5,
+    },
+    "gpt_neox": _PLAIN
+    | _ALL_KEYS
+    | _ATTENTION_BIASES
+    | {
+        "rope.fraction": ANY,
+        "norm": ("layer",),
+        "residual": ("sequential", "parallel"),
+        "mlp": ("gelu_exact", "gelu"),
+        "bias": (True,),
+    },
+    "llama": _PLAIN | _DIVIDING_HEADS | _ATTENTION_BIASES | {"bias": ANY},
     "mistral": _PLAIN | {"window": ANY},
-    "qwen2": _PLAIN | _DIVIDED_HIDDEN | {"qkv_bias": (True,)},
-    "qwen3": _PLAIN | {"qk_norm": (True,)},
-    "gemma2": _PLAIN | _GEMMA | _DIVIDING_HEADS | {"window_pattern": ("SL",), "attention_softcap": ANY, "logit_softcap": ANY},
+    "qwen2": _PLAIN | _DIVIDED_HIDDEN | {"qkv_bias": (True,), "window": ANY, "window_pattern": ANY},
+    "qwen3": _PLAIN | _ATTENTION_BIASES | {"qk_norm": (True,), "window": ANY, "window_pattern": ANY},
+    "gemma": _PLAIN | _GEMMA,
+    "gemma2": _PLAIN | _GEMMA2 | {"window_pattern": ("SL",)},
     "gemma3": _PLAIN
-    | _GEMMA
-    | _DIVIDING_HEADS
+    | _GEMMA2
     | {
         "qk_norm": (True,),
+        "attention_softcap": (None,),
         "window_pattern": lambda model: "S" * max(1, len(model.window_pattern) - 1) + "L",
         "local_rope": ANY,
         "local_rope.fraction": (1.0,),
         "local_rope.scaling": ("none",),
     },
-    "gpt_neox": _PLAIN
-    | _ALL_KEYS
+    "phi3": _PLAIN
+    | _DIVIDED_HIDDEN
+    | {"rope.fraction": ANY, "rope.scaling": ("none", "longrope"), "window": ANY}
+    # Older releases take no other factor than that of the lengths.
     | {
-        "rope.fraction": ANY,
-        "norm": ("layer",),
-        "residual": ("sequential", "parallel"),
-        "mlp": ("gelu_exact",),
-        "bias": (True,),
+        "rope.attention_factor": (None,),
+        "rope.factor": lambda model: (
+            model.max_positions / model.rope.original_max_positions if model.rope.scaling == "longrope" else model.rope.factor
+        ),
     },
+    "olmo2": _PLAIN
+    | _DIVIDED_HIDDEN
+    | _ATTENTION_BIASES
+    | {"norm_placement": ("post",), "qk_norm": (True,), "qk_norm_across_heads": (True,)},
     "stablelm": _PLAIN
     | _DIVIDED_HIDDEN
     | {"rope.fraction": ANY, "norm": ("layer",), "residual": ("sequential", "parallel_shared"), "qkv_bias": ANY},

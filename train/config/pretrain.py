@@ -31,6 +31,9 @@ class PretrainConfig:
     """Name, place and seed of the run."""
     model: ModelConfig
     """Shape of the model."""
+    initial_checkpoint: str | None = None
+    """Folder of a checkpoint, or of a run, whose model and weights the run begins with, such as an imported one; null: the
+    model above, with random weights."""
     data: DataConfig = field(default_factory=DataConfig)
     """Prepared corpora and how they are read."""
     batch: BatchConfig = field(default_factory=BatchConfig)

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from train.checkpoint.reader import CheckpointReader
+from train.config.imported import ImportedConfig, Origin
+from train.config.model import ModelConfig
 from train.config.pretrain import PretrainConfig
+from train.convert.report import proof_lines
 from train.model.cost import num_parameters
+
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+_LOSSES = {"loss": "training loss", "validation_loss": "held-out loss"}
 
 
 def model_card(reader: CheckpointReader, report: dict[str, Any]) -> str:
     """Markdown, with the metadata block that the Hugging Face hub reads."""
-    config = reader.config
-    name = config.run.name.rsplit("/", 1)[-1]
+    settings, model = reader.settings, reader.model
+    if isinstance(settings, ImportedConfig):
+        name, tag = source_name(settings.origin.source), "imported"
+        made = "taken over as it was, not trained,"
+        history: list[tuple[str, object]] = [("source", _origin(settings.origin))]
+    else:
+        name, tag = settings.run.name.rsplit("/", 1)[-1], "pretrained"
+        made = f"pretrained to step {reader.step:,} ({reader.tokens:,} tokens)"
+        history = _training_rows(reader, settings)
     return "\n".join(
         [
             "---",
             "library_name: transformers",
             "pipeline_tag: text-generation",
-            f"tags: [{config.model.family}, longhaul, pretrained]",
+            f"tags: [{model.family}, longhaul, {tag}]",
             "---",
             "",
             f"# {name}",
             "",
-            f"A {config.model.family} language model of {num_parameters(config.model):,} parameters, pretrained with "
-            f"Longhaul to step {reader.step:,} ({reader.tokens:,} tokens). It continues text; it was not tuned to follow "
-            "instructions.",
+            f"A {model.family} language model of {num_parameters(model):,} parameters, {made} with Longhaul. It continues "
+            "text; it was not tuned to follow instructions here.",
             "",
             "```python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -39,22 +52,31 @@ def model_card(reader: CheckpointReader, report: dict[str, Any]) -> str:
             "",
             "## Model",
             "",
-            *_table(_model_rows(config)),
+            *_table(_model_rows(model)),
             "",
             "## Training",
             "",
-            *_table(_training_rows(reader, config)),
+            *_table(history),
             "",
             "## Proof of the conversion",
             "",
-            *_proof_lines(report),
+            *proof_lines(report),
             "",
         ]
     )
 
 
-def _model_rows(config: PretrainConfig) -> list[tuple[str, object]]:
-    model = config.model
+def source_name(text: str) -> str:
+    """What a source is called elsewhere: a name on the hub as it is, of a folder its own name alone."""
+    path = Path(text).expanduser()
+    return path.resolve().name if path.is_absolute() or path.is_dir() else text
+
+
+def _origin(origin: Origin) -> str:
+    return source_name(origin.source) + ("" if origin.revision is None else f", commit {origin.revision}")
+
+
+def _model_rows(model: ModelConfig) -> list[tuple[str, object]]:
     rope = f", rotary base {model.rope.base:g}, scaling {model.rope.scaling}" if model.positions == "rotary" else ""
     return [
         ("layers", model.num_layers),
@@ -68,35 +90,25 @@ def _model_rows(config: PretrainConfig) -> list[tuple[str, object]]:
 
 def _training_rows(reader: CheckpointReader, config: PretrainConfig) -> list[tuple[str, object]]:
     blend = ", ".join(f"{source.label} (weight {source.weight:g})" for source in config.data.sources)
-    optim, schedule = config.optim, config.schedule
+    optim, schedule, health = config.optim, config.schedule, reader.manifest.health
     apart = "apart" if config.data.document_mask else "seeing each other"
+    first = config.initial_checkpoint
     return [
+        ("began with", "random weights" if first is None else f"the weights of {source_name(first)}"),
         ("step", f"{reader.step:,}"),
         ("tokens", f"{reader.tokens:,}"),
+        *((told, f"{health[name]:.4f}") for name, told in _LOSSES.items() if name in health),
         ("data", blend),
         ("sequence length", f"{config.data.sequence_length}, documents {apart}"),
         ("batch", f"{config.batch.sequences} sequences"),
-        ("optimizer", f"AdamW, betas {optim.beta1:g} and {optim.beta2:g}, weight decay {optim.weight_decay:g}"),
+        (
+            "optimizer",
+            f"{_OPTIMIZERS[optim.kind]}, betas {optim.beta1:g} and {optim.beta2:g}, weight decay {optim.weight_decay:g}",
+        ),
         ("learning rate", f"{optim.lr:g}, {schedule.kind}, {schedule.warmup_steps} steps of warm-up"),
         ("precision", config.precision),
         ("seed", config.run.seed),
     ]
-
-
-def _proof_lines(report: dict[str, Any]) -> list[str]:
-    if not report["proof"]:
-        return ["None was asked for (`proof=false`)."]
-    logits, loss = report["proof"]["logits"], report["proof"]["held_out_loss"]
-    lines = [
-        f"Weights are written in {report['dtype']}. Loaded by transformers {report['versions']['transformers']} and "
-        "compared in fp32 with the checkpoint in Longhaul:",
-        "",
-        f"- logits differ by at most {logits['max_abs_difference']:.2g} over {logits['positions']} positions",
-    ]
-    if "not_measured" in loss:
-        return [*lines, "- held-out loss: not measured"]
-    figures = f"{loss['longhaul']:.6f} in Longhaul, {loss['transformers']:.6f} in transformers"
-    return [*lines, f"- held-out loss over {loss['targets']:,} tokens: {figures}"]
 
 
 def _table(rows: list[tuple[str, object]]) -> list[str]:

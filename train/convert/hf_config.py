@@ -5,15 +5,32 @@ What a family cannot say is refused when a configuration is made, by the tables 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from conf.errors import UserError
-from train.config.model import ModelConfig, RopeConfig
+from conf.errors import ConfigError, UserError
+from conf.schema import shown
+from train.config.model import ModelConfig
+from train.convert.families import FAMILIES
+from train.convert.families.family import Family, Fields, Json
 
-Json: TypeAlias = dict[str, Any]
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+DType: TypeAlias = Literal["fp32", "bf16", "fp16"]
+DTYPE_NAMES: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# Fields that change nothing of what a decoder computes.
+INERT = {
+    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "return_dict", "output_attentions",
+    "output_hidden_states", "chunk_size_feed_forward", "classifier_dropout", "summary_type", "summary_use_proj",
+    "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "vocab_size", "tie_word_embeddings",
+    "initializer_range",
+}  # fmt: skip
+# Older words of fields that are read in their new form.
+OLDER = {
+    "rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base", "rope_local_base_freq", "partial_rotary_factor",
+    "sliding_window_pattern", "layer_types", "torch_dtype", "original_max_position_embeddings",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +41,22 @@ class SpecialIds:
     eos: int | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadConfig:
+    """What a config.json says of a model."""
+
+    model: ModelConfig
+    family: Family
+    notes: tuple[str, ...] = ()
+    """What a person should know of the translation."""
+
+
 def check_expressible(model: ModelConfig) -> None:
     """Raise UserError when no Hugging Face class is named for this model; a family's fields were checked at its making."""
-    if model.family not in WRITERS:
+    if model.family not in FAMILIES:
         raise UserError(
             f"model.family={model.family}: no Hugging Face class is named for this model; it can be exported when its fields "
-            f"are those of a family, one of {', '.join(WRITERS)}"
+            f"are those of a family, one of {', '.join(FAMILIES)}"
         )
     if model.width_ratio != 1.0:
         raise UserError(
@@ -38,10 +65,14 @@ def check_expressible(model: ModelConfig) -> None:
         )
 
 
-def model_config(model: ModelConfig, special: SpecialIds, dtype: Literal["fp32", "bf16"]) -> Json:
+def model_config(model: ModelConfig, special: SpecialIds, dtype: DType) -> Json:
     """The content of config.json."""
     check_expressible(model)
-    return WRITERS[model.family](model) | {
+    family = FAMILIES[model.family]
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **family.write(model),
         "vocab_size": model.vocab_size,
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tied_head,
@@ -62,190 +93,74 @@ def generation_config(special: SpecialIds) -> Json:
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def _gpt2(model: ModelConfig) -> Json:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "n_positions": model.max_positions,
-        "n_embd": model.hidden_size,
-        "n_layer": model.num_layers,
-        "n_head": model.num_heads,
-        "n_inner": model.ffn_size,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": model.norm_epsilon,
-        "resid_pdrop": model.dropout,
-        "embd_pdrop": model.dropout,
-        "attn_pdrop": model.dropout,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
-    }
+def read_model_config(folder: Path) -> ReadConfig:
+    """The model that the config.json of `folder` describes; defaults and older words are filled in by transformers.
 
-
-def _decoder(model: ModelConfig, *, architecture: str, model_type: str) -> Json:
-    """What Llama and those after it have in common."""
-    return {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "max_position_embeddings": model.max_positions,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.kv_heads,
-        "intermediate_size": model.ffn_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": model.norm_epsilon,
-        "attention_dropout": model.dropout,
-        **_rope(model.rope),
-    }
-
-
-def _llama(model: ModelConfig) -> Json:
-    return _decoder(model, architecture="LlamaForCausalLM", model_type="llama") | {
-        "head_dim": model.head_dim,
-        "attention_bias": model.bias,
-        "mlp_bias": model.bias,
-        "pretraining_tp": 1,
-    }
-
-
-def _mistral(model: ModelConfig) -> Json:
-    return _decoder(model, architecture="MistralForCausalLM", model_type="mistral") | {
-        "head_dim": model.head_dim,
-        "sliding_window": model.window,
-    }
-
-
-_NO_WINDOW: Json = {"use_sliding_window": False, "sliding_window": None}
-
-
-def _qwen2(model: ModelConfig) -> Json:
-    return _decoder(model, architecture="Qwen2ForCausalLM", model_type="qwen2") | _NO_WINDOW
-
-
-def _qwen3(model: ModelConfig) -> Json:
-    return (
-        _decoder(model, architecture="Qwen3ForCausalLM", model_type="qwen3")
-        | _NO_WINDOW
-        | {"head_dim": model.head_dim, "attention_bias": False}
-    )
-
-
-def _gemma(model: ModelConfig, *, architecture: str, model_type: str) -> Json:
-    content = _decoder(model, architecture=architecture, model_type=model_type)
-    del content["hidden_act"]
-    return content | {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "head_dim": model.head_dim,
-        "attention_bias": False,
-        "query_pre_attn_scalar": round(model.score_scale**-2),
-        "sliding_window": model.window,
-        "layer_types": [
-            "full_attention" if model.window_of(number) is None else "sliding_attention" for number in range(model.num_layers)
-        ],
-        "final_logit_softcapping": model.logit_softcap,
-        "attn_logit_softcapping": model.attention_softcap,
-    }
-
-
-def _gemma2(model: ModelConfig) -> Json:
-    return _gemma(model, architecture="Gemma2ForCausalLM", model_type="gemma2")
-
-
-def _gemma3(model: ModelConfig) -> Json:
-    content = _gemma(model, architecture="Gemma3ForCausalLM", model_type="gemma3_text")
-    local = _rope(model.local_rope or model.rope)
-    return content | {
-        "rope_parameters": {
-            "full_attention": content["rope_parameters"],
-            "sliding_attention": local["rope_parameters"],
-        },
-        # The older words; rope_theta and rope_scaling are of the layers without a window.
-        "rope_local_base_freq": local["rope_theta"],
-        "sliding_window_pattern": len(model.window_pattern),
-    }
-
-
-def _gpt_neox(model: ModelConfig) -> Json:
-    return {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
-        "max_position_embeddings": model.max_positions,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "intermediate_size": model.ffn_size,
-        "hidden_act": "gelu",
-        "layer_norm_eps": model.norm_epsilon,
-        "attention_bias": True,
-        "attention_dropout": model.dropout,
-        "hidden_dropout": model.dropout,
-        "use_parallel_residual": model.residual == "parallel",
-        **_rope(model.rope),
-        "rotary_pct": model.rope.fraction,  # the older words for the fraction and the base
-        "rotary_emb_base": model.rope.base,
-    }
-
-
-def _stablelm(model: ModelConfig) -> Json:
-    content = _decoder(model, architecture="StableLmForCausalLM", model_type="stablelm")
-    content["layer_norm_eps"] = content.pop("rms_norm_eps")
-    return content | {
-        "partial_rotary_factor": model.rope.fraction,
-        "use_qkv_bias": model.has_qkv_bias,
-        "qk_layernorm": False,
-        "use_parallel_residual": model.residual == "parallel_shared",
-        "hidden_dropout": model.dropout,
-    }
-
-
-def _exaone4(model: ModelConfig) -> Json:
-    return _decoder(model, architecture="Exaone4ForCausalLM", model_type="exaone4") | {
-        "head_dim": model.head_dim,
-        "sliding_window": None,
-        "sliding_window_pattern": None,
-        "layer_types": ["full_attention"] * model.num_layers,
-    }
-
-
-WRITERS: dict[str, Callable[[ModelConfig], Json]] = {
-    "gpt2": _gpt2,
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "gemma2": _gemma2,
-    "gemma3": _gemma3,
-    "gpt_neox": _gpt_neox,
-    "stablelm": _stablelm,
-    "exaone4": _exaone4,
-}
-
-
-def _rope(rope: RopeConfig) -> Json:
-    """Rotary settings in new and old words, which say the same.
-
-    transformers 5 reads rope_parameters alone; a reader of the older fields that finds no rope_theta takes 10000 without a
-    word.
+    Raises UserError for a family that is not there, and for every setting that our decoder cannot compute.
     """
-    scaling = _rope_scaling(rope)
-    fraction = {} if rope.fraction == 1 else {"partial_rotary_factor": rope.fraction}
-    return {
-        "rope_parameters": {"rope_type": "default", **(scaling or {}), **fraction, "rope_theta": rope.base},
-        "rope_theta": rope.base,
-        "rope_scaling": scaling,
-    }
+    family_name, raw = _family_of(folder)
+    family = FAMILIES[family_name]
+    values, defaults = _filled_in(folder)
+    fields = Fields(values)
+    try:
+        settings = family.read(fields)
+        model = ModelConfig(
+            family=family_name,
+            vocab_size=fields["vocab_size"],
+            tied_head=bool(fields["tie_word_embeddings"]),
+            init_std=fields["initializer_range"] or 0.02,
+            **settings,
+        )
+    except ConfigError as error:
+        raise ConfigError([f"{folder / 'config.json'}, read as model.{problem}" for problem in error.problems]) from None
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    beyond = {name: value for name, value in values.items() if name not in fields.read | INERT and not name.startswith("_")}
+    unsupported = [
+        f"{folder / 'config.json'}: {name}={shown(value)} is not supported, only {shown(defaults[name])} is"
+        for name, value in beyond.items()
+        if name in defaults and value != defaults[name]
+    ]
+    if unsupported:
+        raise ConfigError(unsupported)
+    notes = fields.notes
+    if unknown := sorted((raw.keys() & beyond.keys()) - defaults.keys() - OLDER):
+        notes.append(f"fields that {family.model_type} does not have, and transformers ignores too: {', '.join(unknown)}")
+    return ReadConfig(model=model, family=family, notes=tuple(notes))
 
 
-def _rope_scaling(rope: RopeConfig) -> Json | None:
-    if rope.scaling == "none":
-        return None
-    if rope.scaling == "linear":
-        return {"rope_type": "linear", "factor": rope.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": rope.factor,
-        "low_freq_factor": rope.low_frequency_factor,
-        "high_freq_factor": rope.high_frequency_factor,
-        "original_max_position_embeddings": rope.original_max_positions,
-    }
+def _family_of(folder: Path) -> tuple[str, Json]:
+    """Name of the family that a config.json is of, and the file's content."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the folder of a Hugging Face model") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: is not JSON ({error})") from None
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    names = {family.model_type: name for name, family in FAMILIES.items()}
+    if kind not in names:
+        way_out = ""
+        if kind == "gemma3":
+            way_out = "; it is of text and images: save its language model with transformers, and import that"
+        raise UserError(f"{path}: model_type={shown(kind)} is no family known here, only {', '.join(names)} are{way_out}")
+    expected = FAMILIES[names[kind]].architecture
+    given = raw.get("architectures") or [expected]
+    if given != [expected]:
+        raise UserError(f"{path}: architectures={shown(given)}: only {expected}, a model of language, can be imported")
+    if raw.get("quantization_config"):
+        raise UserError(f"{path}: quantization_config: the weights are quantised; import the model they were made from")
+    return names[kind], raw
+
+
+def _filled_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a config.json as transformers understands them, and the defaults of their class."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise UserError(f"{folder / 'config.json'}: transformers refuses it: {' '.join(str(error).split())}") from None
+    return config.to_dict(), type(config)().to_dict()

@@ -8,69 +8,107 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from conf.errors import UserError
+from data_pipeline.io import read_json
 from data_pipeline.tokenizer import Tokenizer
 from train.checkpoint.reader import CheckpointReader
-from train.config.pretrain import PretrainConfig
-from train.convert.hf_config import SpecialIds, check_expressible, generation_config, model_config
+from train.config.imported import ImportedConfig
+from train.convert.hf_config import DType, SpecialIds, check_expressible, generation_config, model_config
 from train.convert.keymap import KeyMap
-from train.convert.shards import ShardWriter, plan_shards
+from train.convert.shards import Entry, Shard, ShardWriter, plan_shards, write_index
 from train.inference.special import special_id
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TORCH_DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
 
 
-def resolve_export_dtype(name: Literal["auto", "fp32", "bf16"], config: PretrainConfig) -> Literal["fp32", "bf16"]:
-    """The dtype to write; auto is what the run computed with: bf16 loses nothing that a forward pass has seen."""
+def resolve_export_dtype(name: Literal["auto"] | DType, reader: CheckpointReader) -> DType:
+    """The dtype to write; auto is what was imported, or what the run computed with: bf16 loses nothing that a forward pass
+    has seen."""
     if name != "auto":
         return name
-    return "fp32" if config.precision == "fp32" else "bf16"
+    settings = reader.settings
+    if isinstance(settings, ImportedConfig):
+        return settings.origin.dtype
+    return "fp32" if settings.precision == "fp32" else "bf16"
 
 
-def write_model(reader: CheckpointReader, folder: Path, *, dtype: Literal["fp32", "bf16"], shard_bytes: int) -> None:
+def plan_weights(reader: CheckpointReader, dtype: DType, *, shard_bytes: int) -> tuple[Shard, ...]:
+    """The weight files. Raises UserError when the checkpoint's tensors are not those of its configuration."""
+    keymap = KeyMap(reader.model)
+    keymap.check_logical({name: reader.shape(name) for name in reader.names})
+    entries = {name: Entry(shape=shape, dtype=TORCH_DTYPES[dtype]) for name, shape in keymap.foreign_shapes.items()}
+    return plan_shards(entries, shard_bytes=shard_bytes)
+
+
+def write_model(reader: CheckpointReader, plan: tuple[Shard, ...], folder: Path, *, dtype: DType) -> None:
     """Fill `folder` with all that `from_pretrained` reads. Holds one fp32 tensor at a time.
 
     Raises UserError when the family cannot hold the model, or the checkpoint is not one of its configuration.
     """
-    config = reader.config
-    check_expressible(config.model)
+    model = reader.model
+    check_expressible(model)
     tokenizer = Tokenizer(reader.tokenizer_folder)
-    if tokenizer.vocab_size > config.model.vocab_size:
+    if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
-            f"{reader.tokenizer_folder}: has {tokenizer.vocab_size} tokens, model.vocab_size={config.model.vocab_size}; "
+            f"{reader.tokenizer_folder}: has {tokenizer.vocab_size} tokens, model.vocab_size={model.vocab_size}; "
             "it is not the tokenizer that the model was trained with"
         )
-    write_weights(reader, folder, dtype=dtype, shard_bytes=shard_bytes)
+    write_weights(reader, plan, folder, dtype=dtype)
     special = SpecialIds(bos=special_id(tokenizer, "bos_token"), eos=special_id(tokenizer, "eos_token"))
-    _write_json(folder / "config.json", model_config(config.model, special, dtype))
-    _write_json(folder / "generation_config.json", generation_config(special))
+    _write_json(folder / "config.json", model_config(model, special, dtype))
     copy_tokenizer(reader.tokenizer_folder, folder)
+    if not (folder / GENERATION).is_file():  # that of an imported model comes with its tokenizer
+        _write_json(folder / GENERATION, generation_config(special))
 
 
-def write_weights(reader: CheckpointReader, folder: Path, *, dtype: Literal["fp32", "bf16"], shard_bytes: int) -> None:
-    """Write the weight files, and their index when there are several."""
-    keymap = KeyMap(reader.config.model)
-    keymap.check_logical({name: reader.shape(name) for name in reader.names})
-    torch_dtype = TORCH_DTYPES[dtype]
-    plan = plan_shards(keymap.foreign_shapes, torch_dtype, shard_bytes=shard_bytes)
-    with ShardWriter(folder, plan, torch_dtype) as writer:
-        for name in tqdm(keymap.logical_shapes, desc="weights", unit="tensor", disable=None):
-            whole = reader.read(name)
-            if not torch.isfinite(whole).all():
-                raise UserError(f"{name}: holds values that are not finite; export an earlier checkpoint")
-            for key, part in keymap.to_foreign(name, whole).items():
-                writer.write(key, part)
+def write_weights(reader: CheckpointReader, plan: tuple[Shard, ...], folder: Path, *, dtype: DType) -> None:
+    """Write the weight files, and their index when there are several.
+
+    Raises UserError for a value that is not finite, or that `dtype` cannot hold.
+    """
+    keymap = KeyMap(reader.model)
+    sizes = {name: entry.bytes for shard in plan for name, entry in shard.entries.items()}
+    with (
+        ShardWriter(folder, plan) as writer,
+        tqdm(total=sum(sizes.values()), desc="weights", unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        for name in keymap.logical_shapes:
+            keys = keymap.foreign_names(name)
+            if any(writer.wants(key) for key in keys):
+                whole = _narrowed(name, reader.read(name), dtype)
+                for key, part in keymap.to_foreign(name, whole).items():
+                    writer.write(key, part)
+            bar.update(sum(sizes[key] for key in keys))
+    write_index(folder, plan)
+
+
+def _narrowed(name: str, whole: Tensor, dtype: DType) -> Tensor:
+    if not torch.isfinite(whole).all():
+        raise UserError(f"{name}: holds values that are not finite; export an earlier checkpoint")
+    narrow = whole.to(TORCH_DTYPES[dtype])
+    if not torch.isfinite(narrow).all():
+        raise UserError(f"{name}: holds values up to {whole.abs().max():.3g}, which {dtype} cannot; give dtype=bf16 or fp32")
+    return narrow
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files as they are; our own table of byte counts is no part of the format."""
+    """Copy the tokenizer's files as they are; our own table of byte counts is no part of the format.
+
+    A chat template that only the settings hold is written as a file as well, where newer readers look for it.
+    """
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix != ".npy":
             if (folder / path.name).exists():
                 raise UserError(f"{path}: a tokenizer's file with the name of one of the model's; remove it")
             shutil.copyfile(path, folder / path.name)
+    settings = folder / "tokenizer_config.json"
+    template = read_json(settings).get("chat_template") if settings.is_file() else None
+    if isinstance(template, str) and not (folder / TEMPLATE).exists():
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -1,49 +1,78 @@
-"""Runs the proof of an export in a clean process, and keeps what it found in conversion_report.json beside the weights."""
+"""Runs the proof of a conversion in a clean process, which keeps what it found in a report."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import torch
 
 from conf.errors import UserError
 from train.checkpoint.reader import CheckpointReader
-from train.convert.hf_export import TORCH_DTYPES
-from train.convert.publication import REPORT
+from train.config.imported import ImportedConfig
+from train.convert.hf_export import resolve_export_dtype
+from train.convert.report import read_report, write_report
+from train.convert.weights import WeightFormat
 
 if TYPE_CHECKING:
     from data_pipeline.loader import Loader
-    from train.convert.proof import Finding
+    from train.convert.proof.finding import Finding
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_PROVED = 1  # the child's exit code when a check failed; its report says which
+Compared: TypeAlias = Literal["fp32", "bf16", "fp16", "stored"]
+"""To what the checkpoint's weights were rounded in the folder; stored: to nothing, both hold the same values."""
+ROUNDINGS: dict[str, torch.dtype | None] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "stored": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What the child is to prove."""
+    """What the child is to prove: that a checkpoint and a Hugging Face folder are the same model."""
 
     checkpoint: Path
     folder: Path
-    dtype: str
-    limit: int | None
+    """The Hugging Face folder; it is only read."""
+    dtype: Compared
+    report: Path
+    """The file to write."""
+    limit: int | None = None
+    """Most held-out sequences to read; None: all."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer that transformers reads; None: `folder`."""
+    weights: WeightFormat = "safetensors"
+    """Format of the folder's weight files."""
 
     def words(self) -> list[str]:
         """As words of a command line."""
-        return [str(self.checkpoint), str(self.folder), self.dtype, "all" if self.limit is None else str(self.limit)]
+        limit = "all" if self.limit is None else str(self.limit)
+        paths = (self.checkpoint, self.folder, self.report, self.tokenizer or self.folder)
+        return [*(str(path.absolute()) for path in paths), self.dtype, limit, self.weights]
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Task:
         """The task that `words` holds."""
-        checkpoint, folder, dtype, limit = words
-        return cls(checkpoint=Path(checkpoint), folder=Path(folder), dtype=dtype, limit=None if limit == "all" else int(limit))
+        checkpoint, folder, report, tokenizer, dtype, limit, weights = words
+        assert dtype in get_args(Compared), f"{dtype} is none of {get_args(Compared)}"
+        return cls(
+            checkpoint=Path(checkpoint),
+            folder=Path(folder),
+            dtype=dtype,
+            report=Path(report),
+            limit=None if limit == "all" else int(limit),
+            tokenizer=None if tokenizer == folder else Path(tokenizer),
+            weights=weights,
+        )
 
 
 def check_can_prove() -> None:
@@ -52,57 +81,45 @@ def check_can_prove() -> None:
         raise UserError("proof=true: needs transformers, which is not installed; install it, or give proof=false")
 
 
-def prove_in_child(task: Task) -> dict[str, Any]:
-    """Run the proof in a process without this one's modules, working folder or GPU; returns its report.
-
-    Raises UserError, with every check that failed, when the export is not proved.
-    """
-    environment = os.environ | {
+def child_environment() -> dict[str, str]:
+    """Environment of the process that proves."""
+    return os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "CUDA_VISIBLE_DEVICES": "",  # fp32 on a GPU may be TF32
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
+        # A fixed threshold: glibc raises its own up to 32 MiB, and weights that come and go then leave a heap with holes,
+        # hundreds of MiB of it.
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     }
+
+
+def prove_in_child(task: Task) -> dict[str, Any]:
+    """Run the proof in a process without this one's modules, working folder or GPU; returns its report.
+
+    Raises UserError, with every check that failed, when the conversion is not proved.
+    """
+    task.report.unlink(missing_ok=True)  # of an earlier proof
     command = [sys.executable, "-P", "-m", "train.convert.prove", *task.words()]
-    code = subprocess.run(command, env=environment, check=False).returncode
-    if code not in (0, NOT_PROVED) or not (task.folder / REPORT).is_file():
+    code = subprocess.run(command, env=child_environment(), check=False).returncode
+    if code not in (0, NOT_PROVED) or not task.report.is_file():
         raise UserError(f"the proof ended with exit code {code} before it was done; nothing was published")
-    report = read_report(task.folder)
+    report = read_report(task.report)
     problems = [f"{name}: {text}" for name, found in report["proof"].items() for text in found.get("problems", ())]
     if problems:
         lines = "\n".join(f"  - {text}" for text in problems)
-        raise UserError(f"the export does not compute what the checkpoint does; nothing was published:\n{lines}")
+        raise UserError(f"the folder is not the model of the checkpoint; nothing was published:\n{lines}")
     return report
-
-
-def write_report(reader: CheckpointReader, folder: Path, *, dtype: str, findings: Sequence[Finding] | None) -> dict[str, Any]:
-    """Write the report; `findings` None: no proof was asked for."""
-    report = {
-        "format": "hf",
-        "family": reader.config.model.family,
-        "run": reader.config.run.name,
-        "step": reader.step,
-        "tokens": reader.tokens,
-        "dtype": dtype,
-        "proved": findings is not None and not any(finding.problems for finding in findings),
-        "versions": {name: version(name) for name in ("torch", "transformers")} if findings is not None else {},
-        "proof": {finding.name: _shown(finding) for finding in findings or ()},
-    }
-    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return report
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """The report of an export."""
-    return json.loads((folder / REPORT).read_text(encoding="utf-8"))
 
 
 def find_held_out(reader: CheckpointReader) -> Loader | Finding:
     """The held-out text of the run; or a finding, without a problem, that says why it is not there any more."""
     from data_pipeline.facts import inspect_sources
     from data_pipeline.loader import Loader
-    from train.convert.proof import Finding
+    from train.convert.proof.finding import Finding
 
+    if isinstance(reader.settings, ImportedConfig):
+        return Finding(name="held_out_loss", figures={"not_measured": "the model was imported, and nothing was held out"})
     config = reader.config
     data = replace(config.data, verify="sizes")
     try:
@@ -116,31 +133,27 @@ def find_held_out(reader: CheckpointReader) -> Loader | Finding:
     return loader
 
 
-def _shown(finding: Finding) -> dict[str, Any]:
-    shown = asdict(finding)
-    return {"passed": not finding.problems, **shown["figures"]} | (
-        {"problems": list(finding.problems)} if finding.problems else {}
-    )
-
-
 def main(words: Sequence[str]) -> int:
     """The child: prove, write the report; 0 when everything holds."""
     from transformers.utils.logging import disable_progress_bar
 
-    from train.convert.proof import prove
+    from train.convert.hf_config import read_model_config
+    from train.convert.proof.checks import Subject, prove
 
     disable_progress_bar()  # of its own loading; the proof shows its steps itself
     task = Task.parse(words)
     reader = CheckpointReader(task.checkpoint)
+    subject = Subject(folder=task.folder, tokenizer=task.tokenizer or task.folder, weights=task.weights)
     findings = prove(
         reader,
-        task.folder,
-        tokenizer_folder=reader.tokenizer_folder,
-        dtype=TORCH_DTYPES[task.dtype],
+        subject,
+        rounding=ROUNDINGS[task.dtype],
         held_out=find_held_out(reader),
         limit=task.limit,
+        read_back=lambda folder: read_model_config(folder).model,
     )
-    report = write_report(reader, task.folder, dtype=task.dtype, findings=findings)
+    dtype = resolve_export_dtype("auto", reader) if task.dtype == "stored" else task.dtype
+    report = write_report(reader, task.report, dtype=dtype, findings=findings)
     return 0 if report["proved"] else NOT_PROVED
 
 

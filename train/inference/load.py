@@ -15,13 +15,13 @@ from train.model.transformer import Decoder, Reading, build_layers
 from train.parallel import ALONE, TensorRanks
 
 if TYPE_CHECKING:  # the model's settings are enough for a decoder; the whole configuration is only named
-    from train.config.pretrain import PretrainConfig
+    from train.config.model import ModelConfig
 
 
 class WeightReader(Protocol):
     """What a checkpoint gives to a reader of weights."""
 
-    config: PretrainConfig
+    model: ModelConfig
 
     def read(self, name: str, kind: str = "weight") -> Tensor:
         """The fp32 tensor of a logical name, of its logical shape."""
@@ -56,12 +56,12 @@ def load_decoder(
 ) -> Decoder:
     """The checkpoint's model on `device`, in evaluation mode and without gradients; of it, this tensor rank's part.
 
-    `reading` matters to `Decoder.forward` alone; None: one sequence of the run's length, as its data was read.
+    `reading` matters to `Decoder.forward` alone; None: one sequence of the longest that the model reads.
     """
-    config = reader.config
+    model = reader.model
     if reading is None:
-        reading = Reading(sequence_length=config.data.sequence_length, document_mask=config.data.document_mask)
-    blueprint = Blueprint(model=config.model, device=device, dtype=dtype, tensor=tensor)
+        reading = Reading(sequence_length=model.max_positions, document_mask=False)
+    blueprint = Blueprint(model=model, device=device, dtype=dtype, tensor=tensor)
     return assemble_decoder(blueprint, reader.read, reading=reading)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
-from train.checkpoint.manifest import resolve_checkpoint
+from train.checkpoint.manifest import MANIFEST, file_facts, resolve_checkpoint
 from train.checkpoint.reader import CheckpointReader
 from train.config.export import ExportConfig
+from train.config.imported import ImportedConfig
 from train.convert.card import model_card
 from train.convert.hf_config import check_expressible
-from train.convert.hf_export import resolve_export_dtype, write_model
-from train.convert.prove import Task, check_can_prove, prove_in_child, write_report
-from train.convert.publication import Publication
+from train.convert.hf_export import plan_weights, resolve_export_dtype, write_model
+from train.convert.prove import Task, check_can_prove, prove_in_child
+from train.convert.publication import REPORT, Publication, check_room
+from train.convert.report import summary, write_report
 
 
 def run(config: ExportConfig) -> int:
@@ -24,41 +25,30 @@ def run(config: ExportConfig) -> int:
     if config.proof:
         check_can_prove()
     reader = CheckpointReader(resolve_checkpoint(config.checkpoint))
-    check_expressible(reader.config.model)  # before its files are read, which takes long
-    dtype = resolve_export_dtype(config.dtype, reader.config)
+    check_expressible(reader.model)  # before its files are read, which takes long
+    dtype = resolve_export_dtype(config.dtype, reader)
+    plan = plan_weights(reader, dtype, shard_bytes=config.shard_bytes)
     out = Path(config.out) if config.out is not None else default_folder(reader)
-    with Publication(out, overwrite=config.overwrite) as folder:
+    check_room(out, sum(shard.bytes for shard in plan))
+    source = {"manifest": file_facts(reader.path / MANIFEST).sha256, "dtype": dtype, "shard_bytes": config.shard_bytes}
+    with Publication(out, overwrite=config.overwrite, source=source) as folder:
         print(f"{reader.path.name}: checking its files, then writing {dtype} weights", file=sys.stderr)
         reader.verify()
-        write_model(reader, folder, dtype=dtype, shard_bytes=config.shard_bytes)
+        write_model(reader, plan, folder, dtype=dtype)
         if config.proof:
-            task = Task(checkpoint=reader.path, folder=folder, dtype=dtype, limit=config.proof_sequences)
+            task = Task(
+                checkpoint=reader.path, folder=folder, dtype=dtype, report=folder / REPORT, limit=config.proof_sequences
+            )
             report = prove_in_child(task)
         else:
-            report = write_report(reader, folder, dtype=dtype, findings=None)
+            report = write_report(reader, folder / REPORT, dtype=dtype, findings=None)
         (folder / "README.md").write_text(model_card(reader, report), encoding="utf-8")
     print("\n".join([*summary(report), f"exported to {out}"]))
     return 0
 
 
 def default_folder(reader: CheckpointReader) -> Path:
-    """Where an export goes when no folder is named: below the working folder, one for each run and step."""
-    return Path("exported") / f"{reader.config.run.name.replace('/', '-')}-{reader.path.name}"
-
-
-def summary(report: dict[str, Any]) -> list[str]:
-    """What the proof found, a line a check."""
-    if not report["proof"]:
-        return ["not proved (proof=false)"]
-    proof = report["proof"]
-    logits, loss = proof["logits"], proof["held_out_loss"]
-    lines = [
-        f"keys        all of {proof['weights']['tensors']} tensors, bit-equal to the checkpoint in {report['dtype']}",
-        f"logits      differ by at most {logits['max_abs_difference']:.2g} over {logits['positions']} positions, "
-        f"{logits['argmax_equal']} likeliest tokens equal",
-        f"generation  equal for {proof['generation']['prompts']} prompts",
-    ]
-    if "not_measured" in loss:
-        return [*lines, f"loss        not measured: {loss['not_measured']}"]
-    figures = f"{loss['longhaul']:.6f} in Longhaul, {loss['transformers']:.6f} in transformers"
-    return [*lines, f"loss        {figures}, over {loss['targets']:,} held-out tokens"]
+    """Where an export goes when no folder is named: below the working folder, one for each run and step, or import."""
+    if isinstance(reader.settings, ImportedConfig):
+        return Path("exported") / reader.path.name
+    return Path("exported") / f"{reader.settings.run.name.replace('/', '-')}-{reader.path.name}"

@@ -13,6 +13,7 @@ from train.checkpoint.manifest import resolve_checkpoint
 from train.checkpoint.reader import CheckpointReader
 from train.companions import ranks
 from train.config.generate import GenerateConfig
+from train.config.imported import ImportedConfig
 from train.config.model import ModelConfig
 from train.inference.cached import CachedDecoder
 from train.inference.generation import Continuation, Request, generate_ids
@@ -34,15 +35,17 @@ def run(config: GenerateConfig) -> int:
     if config.verify:
         reader.verify()
     tokenizer = Tokenizer(reader.tokenizer_folder)
+    # Our runs read documents without an opening; models from elsewhere have learned to expect theirs.
+    opening = tokenizer.opening() if isinstance(reader.settings, ImportedConfig) else []
     request = Request(
-        prompt=tuple(tokenizer.encode(prompt)),
+        prompt=(*opening, *tokenizer.encode(prompt)),
         max_new_tokens=config.max_new_tokens,
         sampling=Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p),
         num_samples=config.num_samples,
         seed=config.seed,
         num_known_ids=tokenizer.vocab_size,
     )
-    check_divisible(reader.config.model, config.tensor)
+    check_divisible(reader.model, config.tensor)
     end_of_document = special_id(tokenizer, "eos_token")
     continuations = [
         Continuation(tokenizer.stream(), stop=config.stop, end_of_document=end_of_document) for _ in range(request.num_samples)
@@ -54,7 +57,7 @@ def run(config: GenerateConfig) -> int:
         dtype = resolve_dtype(config.dtype, device)
         decoder = load_decoder(reader, dtype, device=context.device, tensor=context.tensor)
         started = time.perf_counter()
-        show(CachedDecoder(decoder, reader.config.model), request, continuations, console)
+        show(CachedDecoder(decoder, reader.model), request, continuations, console)
         seconds = time.perf_counter() - started
     num_tokens = sum(continuation.num_tokens for continuation in continuations)
     print(

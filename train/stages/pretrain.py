@@ -21,6 +21,7 @@ from train.device import peak_flops
 from train.engine import Engine
 from train.health.requests import Deadline, Requests
 from train.health.stragglers import Stragglers
+from train.initial import initial_folder
 from train.loop import Ending, Trainer
 from train.metrics import Metrics, NullMetrics, RunIdentity, Throughput
 from train.metrics.goodput import resume_goodput
@@ -104,9 +105,14 @@ def build(config: PretrainConfig, context: ParallelContext, attempt: Attempt, me
 
 
 def resume(engine: Engine, store: CheckpointStore, config: PretrainConfig, run_dir: Path) -> TrainState:
-    """State of the newest checkpoint that can be trusted, its weights and moments in `engine`; a fresh one without any."""
+    """State of the newest checkpoint that can be trusted, its weights and moments in `engine`.
+
+    Without any a fresh one; then `engine` has the weights of the configuration's initial checkpoint, if it names one.
+    """
     reader = store.load_newest(engine)
     if reader is None:
+        if config.initial_checkpoint is not None:
+            store.load_weights(engine, initial_folder(config.initial_checkpoint))
         return TrainState()
     state = TrainState.from_plain(reader.state)
     state.remember(read_interventions(run_dir))

@@ -19,6 +19,7 @@ from slurm.config import SubmitConfig
 from tests.unit.config.words import ENOUGH
 from train.config.export import ExportConfig
 from train.config.generate import GenerateConfig
+from train.config.hf_import import ImportConfig
 from train.config.pretrain import PretrainConfig
 
 REPOSITORY = CONF_FOLDER.parent
@@ -30,6 +31,7 @@ VERBS = {
     "prepare": (PrepareConfig, []),
     "generate": (GenerateConfig, ["checkpoint=runs/a", "prompt=x"]),
     "export": (ExportConfig, ["checkpoint=runs/a", "out=exported/a"]),
+    "import": (ImportConfig, ["hf=models/a", "out=imported/a"]),
     "submit": (SubmitConfig, []),
 }
 VARIABLE = "cluster.environment=[{{name: {}, value: {}, reason: {}}}]"
@@ -291,6 +293,9 @@ CASES: list[tuple[str, list[str], str]] = [
     ("export", ["checkpoint=''"], "checkpoint='': needs the folder of a checkpoint or of a run"),
     ("export", ["out=.."], "out='..': needs the name of a folder to make, such as out=exported/first"),
     ("export", ["shard_bytes=1"], "shard_bytes=1: must be at least 1024; 5000000000 is usual"),
+    ("import", ["hf=''"], "hf='': needs the folder of a Hugging Face model, or its name on the hub"),
+    ("import", ["out=.."], "out='..': needs the name of a folder to make, such as out=imported/first"),
+    ("import", ["shard_bytes=1"], "shard_bytes=1: must be at least 1024; 5000000000 is usual"),
     ("export", ["proof_sequences=0"], "proof_sequences=0: must be at least 1; null means all of them"),
 ]
 

@@ -32,7 +32,7 @@ def test_export_with_its_proof(tmp_path, corpus, capsys):
     out = tmp_path / "hf"
     report = json.loads((out / REPORT).read_text())
     assert report["proved"]
-    assert (report["step"], report["dtype"], report["run"]) == (7, "bf16", "sample")
+    assert (report["step"], report["dtype"], report["origin"]) == (7, "bf16", "sample")
     assert report["proof"]["logits"]["argmax_equal"] >= 1000
     loss = report["proof"]["held_out_loss"]
     assert loss["targets"] > 0

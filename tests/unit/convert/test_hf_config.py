@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import get_args
 
@@ -13,8 +14,9 @@ from tests.parity.pairs import CASES
 from tests.unit.convert.checkpoints import GPT2, LLAMA, LLAMA_STRETCHED
 from train.config.families import FAMILIES, FamilyName
 from train.config.model import RopeConfig
-from train.convert.hf_config import WRITERS, SpecialIds, generation_config, model_config
-from train.convert.keymap import TABLES
+from train.convert.families import FAMILIES as FOREIGN
+from train.convert.hf_config import SpecialIds, generation_config, model_config, read_model_config
+from train.convert.proof.files import prove_config
 
 SPECIAL = SpecialIds(bos=None, eos=0)
 
@@ -87,10 +89,20 @@ def test_no_id_is_padding_by_a_class_default():
 
 def test_a_custom_model_has_no_class():
     custom = replace(LLAMA, family="custom", window=8)
-    with pytest.raises(UserError, match=r"model\.family=custom: no Hugging Face class .* one of gpt2, llama, mistral"):
+    with pytest.raises(
+        UserError, match=r"model\.family=custom: no Hugging Face class .* one of gpt2, gpt_neox, llama, mistral"
+    ):
         model_config(custom, SPECIAL, "bf16")
 
 
 def test_every_family_but_custom_is_written_and_mapped():
     names = set(get_args(FamilyName))
-    assert names == set(FAMILIES) == set(WRITERS) | {"custom"} == set(TABLES)
+    assert names == set(FAMILIES) == set(FOREIGN) | {"custom"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_settings_come_back_as_they_went(case, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(model_config(CASES[case], SPECIAL, "fp32")))
+    read = read_model_config(tmp_path)
+    assert read.notes == ()
+    assert not prove_config(CASES[case], tmp_path, lambda _: read.model).problems

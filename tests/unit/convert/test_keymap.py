@@ -10,7 +10,7 @@ import torch
 from conf.errors import UserError
 from tests.parity.pairs import CASES
 from tests.unit.convert.checkpoints import GPT2, LLAMA, LLAMA_STRETCHED, VOCAB_SIZE
-from train.convert.keymap import LLAMA as LLAMA_TABLE
+from train.convert.families.llama import LLAMA as LLAMA_FAMILY
 from train.convert.keymap import KeyMap
 from train.model.cost import parameter_shapes
 
@@ -98,10 +98,10 @@ def test_gemma_norms_by_hand():
 
 def test_a_tensor_without_a_place_is_an_error():
     with pytest.raises(UserError, match="no place for embedding.positions.weight"):
-        KeyMap(replace(LLAMA, family="custom", positions="learned"), LLAMA_TABLE)
+        KeyMap(replace(LLAMA, family="custom", positions="learned"), LLAMA_FAMILY.rules)
     with pytest.raises(UserError, match="family=custom: has no place for embedding.tokens.weight"):
         KeyMap(replace(LLAMA, family="custom"))
-    shorter = tuple(rule for rule in LLAMA_TABLE if not rule.logical.startswith("final_norm"))
+    shorter = tuple(rule for rule in LLAMA_FAMILY.rules if not rule.logical.startswith("final_norm"))
     with pytest.raises(UserError, match="no place for final_norm.weight"):
         KeyMap(LLAMA, shorter)
 

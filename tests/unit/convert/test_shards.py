@@ -12,9 +12,13 @@ from safetensors.torch import load_file
 
 from conf.errors import UserError
 from train.convert.publication import REPORT, UNFINISHED, Publication
-from train.convert.shards import ShardWriter, plan_shards
+from train.convert.shards import Entry, ShardWriter, plan_shards, write_index
 
 SHAPES = {"a": (3, 5), "b": (7,), "ü.weight": (2, 2, 2), "c": (40, 10), "d": (1,)}
+
+
+def _entries(dtype):
+    return {name: Entry(shape=shape, dtype=dtype) for name, shape in SHAPES.items()}
 
 
 def _values(dtype):
@@ -22,13 +26,14 @@ def _values(dtype):
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shard_bytes", [10**9, 100, 1])
 def test_the_library_reads_what_was_written(tmp_path, dtype, shard_bytes):
-    values, plan = _values(dtype), plan_shards(SHAPES, dtype, shard_bytes=shard_bytes)
-    with ShardWriter(tmp_path, plan, dtype) as writer:
+    values, plan = _values(dtype), plan_shards(_entries(dtype), shard_bytes=shard_bytes)
+    with ShardWriter(tmp_path, plan) as writer:
         for name, value in values.items():
             writer.write(name, value.float())
+    write_index(tmp_path, plan)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert [path.name for path in files] == [shard.file for shard in plan]
     read = {name: tensor for path in files for name, tensor in load_file(path).items()}
@@ -39,40 +44,44 @@ def test_the_library_reads_what_was_written(tmp_path, dtype, shard_bytes):
     for path, shard in zip(files, plan, strict=True):
         with safe_open(path, "pt") as handle:
             assert handle.metadata() == {"format": "pt"}
-        size = sum(prod(shape) for shape in shard.shapes.values()) * dtype.itemsize
-        assert size <= shard_bytes or len(shard.shapes) == 1
+        assert path.stat().st_size == shard.bytes
+        size = sum(prod(entry.shape) for entry in shard.entries.values()) * dtype.itemsize
+        assert size <= shard_bytes or len(shard.entries) == 1
     index = tmp_path / "model.safetensors.index.json"
     assert index.exists() == (len(plan) > 1)
     if len(plan) > 1:
         content = json.loads(index.read_text())
         assert content["metadata"]["total_size"] == sum(value.nbytes for value in values.values())
-        assert content["weight_map"] == {name: shard.file for shard in plan for name in shard.shapes}
+        assert content["weight_map"] == {name: shard.file for shard in plan for name in shard.entries}
 
 
 def test_views_are_written_by_their_values(tmp_path):
     matrix = torch.arange(12.0).view(3, 4)
-    plan = plan_shards({"t": (4, 3)}, torch.float32, shard_bytes=10**9)
-    with ShardWriter(tmp_path, plan, torch.float32) as writer:
+    plan = plan_shards({"t": Entry(shape=(4, 3), dtype=torch.float32)}, shard_bytes=10**9)
+    with ShardWriter(tmp_path, plan) as writer:
         writer.write("t", matrix.T)
     assert torch.equal(load_file(tmp_path / "model.safetensors")["t"], matrix.T)
 
 
 def test_a_missing_or_misplaced_tensor_is_never_silent(tmp_path):
-    plan = plan_shards(SHAPES, torch.float32, shard_bytes=10**9)
-    with pytest.raises(AssertionError, match="planned"), ShardWriter(tmp_path, plan, torch.float32) as writer:
+    plan = plan_shards(_entries(torch.float32), shard_bytes=10**9)
+    with pytest.raises(AssertionError, match="planned"), ShardWriter(tmp_path, plan) as writer:
         writer.write("b", torch.zeros(7))
-    with pytest.raises(AssertionError, match="not written"), ShardWriter(tmp_path, plan, torch.float32) as writer:
+    with pytest.raises(AssertionError, match="not written"), ShardWriter(tmp_path, plan) as writer:
         writer.write("a", torch.zeros(3, 5))
 
 
+SOURCE = {"weights": "abc"}
+
+
 def _publish(out, *, overwrite=False, content="new"):
-    with Publication(out, overwrite=overwrite) as folder:
+    with Publication(out, overwrite=overwrite, source=SOURCE) as folder:
         (folder / REPORT).write_text(content)
 
 
 def test_a_folder_appears_whole(tmp_path):
     out = tmp_path / "below" / "model"
-    with Publication(out, overwrite=False) as folder:
+    with Publication(out, overwrite=False, source=SOURCE) as folder:
         assert folder.name == "model.partial"
         (folder / REPORT).write_text("new")
         assert not out.exists()
@@ -82,10 +91,34 @@ def test_a_folder_appears_whole(tmp_path):
 
 def test_nothing_appears_after_an_error(tmp_path):
     out = tmp_path / "model"
-    with pytest.raises(RuntimeError), Publication(out, overwrite=False) as folder:
+    with pytest.raises(UserError, match="no good"), Publication(out, overwrite=False, source=SOURCE) as folder:
         (folder / REPORT).write_text("half")
-        raise RuntimeError
+        raise UserError("no good")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_leaves_whole_weights_for_the_same_source(tmp_path):
+    out = tmp_path / "model"
+    for source, kept in ((SOURCE, []), (SOURCE, ["a.safetensors"]), ({"weights": "other"}, [])):
+        with pytest.raises(KeyboardInterrupt), Publication(out, overwrite=False, source=source) as folder:
+            assert sorted(path.name for path in folder.iterdir() if path.name != UNFINISHED) == kept
+            for name in ("a.safetensors", "b.safetensors.part", "config.json"):
+                (folder / name).write_text("x")
+            (folder / "tokenizer").mkdir()
+            raise KeyboardInterrupt
+        assert not out.exists()
+    _publish(out)
+    assert [path.name for path in out.iterdir()] == [REPORT]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_two_at_once_are_refused(tmp_path):
+    out = tmp_path / "model"
+    with Publication(out, overwrite=False, source=SOURCE) as folder:
+        (folder / REPORT).write_text("new")
+        with pytest.raises(UserError, match="is being filled by another process"):
+            _publish(out)
+    assert (out / REPORT).read_text() == "new"
 
 
 def test_an_existing_folder_is_replaced_only_when_asked_and_ours(tmp_path):
@@ -93,7 +126,7 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_ours(tmp_path):
     _publish(out, content="old")
     with pytest.raises(UserError, match="exists; give another name"):
         _publish(out)
-    with pytest.raises(RuntimeError), Publication(out, overwrite=True):
+    with pytest.raises(RuntimeError), Publication(out, overwrite=True, source=SOURCE):
         raise RuntimeError
     assert (out / REPORT).read_text() == "old"
     _publish(out, overwrite=True)
@@ -103,7 +136,7 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_ours(tmp_path):
     foreign = tmp_path / "thesis"
     foreign.mkdir()
     (foreign / "chapter.txt").write_text("years of work")
-    with pytest.raises(UserError, match="is no earlier export"):
+    with pytest.raises(UserError, match="is no earlier conversion"):
         _publish(foreign, overwrite=True)
     assert (foreign / "chapter.txt").exists()
 
@@ -112,7 +145,7 @@ def test_leftovers_of_a_killed_export_are_cleared_and_nothing_else(tmp_path):
     partial = tmp_path / "model.partial"
     partial.mkdir()
     (partial / "mine.txt").write_text("not ours")
-    with pytest.raises(UserError, match="is no unfinished export"):
+    with pytest.raises(UserError, match="is no unfinished conversion"):
         _publish(tmp_path / "model")
     assert (partial / "mine.txt").exists()
     (partial / UNFINISHED).touch()

@@ -1,0 +1,87 @@
+"""conversion_report.json: what a conversion was made of, and what its proof found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.checkpoint.reader import CheckpointReader
+from train.config.imported import ImportedConfig
+
+if TYPE_CHECKING:
+    from train.convert.proof.finding import Finding
+
+
+def write_report(reader: CheckpointReader, path: Path, *, dtype: str, findings: Sequence[Finding] | None) -> dict[str, Any]:
+    """Write the report to `path`; `dtype` is that of the Hugging Face folder, `findings` None: no proof was asked for."""
+    settings = reader.settings
+    origin = settings.origin.source if isinstance(settings, ImportedConfig) else settings.run.name
+    report = {
+        "format": "hf",
+        "family": reader.model.family,
+        "written_by": reader.manifest.written_by,
+        "origin": Path(origin).name if Path(origin).is_absolute() else origin,
+        "step": reader.step,
+        "tokens": reader.tokens,
+        "dtype": dtype,
+        "proved": findings is not None and not any(finding.problems for finding in findings),
+        "versions": {name: version(name) for name in ("torch", "transformers")} if findings is not None else {},
+        "proof": {finding.name: _shown(finding) for finding in findings or ()},
+    }
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The report of a conversion."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def summary(report: dict[str, Any]) -> list[str]:
+    """What the proof found, a line a check."""
+    if not report["proof"]:
+        return ["not proved (proof=false)"]
+    proof = report["proof"]
+    logits, perplexity, loss = proof["logits"], proof["perplexity"], proof["held_out_loss"]
+    lines = [
+        f"keys        all of {proof['weights']['tensors']} tensors, bit-equal in {report['dtype']}",
+        f"logits      differ by at most {logits['max_abs_difference']:.2g} over {logits['positions']} positions, of which the "
+        f"last is {logits['last_position']}; {logits['argmax_equal']} likeliest tokens equal",
+        f"generation  equal for {proof['generation']['prompts']} prompts",
+        f"perplexity  {_both(perplexity, '.6g')}, of {perplexity['text']}",
+    ]
+    if "not_measured" in loss:
+        return [*lines, f"loss        not measured: {loss['not_measured']}"]
+    return [*lines, f"loss        {_both(loss, '.6f')}, over {loss['targets']:,} held-out tokens"]
+
+
+def proof_lines(report: dict[str, Any]) -> list[str]:
+    """The same for a model card."""
+    if not report["proof"]:
+        return ["None was asked for (`proof=false`)."]
+    logits, perplexity, loss = (report["proof"][name] for name in ("logits", "perplexity", "held_out_loss"))
+    lines = [
+        f"Weights are written in {report['dtype']}. Loaded by transformers {report['versions']['transformers']} and "
+        "compared in fp32 with the checkpoint in Longhaul:",
+        "",
+        f"- logits differ by at most {logits['max_abs_difference']:.2g} over {logits['positions']} positions",
+        f"- perplexity of {perplexity['text']}: {_both(perplexity, '.6g')}",
+    ]
+    if "not_measured" in loss:
+        return [*lines, "- held-out loss: not measured"]
+    return [*lines, f"- held-out loss over {loss['targets']:,} tokens: {_both(loss, '.6f')}"]
+
+
+def _both(figures: dict[str, Any], form: str) -> str:
+    return f"{figures['longhaul']:{form}} in Longhaul, {figures['transformers']:{form}} in transformers"
+
+
+def _shown(finding: Finding) -> dict[str, Any]:
+    shown = asdict(finding)
+    return {"passed": not finding.problems, **shown["figures"]} | (
+        {"problems": list(finding.problems)} if finding.problems else {}
+    )

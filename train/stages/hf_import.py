@@ -1,0 +1,67 @@
+"""Import: a Hugging Face model folder becomes a checkpoint, proved before it appears."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from conf.errors import UserError
+from train.checkpoint.reader import CheckpointReader
+from train.config.hf_import import ImportConfig
+from train.config.imported import Origin
+from train.convert.hf_import import Found, fetch, inspect_folder, plan_checkpoint, take_tokenizer, write_checkpoint
+from train.convert.prove import Task, check_can_prove, prove_in_child
+from train.convert.publication import REPORT, Publication, check_room
+from train.convert.report import summary, write_report
+
+
+def run(config: ImportConfig) -> int:
+    """Write, prove and publish; tells what was found. Returns the exit code.
+
+    Raises UserError, and publishes nothing, when the folder holds what our decoder does not have, or the proof fails.
+    """
+    if config.proof:
+        check_can_prove()
+    folder, commit = fetch(config.hf, revision=config.revision, format=config.weights)
+    found = inspect_folder(folder, config.weights)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    out = Path(config.out) if config.out is not None else default_folder(config.hf)
+    plan = plan_checkpoint(found, shard_bytes=config.shard_bytes)
+    check_room(out, sum(shard.bytes for shard in plan))
+    tokenizer = folder if config.tokenizer is None else Path(config.tokenizer).expanduser()
+    origin = Origin(source=config.hf, revision=commit, dtype=found.dtype)
+    with Publication(out, overwrite=config.overwrite, source=identity(found, config)) as partial:
+        take_tokenizer(tokenizer, partial / "tokenizer", found.model)
+        print(f"{config.hf}: writing {found.dtype} weights of a {found.model.family}", file=sys.stderr)
+        write_checkpoint(found, plan, partial, origin=origin)
+        reader = CheckpointReader(partial)
+        if config.proof:
+            task = Task(
+                checkpoint=partial,
+                folder=folder,
+                dtype="stored",
+                report=partial / REPORT,
+                tokenizer=tokenizer,
+                weights=config.weights,
+            )
+            report = prove_in_child(task)
+        else:
+            report = write_report(reader, partial / REPORT, dtype=found.dtype, findings=None)
+    print("\n".join([*summary(report), f"imported to {out}; next: longhaul generate checkpoint={out} prompt=..."]))
+    return 0
+
+
+def default_folder(source: str) -> Path:
+    """Where an import goes when no folder is named: below the working folder, by the model's name."""
+    name = Path(source).expanduser().resolve().name if Path(source).expanduser().is_dir() else source.rpartition("/")[2]
+    if not name:
+        raise UserError(f"hf={source}: has no name; give out=FOLDER")
+    return Path("imported") / name
+
+
+def identity(found: Found, config: ImportConfig) -> dict[str, object]:
+    """What the weight files follow from: an interrupted import of the same goes on, of another begins anew."""
+    facts = {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in found.files.files}
+    settings = found.folder / "config.json"
+    return {"files": facts, "settings": settings.read_text(encoding="utf-8"), "shard_bytes": config.shard_bytes}
