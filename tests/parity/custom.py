@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tests.parity import hugging_face
 from tests.parity.pairs import CASES, Pair, randomise
 from train.config.model import ModelConfig, RopeConfig
-from train.convert.keymap import TABLES, KeyMap
+from train.convert.keymap import KeyMap, rules_of
 
 LIMIT = 64
 """What the stretched models were trained at; their contexts go on to 160."""
@@ -93,6 +93,6 @@ def make_custom_pair(name: str, **changes: Any) -> Pair:
     settings, table, build = CUSTOM[name]
     settings = replace(settings, **changes)
     theirs = randomise(build(settings), settings)
-    keymap = KeyMap(settings, TABLES[table])
+    keymap = KeyMap(settings, rules_of(table))
     keymap.check_foreign({name: tuple(parameter.shape) for name, parameter in hugging_face.named_weights(theirs).items()})
     return Pair(model=settings, theirs=theirs, keymap=keymap)
