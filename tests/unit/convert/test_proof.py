@@ -134,7 +134,7 @@ def test_a_weight_that_is_no_number_is_caught_and_named(tmp_path):
     )
     findings = _prove(reader, folder)
     assert "1 tensors hold values that are not finite: ['blocks.1.mlp.down.weight']" in findings["weights"].problems
-    assert "not finite" in findings["logits"].problems[0]
+    assert "not all finite" in findings["logits"].problems[0]
     assert "after blocks.1" in findings["logits"].problems[0]
     assert findings["generation"].problems or findings["perplexity"].problems
 
@@ -313,6 +313,21 @@ def test_continuations_may_part_at_a_tie_alone(tmp_path):
 
 
 @pytest.mark.usefixtures("few")
+def test_weights_without_end_are_caught_though_both_have_them(tmp_path):
+    reader, folder = _export(tmp_path, LLAMA)
+    endless = (torch.tensor(7), torch.tensor(0))  # one value, so that the logits are infinite, and none is no number
+    _edit_weights(folder, "lm_head.weight", lambda weight: weight.index_put(endless, torch.tensor(torch.inf)))
+    path = reader.path / "rank-00000.safetensors"
+    tensors = load_file(path)
+    tensors["weight/head.weight"].view(-1, 64)[endless] = torch.inf
+    save_file(tensors, path)
+    reader.release()
+    findings = _prove(reader, folder)
+    assert findings["weights"].problems == ("1 tensors hold values that are not finite: ['head.weight']",)
+    assert "logits are not all finite" in findings["logits"].problems[0]
+
+
+@pytest.mark.usefixtures("few")
 def test_a_large_model_continues_for_fewer_tokens_and_says_so(tmp_path, monkeypatch):
     reader, folder = _export(tmp_path, LLAMA)
     monkeypatch.setattr(outputs, "LARGE", 1000)
@@ -340,3 +355,29 @@ def test_a_folder_that_transformers_cannot_read(tmp_path):
     theirs, finding = open_theirs(folder, LLAMA)
     assert theirs is None
     assert "cannot read the folder" in finding.problems[0]
+
+
+def test_weights_that_transformers_makes_of_others_are_refused(tmp_path, monkeypatch):
+    _, folder = _export(tmp_path, LLAMA)
+
+    def merged(promise, *, device=None, dtype=None):
+        return torch.nn.Parameter(torch.empty(promise.get_shape(), device="meta"), requires_grad=False)
+
+    monkeypatch.setattr(stored.Promise, "to", merged)
+    theirs, finding = open_theirs(folder, LLAMA)
+    assert theirs is None
+    assert "of several tensors, which the proof cannot follow" in finding.problems[0]
+
+
+def test_weights_are_read_for_a_use_and_dropped_after_it(tmp_path):
+    reader, folder = _export(tmp_path, replace(LLAMA, tied_head=True))
+    theirs, _ = open_theirs(folder, LLAMA)
+    held = []
+    theirs.hidden(
+        outputs.random_rows(LLAMA), lambda *_: held.append(sum(not each.is_meta for each in theirs.module.parameters()))
+    )
+    assert len(held) == LLAMA.num_layers + 2
+    assert max(held) == 0  # between two layers none is there
+    for _ in theirs.logits(torch.zeros(3, LLAMA.hidden_size)):
+        assert not theirs.module.lm_head.weight.is_meta
+    assert all(each.is_meta for each in theirs.module.parameters())

@@ -6,9 +6,9 @@ Shapes: B sequences, S positions, T = B x S, C positions of a chunk, H hidden, V
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
-from math import ceil, sqrt
+from math import ceil, isfinite, sqrt
 from tempfile import TemporaryFile
 
 import torch
@@ -41,7 +41,7 @@ class Comparison:
     squares: float = 0.0
     values: int = 0
     equal: int = 0
-    margins: list[Tensor] | None = None
+    margins: list[Tensor] = field(default_factory=list)
     """Of the positions whose likeliest token differs: the distance of ours to the second."""
 
     def add(self, ours_CV: Tensor, theirs_CV: Tensor) -> None:
@@ -53,7 +53,7 @@ class Comparison:
         same_C = ours_CV.argmax(dim=1) == theirs_CV.argmax(dim=1)
         self.positions += len(same_C)
         self.equal += int(same_C.sum())
-        self.margins = [*(self.margins or ()), margin(ours_CV[~same_C])]
+        self.margins.append(margin(ours_CV[~same_C]))
 
     @property
     def allowed(self) -> float:
@@ -63,7 +63,7 @@ class Comparison:
     @property
     def ties(self) -> int:
         """Positions with two likeliest tokens, whose order fp32 cannot keep."""
-        return sum(int((each <= self.allowed).sum()) for each in self.margins or ())
+        return sum(int((each <= self.allowed).sum()) for each in self.margins)
 
 
 def margin(logits_CV: Tensor) -> Tensor:
@@ -100,8 +100,8 @@ def prove_logits(ours: OurModel, theirs: TheirModel, model: ModelConfig) -> Find
         for ours_CV, theirs_CV in zip(_kept(ours.logits(ours_TH)), theirs.logits(theirs_TH), strict=True):
             found.add(ours_CV, theirs_CV)
     problems = []
-    if not found.worst <= found.allowed:
-        what = "are not finite, or not in both" if found.worst == float("inf") else f"differ by up to {found.worst:.3g}"
+    if not (isfinite(found.worst) and found.worst <= found.allowed):
+        what = f"differ by up to {found.worst:.3g}" if isfinite(found.worst) else "are not all finite"
         place = f"the models part {parting.place or 'in the head: the hidden states before it are equal'}"
         problems.append(f"logits {what}, allowed is {found.allowed:.3g}; {place}")
     if found.equal + found.ties < found.positions or found.equal < MIN_POSITIONS:
@@ -147,7 +147,8 @@ def _kept(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
         stream.seek(0)
         for shape in shapes:
             chunk_CV = torch.empty(shape)
-            stream.readinto(chunk_CV.numpy().data)
+            read = stream.readinto(chunk_CV.numpy().data)
+            assert read == chunk_CV.nbytes, f"{read} bytes of {chunk_CV.nbytes} came back"
             yield chunk_CV
 
 
