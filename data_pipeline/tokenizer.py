@@ -21,11 +21,12 @@ from conf.errors import UserError
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.io import read_json, sha256_of, write_json
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, GENERATION_FILE = "tokenizer.json", "generation_config.json"
 # Files that a tokenizer folder may hold; model weights that lie beside them are not taken along.
 TOKENIZER_FILES = (
     TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+    GENERATION_FILE,
 )  # fmt: skip
 # Contractions; a word with the one sign before it; up to three digits; signs with their line ends; line ends; other blanks.
 LLAMA3_WORDS = (
@@ -58,6 +59,8 @@ class Tokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         added = self.backend.get_added_tokens_decoder()
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
+        self.text_size = max(set(vocabulary.values()) - self.special_ids, default=-1) + 1
+        """Ids below this are all that text can become: special tokens may lie beyond the rows of a model's embedding."""
         self._added = {number: token.content for number, token in added.items()}
         self._text_of = {number: text for text, number in vocabulary.items()}
         self.sha256 = sha256_of(file)
@@ -214,8 +217,10 @@ def adopt_tokenizer(source: str | Path, folder: Path) -> None:
     if not (source / TOKENIZER_FILE).is_file():
         _convert(source, folder)
         return
+    is_model = (source / "config.json").is_file()
     for name in TOKENIZER_FILES:
-        if (source / name).is_file():
+        # How one model is sampled from is no matter of another that is trained with its tokenizer.
+        if (source / name).is_file() and not (is_model and name == GENERATION_FILE):
             shutil.copyfile(source / name, folder / name)
 
 
@@ -223,7 +228,7 @@ def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), use_fast=True, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(source), use_fast=True, local_files_only=True, trust_remote_code=False)
         fast = tokenizer.is_fast
     except Exception as error:  # noqa: BLE001  (conversion fails in as many ways as there are tokenizers)
         words = " ".join(str(error).split())[:300]

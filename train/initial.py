@@ -10,7 +10,7 @@ from typing import Any
 from conf.compose import Composition, compose, to_plain, validate
 from conf.errors import UserError
 from data_pipeline.facts import CorpusFacts
-from train.checkpoint.manifest import published, read_manifest, resolve_checkpoint
+from train.checkpoint.manifest import DamagedCheckpoint, published, read_manifest, resolve_checkpoint
 from train.checkpoint.settings import read_settings
 from train.config.model import ModelConfig
 from train.config.pretrain import PretrainConfig
@@ -27,33 +27,58 @@ def configure(overrides: Sequence[str], config_dir: str | None = None) -> Pretra
     Raises ConfigError with all that is wrong, and UserError when the checkpoint cannot be read.
     """
     composed = compose("pretrain", overrides, config_dir)
-    if composed.tree.get("initial_checkpoint") is not None:
-        composed = _with_its_model(composed, overrides)
+    places = [composed.tree.get("initial_checkpoint"), *_run_of(composed.tree)]
+    if all(isinstance(place, str) for place in places):  # else validation says what is wrong
+        composed = _with_its_model(composed, overrides, config_dir)
     return validate(PretrainConfig, composed)
 
 
-def _with_its_model(composed: Composition, overrides: Sequence[str]) -> Composition:
-    given = composed.tree["initial_checkpoint"]
-    model = to_plain(_model_of(composed.tree))
+def _run_of(tree: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Folder and name of the run, not validated yet."""
+    run, usual = tree.get("run") or {}, RunConfig()
+    return run.get("folder", usual.folder), run.get("name", usual.name)
+
+
+def _with_its_model(composed: Composition, overrides: Sequence[str], config_dir: str | None) -> Composition:
+    first, base = _beginning(composed.tree)
+    model = to_plain(base)
     problems = list(composed.problems)
+    rule = f"with initial_checkpoint={first} the model is that checkpoint's"
     for word in overrides:
-        name, _, value = word.lstrip("+").partition("=")
+        name, _, value = word.lstrip("+~").partition("=")
         if name == "model":
-            problems.append(
-                f"model={value}: with initial_checkpoint={given} the model is that checkpoint's; leave it out, single settings "
-                f"such as model.dropout may be given"
-            )
+            problems.append(f"model={value}: {rule}; leave it out, single settings such as model.dropout may be given")
         elif name.startswith("model."):
-            _put(model, name.split(".")[1:], _look_up(composed.tree, name.split(".")))
-    return replace(composed, tree=composed.tree | {"model": model}, problems=tuple(problems))
+            given = _look_up(composed.tree, name.split("."))
+            if isinstance(given, dict):
+                problems.append(f"{name}={value}: {rule}; give its fields one by one, such as {name}.{next(iter(given))}=...")
+            else:
+                _put(model, name.split(".")[1:], given)
+        elif name == "experiment" and value != "null":
+            usual, theirs = (compose("pretrain", words, config_dir).tree.get("model") for words in ([], [word]))
+            if usual != theirs:
+                problems.append(f"experiment={value}: sets a model, and {rule}; give an experiment without one")
+    return replace(composed, tree=composed.tree | {"initial_checkpoint": first, "model": model}, problems=tuple(problems))
 
 
-def _model_of(tree: Mapping[str, Any]) -> ModelConfig:
-    """Of the newest checkpoint of the run where it has one, so that the first may be gone by then; else of the first."""
-    run = RunConfig(**{name: value for name, value in (tree.get("run") or {}).items() if name in ("name", "folder")})
-    own = published(Path(run.folder) / run.name / "checkpoints")
-    folder = own[-1] if own else initial_folder(tree["initial_checkpoint"])
-    return read_settings(folder, read_manifest(folder)).model
+def _beginning(tree: Mapping[str, Any]) -> tuple[str, ModelConfig]:
+    """Which checkpoint the run begins with, and its model.
+
+    Where the run has a checkpoint of its own both are what that says: the first one may be gone by then, or may have newer
+    ones beside it. Damaged ones are passed over, as they are when the run goes on.
+    """
+    given = tree["initial_checkpoint"]
+    folder, name = _run_of(tree)
+    for own in reversed(published(Path(folder) / name / "checkpoints")):
+        try:
+            settings = read_settings(own, read_manifest(own))
+        except DamagedCheckpoint:
+            continue
+        recorded = getattr(settings, "initial_checkpoint", None)
+        same = recorded is not None and Path(recorded).resolve().is_relative_to(Path(given).resolve())
+        return recorded if same else given, settings.model
+    first = initial_folder(given)
+    return str(first), read_settings(first, read_manifest(first)).model
 
 
 def _look_up(tree: Any, path: Sequence[str]) -> Any:

@@ -136,7 +136,9 @@ def settle(config: PretrainConfig, facts: CorpusFacts, *, elsewhere: bool = Fals
     Raises UserError when a vocabulary that was given is too small for the corpus, or CUDA is asked for and absent.
     """
     vocab_size = config.model.vocab_size or facts.vocab_size
-    if vocab_size < facts.vocab_size:
+    # Published tokenizers may have special tokens beyond the rows of their model; text never becomes one of them.
+    needed = facts.vocab_size if config.initial_checkpoint is None else facts.eod_id + 1
+    if vocab_size < needed:
         raise UserError(
             f"model.vocab_size={vocab_size}: the corpus has token ids up to {facts.vocab_size - 1}; "
             f"give at least {facts.vocab_size}, or null to take the tokenizer's size"

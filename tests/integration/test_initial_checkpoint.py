@@ -103,6 +103,9 @@ def test_a_run_goes_on_when_its_first_checkpoint_is_gone(corpus: Path, imported:
     words = words_of(corpus, copy, tmp_path)
     assert longhaul("pretrain", *words, "budget.stop_at_step=3").returncode == 85
     shutil.rmtree(copy)
+    newest = sorted((tmp_path / "on" / "checkpoints").iterdir())[-1]
+    shutil.copytree(newest, newest.with_name("step-00000004"))
+    (newest.with_name("step-00000004") / "manifest.json").write_text("{")  # damaged, and passed over
     done = longhaul("pretrain", *words)
     assert done.returncode == 0, done.stderr + done.stdout
     resumed, undisturbed = (
@@ -118,6 +121,9 @@ def test_a_run_goes_on_when_its_first_checkpoint_is_gone(corpus: Path, imported:
         (["model=llama_tiny"], "model=llama_tiny: with initial_checkpoint="),
         (["model.num_layers=3"], "blocks.2.attention_norm.weight is absent there, and 32 in the model"),
         (["model.bias=true"], "is absent there"),
+        (["model.rope={base: 700.0}"], "give its fields one by one, such as model.rope."),
+        (["experiment=quickstart"], "experiment=quickstart: sets a model, and with initial_checkpoint="),
+        (["initial_checkpoint=7"], "initial_checkpoint"),
         (["initial_checkpoint=nowhere"], "initial_checkpoint=nowhere: no such folder"),
     ],
 )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from train.checkpoint.reader import CheckpointReader
 from train.config.imported import ImportedConfig, Origin
 from train.config.model import ModelConfig
 from train.config.pretrain import PretrainConfig
-from train.convert.report import proof_lines
+from train.convert.report import proof_lines, source_name
 from train.model.cost import num_parameters
 
 _OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
@@ -20,7 +19,7 @@ def model_card(reader: CheckpointReader, report: dict[str, Any]) -> str:
     """Markdown, with the metadata block that the Hugging Face hub reads."""
     settings, model = reader.settings, reader.model
     if isinstance(settings, ImportedConfig):
-        name, tag = source_name(settings.origin.source), "imported"
+        name, tag = settings.origin.source, "imported"
         made = "taken over as it was, not trained,"
         history: list[tuple[str, object]] = [("source", _origin(settings.origin))]
     else:
@@ -66,14 +65,8 @@ def model_card(reader: CheckpointReader, report: dict[str, Any]) -> str:
     )
 
 
-def source_name(text: str) -> str:
-    """What a source is called elsewhere: a name on the hub as it is, of a folder its own name alone."""
-    path = Path(text).expanduser()
-    return path.resolve().name if path.is_absolute() or path.is_dir() else text
-
-
 def _origin(origin: Origin) -> str:
-    return source_name(origin.source) + ("" if origin.revision is None else f", commit {origin.revision}")
+    return origin.source + ("" if origin.revision is None else f", commit {origin.revision}")
 
 
 def _model_rows(model: ModelConfig) -> list[tuple[str, object]]:

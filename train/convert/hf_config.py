@@ -26,6 +26,12 @@ INERT = {
     "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "vocab_size", "tie_word_embeddings",
     "initializer_range",
 }  # fmt: skip
+# Fields that some class computes with: where a family has no such field, a value is no remark that can be left out.
+COMPUTED = {
+    "alibi", "clip_qkv", "lm_head_bias", "no_rope_layers", "rope_interleaved", "sliding_window", "use_sliding_window",
+    "attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "embedding_multiplier", "residual_multiplier",
+    "attention_multiplier", "logits_scaling", "num_local_experts", "num_experts",
+}  # fmt: skip
 # Older words of fields that are read in their new form.
 OLDER = {
     "rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base", "rope_local_base_freq", "partial_rotary_factor",
@@ -112,9 +118,13 @@ def read_model_config(folder: Path) -> ReadConfig:
             **settings,
         )
     except ConfigError as error:
-        raise ConfigError([f"{folder / 'config.json'}, read as model.{problem}" for problem in error.problems]) from None
+        told = [problem.partition("; take that, or family=custom")[0] for problem in error.problems]
+        raise ConfigError([f"{folder / 'config.json'}, read as model.{problem}" for problem in told]) from None
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
+    if active := sorted(name for name in raw.keys() & COMPUTED - fields.read if raw[name]):
+        path = folder / "config.json"
+        raise ConfigError([f"{path}: {name}={shown(raw[name])} is no part of {family.model_type} here" for name in active])
     beyond = {name: value for name, value in values.items() if name not in fields.read | INERT and not name.startswith("_")}
     unsupported = [
         f"{folder / 'config.json'}: {name}={shown(value)} is not supported, only {shown(defaults[name])} is"
@@ -147,7 +157,7 @@ def _family_of(folder: Path) -> tuple[str, Json]:
         raise UserError(f"{path}: model_type={shown(kind)} is no family known here, only {', '.join(names)} are{way_out}")
     expected = FAMILIES[names[kind]].architecture
     given = raw.get("architectures") or [expected]
-    if given != [expected]:
+    if [str(name).lower() for name in given] != [expected.lower()]:  # the first Llamas were LLaMAs
         raise UserError(f"{path}: architectures={shown(given)}: only {expected}, a model of language, can be imported")
     if raw.get("quantization_config"):
         raise UserError(f"{path}: quantization_config: the weights are quantised; import the model they were made from")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from conf.errors import UserError
 from data_pipeline.io import read_json
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import GENERATION_FILE, Tokenizer
 from train.checkpoint.reader import CheckpointReader
 from train.config.imported import ImportedConfig
 from train.convert.hf_config import DType, SpecialIds, check_expressible, generation_config, model_config
@@ -22,7 +22,7 @@ from train.convert.shards import Entry, Shard, ShardWriter, plan_shards, write_i
 from train.inference.special import special_id
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
+TEMPLATE = "chat_template.jinja"
 
 
 def resolve_export_dtype(name: Literal["auto"] | DType, reader: CheckpointReader) -> DType:
@@ -52,17 +52,17 @@ def write_model(reader: CheckpointReader, plan: tuple[Shard, ...], folder: Path,
     model = reader.model
     check_expressible(model)
     tokenizer = Tokenizer(reader.tokenizer_folder)
-    if tokenizer.vocab_size > model.vocab_size:
+    if tokenizer.text_size > model.vocab_size:
         raise UserError(
-            f"{reader.tokenizer_folder}: has {tokenizer.vocab_size} tokens, model.vocab_size={model.vocab_size}; "
+            f"{reader.tokenizer_folder}: has {tokenizer.text_size} tokens, model.vocab_size={model.vocab_size}; "
             "it is not the tokenizer that the model was trained with"
         )
     write_weights(reader, plan, folder, dtype=dtype)
     special = SpecialIds(bos=special_id(tokenizer, "bos_token"), eos=special_id(tokenizer, "eos_token"))
     _write_json(folder / "config.json", model_config(model, special, dtype))
     copy_tokenizer(reader.tokenizer_folder, folder)
-    if not (folder / GENERATION).is_file():  # that of an imported model comes with its tokenizer
-        _write_json(folder / GENERATION, generation_config(special))
+    if not (folder / GENERATION_FILE).is_file():  # that of an imported model comes with its tokenizer
+        _write_json(folder / GENERATION_FILE, generation_config(special))
 
 
 def write_weights(reader: CheckpointReader, plan: tuple[Shard, ...], folder: Path, *, dtype: DType) -> None:

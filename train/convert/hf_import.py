@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from conf.compose import as_yaml
 from conf.errors import UserError
-from data_pipeline.tokenizer import Tokenizer, adopt_tokenizer
+from data_pipeline.tokenizer import GENERATION_FILE, Tokenizer, adopt_tokenizer
 from train.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -169,7 +170,9 @@ def take_tokenizer(source: Path, folder: Path, model: ModelConfig) -> None:
     except UserError as error:
         words = str(error).removeprefix(f"tokenizer.path={source}: ")
         raise UserError(f"{source}: {words}; tokenizer=FOLDER takes that of another folder") from None
-    size = Tokenizer(folder).vocab_size
+    if (source / GENERATION_FILE).is_file():
+        shutil.copyfile(source / GENERATION_FILE, folder / GENERATION_FILE)
+    size = Tokenizer(folder).text_size
     if size > model.vocab_size:
         raise UserError(
             f"{source}: its tokenizer has {size:,} tokens, the model an embedding of {model.vocab_size:,}; it belongs to "
@@ -194,7 +197,8 @@ def fetch(name: str, *, revision: str | None, format: WeightFormat) -> tuple[Pat
 
     weights = "*.safetensors" if format == "safetensors" else "*.bin"
     try:
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=[*PATTERNS, weights]))
+        wanted = {"allow_patterns": [*PATTERNS, weights], "ignore_patterns": ["*/*", "consolidated*"]}  # the same weights again
+        found = Path(snapshot_download(name, revision=revision, **wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         words = " ".join(str(error).split())[:300]
         raise UserError(f"hf={name}: no such folder, and the hub gave nothing ({type(error).__name__}: {words})") from None

@@ -17,6 +17,7 @@ from conf.errors import UserError
 from train.checkpoint.reader import CheckpointReader
 from train.config.imported import ImportedConfig
 from train.convert.hf_export import resolve_export_dtype
+from train.convert.publication import Unfinished
 from train.convert.report import read_report, write_report
 from train.convert.weights import WeightFormat
 
@@ -101,9 +102,13 @@ def prove_in_child(task: Task) -> dict[str, Any]:
     """
     task.report.unlink(missing_ok=True)  # of an earlier proof
     command = [sys.executable, "-P", "-m", "train.convert.prove", *task.words()]
-    code = subprocess.run(command, env=child_environment(), check=False).returncode
+    environment = child_environment() | {"TMPDIR": str(task.report.parent.absolute())}  # room for logits is where weights are
+    code = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
     if code not in (0, NOT_PROVED) or not task.report.is_file():
-        raise UserError(f"the proof ended with exit code {code} before it was done; nothing was published")
+        raise Unfinished(
+            f"the proof ended with exit code {code} before it was done; nothing was published. The weights that were written "
+            f"are kept, the same command goes on with them"
+        )
     report = read_report(task.report)
     problems = [f"{name}: {text}" for name, found in report["proof"].items() for text in found.get("problems", ())]
     if problems:
@@ -125,8 +130,8 @@ def find_held_out(reader: CheckpointReader) -> Loader | Finding:
     try:
         fingerprint = inspect_sources(data).fingerprint
         loader = Loader(data, split="validation", seed=config.run.seed, vocab_size=config.model.vocab_size)
-    except UserError as error:
-        return Finding(name="held_out_loss", figures={"not_measured": str(error)})
+    except UserError:  # its text has paths of this machine, and the report goes out with the model
+        return Finding(name="held_out_loss", figures={"not_measured": "the prepared corpus is gone, or cannot be read"})
     if fingerprint != reader.manifest.data_fingerprint:
         changed = "the prepared corpus is not the one that the checkpoint was trained on"
         return Finding(name="held_out_loss", figures={"not_measured": changed})
@@ -153,7 +158,8 @@ def main(words: Sequence[str]) -> int:
         read_back=lambda folder: read_model_config(folder).model,
     )
     dtype = resolve_export_dtype("auto", reader) if task.dtype == "stored" else task.dtype
-    report = write_report(reader, task.report, dtype=dtype, findings=findings)
+    made = "checkpoint" if task.dtype == "stored" else "hf"
+    report = write_report(reader, task.report, format=made, dtype=dtype, findings=findings)
     return 0 if report["proved"] else NOT_PROVED
 
 

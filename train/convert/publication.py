@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Literal, TextIO, TypeAlias
 
 from conf.errors import UserError
 from train.checkpoint.manifest import sync_folder
@@ -23,16 +23,24 @@ UNFINISHED = ".unfinished-conversion"
 """Marks a folder as ours while it is being filled; holds what it is made from, and is locked by who fills it."""
 
 
+Format: TypeAlias = Literal["hf", "checkpoint"]
+"""What a conversion makes."""
+
+
+class Unfinished(UserError):
+    """A conversion that cannot end now; the weight files that are whole are kept, and the same command goes on behind them."""
+
+
 class Publication:
     """Context whose value is the folder to fill, `<out>.partial`; without an error it becomes `out` at the end.
 
-    After a UserError, such as a failed proof, nothing is left; after any other end the weight files that are whole are kept,
-    and found in the folder by the next one who makes it from the same `source`.
-    Raises UserError when `out` exists, unless `overwrite` is set and it is an earlier conversion.
+    After a UserError, such as a failed proof, nothing is left; after Unfinished, or any other end, the weight files that are
+    whole are kept, and found in the folder by the next one who makes it from the same `source`.
+    Raises UserError when `out` exists, unless `overwrite` is set and it is an earlier conversion of the same format.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool, source: Mapping[str, object]) -> None:
-        self.out = out
+    def __init__(self, out: Path, format: Format, *, overwrite: bool, source: Mapping[str, object]) -> None:
+        self.out, self.format = out, format
         self.partial = out.with_name(f"{out.name}.partial")
         self._replaced = out.with_name(f"{out.name}.replaced")
         self._overwrite = overwrite
@@ -40,8 +48,7 @@ class Publication:
         self._marker: TextIO | None = None
 
     def __enter__(self) -> Path:
-        if os.path.lexists(self.out):
-            self._check_replaceable()
+        self._check_out()
         if self._replaced.exists() and not (self._replaced / REPORT).is_file():
             raise UserError(f"{self._replaced}: exists and is no earlier conversion; move it away, its name is needed")
         if self.partial.exists() and not (self.partial / UNFINISHED).is_file():
@@ -52,21 +59,30 @@ class Publication:
         except OSError as error:
             raise UserError(f"out={self.out}: {self.partial} cannot be made ({error.strerror})") from None
         self._claim(self._marker)
+        try:
+            self._check_out()  # again: who held the folder before may have published since
+        except UserError:
+            self._leave(keep=False)
+            raise
         return self.partial
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
-            if issubclass(kind, UserError):
-                shutil.rmtree(self.partial)
-            self._marker.close()
+            self._leave(keep=not issubclass(kind, UserError) or issubclass(kind, Unfinished))
             return
-        (self.partial / UNFINISHED).unlink()
+        try:
+            self._check_out()
+        except UserError as error:
+            self._leave(keep=True)
+            raise Unfinished(f"{error}; it was not there before, and what was made lies in {self.partial}") from None
         sync_folder(self.partial)
         if self.out.exists():
             if self._replaced.exists():  # of a conversion that was ended between the two renames below
                 shutil.rmtree(self._replaced)
             self.out.rename(self._replaced)
         self.partial.rename(self.out)
+        (self.out / UNFINISHED).unlink()
+        sync_folder(self.out)
         sync_folder(self.out.parent)
         self._marker.close()
         if self._replaced.exists():
@@ -88,19 +104,43 @@ class Publication:
         marker.write(self._source)
         marker.flush()
 
-    def _check_replaceable(self) -> None:
+    def _leave(self, *, keep: bool) -> None:
+        if not keep or not any(self.partial.glob("*.safetensors")):
+            shutil.rmtree(self.partial)
+        self._marker.close()
+
+    def _check_out(self) -> None:
+        if not os.path.lexists(self.out):
+            return
+        if self.out.is_symlink():
+            raise UserError(f"out={self.out}: is a link; give the folder that it leads to, or another name")
         if not self._overwrite:
             raise UserError(f"out={self.out}: exists; give another name, or overwrite=true to replace an earlier conversion")
-        if not (self.out / REPORT).is_file():
-            raise UserError(f"out={self.out}: is no earlier conversion (it lacks {REPORT}), so overwrite=true leaves it alone")
+        if _format_of(self.out) != self.format:
+            raise UserError(
+                f"out={self.out}: is no earlier conversion of this kind (no {REPORT} says so); overwrite=true leaves it alone"
+            )
+
+
+def check_apart(out: Path, source: Path) -> None:
+    """Raise UserError when a conversion would write into what it reads, or over it."""
+    here, there = out.expanduser().resolve(), source.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise UserError(f"out={out}: is what is read, or lies within it, or around it ({source}); give another folder")
+
+
+def _format_of(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / REPORT).read_text(encoding="utf-8")).get("format")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
-    """Raise UserError when the file system of `folder`, which may not exist yet, lacks room for so much."""
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    """Raise Unfinished when the file system of `folder` lacks room for so much."""
+    free = shutil.disk_usage(folder).free
     if free < needed_bytes:
-        raise UserError(
-            f"out={folder}: needs {needed_bytes / 1e9:,.1f} GB, and {place} has {free / 1e9:,.1f} GB free; make room, or give "
-            f"another out"
+        raise Unfinished(
+            f"{folder}: needs {needed_bytes / 1e6:,.0f} MB, and its file system has {free / 1e6:,.0f} MB free; make room, or "
+            f"give another out"
         )

@@ -11,20 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 from train.checkpoint.reader import CheckpointReader
 from train.config.imported import ImportedConfig
+from train.convert.publication import Format
 
 if TYPE_CHECKING:
     from train.convert.proof.finding import Finding
 
 
-def write_report(reader: CheckpointReader, path: Path, *, dtype: str, findings: Sequence[Finding] | None) -> dict[str, Any]:
+def write_report(
+    reader: CheckpointReader, path: Path, *, format: Format, dtype: str, findings: Sequence[Finding] | None
+) -> dict[str, Any]:
     """Write the report to `path`; `dtype` is that of the Hugging Face folder, `findings` None: no proof was asked for."""
     settings = reader.settings
     origin = settings.origin.source if isinstance(settings, ImportedConfig) else settings.run.name
     report = {
-        "format": "hf",
+        "format": format,
         "family": reader.model.family,
         "written_by": reader.manifest.written_by,
-        "origin": Path(origin).name if Path(origin).is_absolute() else origin,
+        "origin": origin,
         "step": reader.step,
         "tokens": reader.tokens,
         "dtype": dtype,
@@ -34,6 +37,12 @@ def write_report(reader: CheckpointReader, path: Path, *, dtype: str, findings: 
     }
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def source_name(text: str) -> str:
+    """What a source is called elsewhere: a name on the hub as it is, of a folder its own name alone."""
+    path = Path(text).expanduser()
+    return path.resolve().name if path.is_absolute() or path.is_dir() else text
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -54,6 +63,8 @@ def summary(report: dict[str, Any]) -> list[str]:
         f"generation  equal for {proof['generation']['prompts']} prompts",
         f"perplexity  {_both(perplexity, '.6g')}, of {perplexity['text']}",
     ]
+    if "note" in proof["tokenizer"]:
+        lines.append(f"tokenizer   {proof['tokenizer']['note']}")
     if "not_measured" in loss:
         return [*lines, f"loss        not measured: {loss['not_measured']}"]
     return [*lines, f"loss        {_both(loss, '.6f')}, over {loss['targets']:,} held-out tokens"]

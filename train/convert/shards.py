@@ -81,6 +81,11 @@ def write_index(folder: Path, plan: Sequence[Shard]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def missing_bytes(folder: Path, plan: Sequence[Shard]) -> int:
+    """Size of the files that are still to be written."""
+    return sum(shard.bytes for shard in plan if not _is_whole(folder / shard.file, shard))
+
+
 class ShardWriter:
     """Writes the tensors of `plan` in their order; a file has its name when it is full and durable. Use as a context.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -78,7 +79,7 @@ class WeightFiles:
         if self._opened is None or self._opened[0] != file:
             path = self.folder / file
             try:
-                content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+                content = torch.load(path, weights_only=True, mmap=zipfile.is_zipfile(path), map_location="cpu")
             except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
                 words = " ".join(str(error).split())[:200]
                 raise UserError(f"{path}: cannot be read as a file of nothing but tensors ({words})") from None
@@ -99,6 +100,8 @@ def _files_of(folder: Path, format: WeightFormat) -> tuple[list[str], dict[str, 
     """Names of the weight files; and which tensor lies in which by the index, None where there is none."""
     stem = STEMS[format]
     index = folder / f"{stem}.index.json"
+    if index.is_file() and (folder / stem).is_file():
+        raise UserError(f"{folder}: holds {stem} and {index.name}, which may be other weights; remove one of them")
     if not index.is_file():
         if (folder / stem).is_file():
             return [stem], None

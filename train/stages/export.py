@@ -13,8 +13,9 @@ from train.convert.card import model_card
 from train.convert.hf_config import check_expressible
 from train.convert.hf_export import plan_weights, resolve_export_dtype, write_model
 from train.convert.prove import Task, check_can_prove, prove_in_child
-from train.convert.publication import REPORT, Publication, check_room
+from train.convert.publication import REPORT, Publication, check_apart, check_room
 from train.convert.report import summary, write_report
+from train.convert.shards import missing_bytes
 
 
 def run(config: ExportConfig) -> int:
@@ -29,10 +30,11 @@ def run(config: ExportConfig) -> int:
     dtype = resolve_export_dtype(config.dtype, reader)
     plan = plan_weights(reader, dtype, shard_bytes=config.shard_bytes)
     out = Path(config.out) if config.out is not None else default_folder(reader)
-    check_room(out, sum(shard.bytes for shard in plan))
+    check_apart(out, reader.path)
     source = {"manifest": file_facts(reader.path / MANIFEST).sha256, "dtype": dtype, "shard_bytes": config.shard_bytes}
-    with Publication(out, overwrite=config.overwrite, source=source) as folder:
+    with Publication(out, "hf", overwrite=config.overwrite, source=source) as folder:
         print(f"{reader.path.name}: checking its files, then writing {dtype} weights", file=sys.stderr)
+        check_room(folder, missing_bytes(folder, plan))
         reader.verify()
         write_model(reader, plan, folder, dtype=dtype)
         if config.proof:
@@ -41,7 +43,7 @@ def run(config: ExportConfig) -> int:
             )
             report = prove_in_child(task)
         else:
-            report = write_report(reader, folder / REPORT, dtype=dtype, findings=None)
+            report = write_report(reader, folder / REPORT, format="hf", dtype=dtype, findings=None)
         (folder / "README.md").write_text(model_card(reader, report), encoding="utf-8")
     print("\n".join([*summary(report), f"exported to {out}"]))
     return 0

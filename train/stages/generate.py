@@ -43,7 +43,7 @@ def run(config: GenerateConfig) -> int:
         sampling=Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p),
         num_samples=config.num_samples,
         seed=config.seed,
-        num_known_ids=tokenizer.vocab_size,
+        num_known_ids=min(tokenizer.vocab_size, reader.model.vocab_size),
     )
     check_divisible(reader.model, config.tensor)
     end_of_document = special_id(tokenizer, "eos_token")

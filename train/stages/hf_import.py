@@ -11,8 +11,9 @@ from train.config.hf_import import ImportConfig
 from train.config.imported import Origin
 from train.convert.hf_import import Found, fetch, inspect_folder, plan_checkpoint, take_tokenizer, write_checkpoint
 from train.convert.prove import Task, check_can_prove, prove_in_child
-from train.convert.publication import REPORT, Publication, check_room
-from train.convert.report import summary, write_report
+from train.convert.publication import REPORT, Publication, check_apart, check_room
+from train.convert.report import source_name, summary, write_report
+from train.convert.shards import missing_bytes
 
 
 def run(config: ImportConfig) -> int:
@@ -28,10 +29,11 @@ def run(config: ImportConfig) -> int:
         print(f"note: {note}", file=sys.stderr)
     out = Path(config.out) if config.out is not None else default_folder(config.hf)
     plan = plan_checkpoint(found, shard_bytes=config.shard_bytes)
-    check_room(out, sum(shard.bytes for shard in plan))
+    check_apart(out, folder)
     tokenizer = folder if config.tokenizer is None else Path(config.tokenizer).expanduser()
-    origin = Origin(source=config.hf, revision=commit, dtype=found.dtype)
-    with Publication(out, overwrite=config.overwrite, source=identity(found, config)) as partial:
+    origin = Origin(source=source_name(config.hf), revision=commit, dtype=found.dtype)
+    with Publication(out, "checkpoint", overwrite=config.overwrite, source=identity(found, config)) as partial:
+        check_room(partial, missing_bytes(partial, plan))
         take_tokenizer(tokenizer, partial / "tokenizer", found.model)
         print(f"{config.hf}: writing {found.dtype} weights of a {found.model.family}", file=sys.stderr)
         write_checkpoint(found, plan, partial, origin=origin)
@@ -47,14 +49,14 @@ def run(config: ImportConfig) -> int:
             )
             report = prove_in_child(task)
         else:
-            report = write_report(reader, partial / REPORT, dtype=found.dtype, findings=None)
+            report = write_report(reader, partial / REPORT, format="checkpoint", dtype=found.dtype, findings=None)
     print("\n".join([*summary(report), f"imported to {out}; next: longhaul generate checkpoint={out} prompt=..."]))
     return 0
 
 
 def default_folder(source: str) -> Path:
     """Where an import goes when no folder is named: below the working folder, by the model's name."""
-    name = Path(source).expanduser().resolve().name if Path(source).expanduser().is_dir() else source.rpartition("/")[2]
+    name = source_name(source).rpartition("/")[2]
     if not name:
         raise UserError(f"hf={source}: has no name; give out=FOLDER")
     return Path("imported") / name

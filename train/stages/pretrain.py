@@ -10,7 +10,7 @@ import torch
 
 from conf.compose import to_plain
 from conf.errors import UserError
-from data_pipeline.facts import inspect_sources
+from data_pipeline.facts import CorpusFacts, inspect_sources
 from data_pipeline.loader import Loader
 from train.attempt import Attempt
 from train.checkpoint.manifest import write_durably
@@ -21,7 +21,7 @@ from train.device import peak_flops
 from train.engine import Engine
 from train.health.requests import Deadline, Requests
 from train.health.stragglers import Stragglers
-from train.initial import initial_folder
+from train.initial import check_initial, initial_folder
 from train.loop import Ending, Trainer
 from train.metrics import Metrics, NullMetrics, RunIdentity, Throughput
 from train.metrics.goodput import resume_goodput
@@ -98,13 +98,13 @@ def build(config: PretrainConfig, context: ParallelContext, attempt: Attempt, me
             tokenizer_folder=corpus.tokenizer_path,
             folder=attempt_folder(attempt.run_dir, attempt.number),
         ),
-        state=resume(engine, store, config, attempt.run_dir),
+        state=resume(engine, store, config, attempt.run_dir, corpus=corpus),
         stragglers=Stragglers(context, config.monitor.stragglers_every_steps),
         watchdog=attempt.watchdog,
     )
 
 
-def resume(engine: Engine, store: CheckpointStore, config: PretrainConfig, run_dir: Path) -> TrainState:
+def resume(engine: Engine, store: CheckpointStore, config: PretrainConfig, run_dir: Path, *, corpus: CorpusFacts) -> TrainState:
     """State of the newest checkpoint that can be trusted, its weights and moments in `engine`.
 
     Without any a fresh one; then `engine` has the weights of the configuration's initial checkpoint, if it names one.
@@ -112,6 +112,7 @@ def resume(engine: Engine, store: CheckpointStore, config: PretrainConfig, run_d
     reader = store.load_newest(engine)
     if reader is None:
         if config.initial_checkpoint is not None:
+            check_initial(config, corpus)  # a job that waited for it was not checked when it was submitted
             store.load_weights(engine, initial_folder(config.initial_checkpoint))
         return TrainState()
     state = TrainState.from_plain(reader.state)

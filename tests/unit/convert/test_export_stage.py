@@ -60,7 +60,7 @@ def test_a_custom_model_is_refused_before_anything_is_read(tmp_path):
 
 def test_held_out_text_that_is_gone_or_another_is_not_measured(tmp_path, corpus):
     gone = CheckpointReader(write_checkpoint(tmp_path / "gone", LLAMA))
-    assert "no-corpus" in find_held_out(gone).figures["not_measured"]
+    assert "the prepared corpus is gone" in find_held_out(gone).figures["not_measured"]
     folder = write_checkpoint(tmp_path / "run", replace(LLAMA, vocab_size=300), corpus=corpus)
     assert find_held_out(CheckpointReader(folder)).num_samples > 0
     rewritten(folder, data_fingerprint="another")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from conf.errors import UserError
 from data_pipeline.config import TokenizerConfig
@@ -17,6 +18,8 @@ from data_pipeline.tokenizer import train_tokenizer
 from tests.parity.foreign import build, save
 from train.checkpoint.reader import CheckpointReader
 from train.config.hf_import import ImportConfig
+from train.convert.proof.files import prove_tokenizer
+from train.convert.proof.theirs import open_theirs
 from train.convert.shards import ShardWriter
 from train.stages import hf_import
 
@@ -137,6 +140,9 @@ CONFIGS = {
     ),
     "heads": ({"num_attention_heads": 5}, "transformers refuses it"),
     "nonsense": ({"num_hidden_layers": "many"}, "transformers refuses it"),
+    "of-other-classes": ({"clip_qkv": 8.0}, "clip_qkv=8.0 is no part of llama here"),
+    "no-number": ({"rope_parameters": {"rope_type": "linear", "factor": "4", "rope_theta": 1e4}}, "factor=4.* is no number"),
+    "low-factor": ({"rope_parameters": {"rope_type": "linear", "factor": 0.5, "rope_theta": 1e4}}, r"model\.rope\.factor=0\.5"),
     "another-shape": ({"num_hidden_layers": 2}, "holds unknown model.layers.2"),
 }
 
@@ -201,6 +207,44 @@ def test_a_tokenizer_with_more_tokens_than_the_model(folder):
     with pytest.raises(UserError, match="its tokenizer has 320 tokens, the model an embedding of 290"):
         run(folder)
     assert not (folder.parent / "out").exists() and not (folder.parent / "out.partial").exists()
+
+
+def test_special_tokens_may_lie_beyond_the_embedding(folder):
+    """As Gemma 3 has one for images, beyond the rows of its models of text."""
+    words = [" ".join(f"word{number} thing{number}" for number in range(200))]
+    train_tokenizer(TokenizerConfig(vocab_size=290, min_frequency=1), words, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<image>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert tokenizer.token_to_id("<image>") == 290
+    assert CheckpointReader(run(folder)).model.vocab_size == 290
+
+
+def test_code_in_the_folder_is_never_run(folder):
+    mark = folder / "ran"
+    code = "from transformers import PreTrainedTokenizerFast\nclass Mine(PreTrainedTokenizerFast): pass\n"
+    (folder / "mine.py").write_text(f"open({str(mark)!r}, 'w')\n{code}")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": [None, "mine.Mine"]}, "tokenizer_class": "Mine"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    change_config(folder, auto_map={"AutoModelForCausalLM": "mine.Mine"})
+    reader = CheckpointReader(run(folder))
+    prove_tokenizer(reader.tokenizer_folder, folder)
+    open_theirs(folder, reader.model)
+    assert not mark.exists()
+
+
+def test_two_sets_of_weights_are_not_chosen_from(folder):
+    weights = (folder / "model.safetensors").read_bytes()
+    as_shards(folder)
+    (folder / "model.safetensors").write_bytes(weights)
+    refused(folder, "which may be other weights; remove one of them")
+
+
+def test_an_import_into_its_source_is_refused(folder):
+    with pytest.raises(UserError, match="is what is read"):
+        hf_import.run(ImportConfig(hf=str(folder), out=str(folder), proof=False, overwrite=True))
+    assert (folder / "model.safetensors").exists()
 
 
 def test_a_tied_head_that_lies_in_the_files(tmp_path):
@@ -297,4 +341,16 @@ def test_an_interrupted_import_of_something_else_begins_anew(folder, monkeypatch
 def test_a_full_disk_is_told_before_anything_is_written(folder, monkeypatch):
     usage = shutil.disk_usage(folder)._replace(free=1000)
     monkeypatch.setattr("train.convert.publication.shutil.disk_usage", lambda _: usage)
-    refused(folder, "has 0.0 GB free; make room")
+    refused(folder, "its file system has 0 MB free; make room")
+
+
+def test_a_full_disk_needs_room_only_for_what_is_missing(folder, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("train.stages.hf_import.write_report", stopped)
+        run(folder)
+    usage = shutil.disk_usage(folder)._replace(free=1000)
+    monkeypatch.setattr("train.convert.publication.shutil.disk_usage", lambda _: usage)
+    assert CheckpointReader(run(folder)).names

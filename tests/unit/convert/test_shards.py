@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conf.errors import UserError
-from train.convert.publication import REPORT, UNFINISHED, Publication
+from train.convert.publication import REPORT, UNFINISHED, Publication, Unfinished, check_apart
 from train.convert.shards import Entry, ShardWriter, plan_shards, write_index
 
 SHAPES = {"a": (3, 5), "b": (7,), "ü.weight": (2, 2, 2), "c": (40, 10), "d": (1,)}
@@ -75,15 +75,15 @@ SOURCE = {"weights": "abc"}
 
 
 def _publish(out, *, overwrite=False, content="new"):
-    with Publication(out, overwrite=overwrite, source=SOURCE) as folder:
-        (folder / REPORT).write_text(content)
+    with Publication(out, "hf", overwrite=overwrite, source=SOURCE) as folder:
+        (folder / REPORT).write_text(json.dumps({"format": "hf", "text": content}))
 
 
 def test_a_folder_appears_whole(tmp_path):
     out = tmp_path / "below" / "model"
-    with Publication(out, overwrite=False, source=SOURCE) as folder:
+    with Publication(out, "hf", overwrite=False, source=SOURCE) as folder:
         assert folder.name == "model.partial"
-        (folder / REPORT).write_text("new")
+        (folder / REPORT).write_text(json.dumps({"format": "hf", "text": "new"}))
         assert not out.exists()
     assert [path.name for path in out.iterdir()] == [REPORT]
     assert [path.name for path in out.parent.iterdir()] == ["model"]
@@ -91,7 +91,7 @@ def test_a_folder_appears_whole(tmp_path):
 
 def test_nothing_appears_after_an_error(tmp_path):
     out = tmp_path / "model"
-    with pytest.raises(UserError, match="no good"), Publication(out, overwrite=False, source=SOURCE) as folder:
+    with pytest.raises(UserError, match="no good"), Publication(out, "hf", overwrite=False, source=SOURCE) as folder:
         (folder / REPORT).write_text("half")
         raise UserError("no good")
     assert list(tmp_path.iterdir()) == []
@@ -100,7 +100,7 @@ def test_nothing_appears_after_an_error(tmp_path):
 def test_an_interruption_leaves_whole_weights_for_the_same_source(tmp_path):
     out = tmp_path / "model"
     for source, kept in ((SOURCE, []), (SOURCE, ["a.safetensors"]), ({"weights": "other"}, [])):
-        with pytest.raises(KeyboardInterrupt), Publication(out, overwrite=False, source=source) as folder:
+        with pytest.raises(KeyboardInterrupt), Publication(out, "hf", overwrite=False, source=source) as folder:
             assert sorted(path.name for path in folder.iterdir() if path.name != UNFINISHED) == kept
             for name in ("a.safetensors", "b.safetensors.part", "config.json"):
                 (folder / name).write_text("x")
@@ -114,11 +114,11 @@ def test_an_interruption_leaves_whole_weights_for_the_same_source(tmp_path):
 
 def test_two_at_once_are_refused(tmp_path):
     out = tmp_path / "model"
-    with Publication(out, overwrite=False, source=SOURCE) as folder:
-        (folder / REPORT).write_text("new")
+    with Publication(out, "hf", overwrite=False, source=SOURCE) as folder:
+        (folder / REPORT).write_text(json.dumps({"format": "hf", "text": "new"}))
         with pytest.raises(UserError, match="is being filled by another process"):
             _publish(out)
-    assert (out / REPORT).read_text() == "new"
+    assert json.loads((out / REPORT).read_text())["text"] == "new"
 
 
 def test_an_existing_folder_is_replaced_only_when_asked_and_ours(tmp_path):
@@ -126,11 +126,11 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_ours(tmp_path):
     _publish(out, content="old")
     with pytest.raises(UserError, match="exists; give another name"):
         _publish(out)
-    with pytest.raises(RuntimeError), Publication(out, overwrite=True, source=SOURCE):
+    with pytest.raises(RuntimeError), Publication(out, "hf", overwrite=True, source=SOURCE):
         raise RuntimeError
-    assert (out / REPORT).read_text() == "old"
+    assert json.loads((out / REPORT).read_text())["text"] == "old"
     _publish(out, overwrite=True)
-    assert (out / REPORT).read_text() == "new"
+    assert json.loads((out / REPORT).read_text())["text"] == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
     foreign = tmp_path / "thesis"
@@ -161,3 +161,37 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
         _publish(tmp_path / "file" / "model")
+
+
+def test_what_appears_at_out_meanwhile_is_never_replaced(tmp_path):
+    out = tmp_path / "model"
+    with (
+        pytest.raises(Unfinished, match="was not there before"),
+        Publication(out, "hf", overwrite=False, source=SOURCE) as folder,
+    ):
+        (folder / "a.safetensors").write_text("x")
+        out.mkdir()
+        (out / "chapter.txt").write_text("years of work")
+    assert (out / "chapter.txt").read_text() == "years of work"
+    assert (tmp_path / "model.partial" / "a.safetensors").exists()
+
+
+def test_a_conversion_of_the_other_kind_and_a_link_are_left_alone(tmp_path):
+    out = tmp_path / "model"
+    with Publication(out, "checkpoint", overwrite=False, source=SOURCE) as folder:
+        (folder / REPORT).write_text(json.dumps({"format": "checkpoint"}))
+    with pytest.raises(UserError, match="is no earlier conversion of this kind"):
+        _publish(out, overwrite=True)
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    with pytest.raises(UserError, match="is a link"):
+        _publish(link, overwrite=True)
+    assert json.loads((out / REPORT).read_text())["format"] == "checkpoint"
+
+
+@pytest.mark.parametrize("place", ["source", "source/within", "."])
+def test_a_conversion_stays_out_of_what_it_reads(place, tmp_path):
+    (tmp_path / "source").mkdir()
+    with pytest.raises(UserError, match="is what is read, or lies within it, or around it"):
+        check_apart(tmp_path / place, tmp_path / "source")
+    check_apart(tmp_path / "source2", tmp_path / "source")

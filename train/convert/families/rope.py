@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from math import log
 from typing import Any
 
-from conf.errors import UserError
+from conf.errors import ConfigError, UserError
 from conf.schema import shown
 from train.config.model import RopeConfig
 from train.convert.families.family import Json
@@ -46,7 +46,7 @@ WORDS: dict[str, Mapping[str, str]] = {
     "yarn": _YARN,
     "longrope": _LONGROPE,
 }
-_SHARED = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_SHARED = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
 _DERIVED = {"yarn": {"mscale", "mscale_all_dim"}}  # what attention_factor is worked out from where it is not given
 
 
@@ -90,6 +90,9 @@ def read_rope(parameters: Mapping[str, Any], *, max_positions: int) -> RopeConfi
     if unknown := sorted(parameters.keys() - _SHARED - words.keys() - derived):
         raise UserError(f"config.json: rope_parameters of rope_type={kind} hold {', '.join(unknown)}, which is not supported")
     given = {name: parameters[name] for name in words if parameters.get(name) is not None}
+    for name, value in {"rope_theta": parameters.get("rope_theta"), **given}.items():
+        if not all(isinstance(number, (int, float)) for number in (value if isinstance(value, list) else [value])):
+            raise UserError(f"config.json: {name}={shown(value)} of rope_parameters is no number")
     settings: Json = {words[name]: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if scaling in ("yarn", "longrope") and "factor" not in given:
         settings["factor"] = max_positions / parameters["original_max_position_embeddings"]
@@ -97,12 +100,15 @@ def read_rope(parameters: Mapping[str, Any], *, max_positions: int) -> RopeConfi
         of_scores, of_all = (_magnitude(settings["factor"], parameters[name]) for name in ("mscale", "mscale_all_dim"))
         settings["attention_factor"] = of_scores / of_all
     fraction = parameters.get("partial_rotary_factor")
-    return RopeConfig(
-        base=float(parameters["rope_theta"]),
-        fraction=1.0 if fraction is None else float(fraction),
-        scaling=scaling,
-        **{name: float(value) if isinstance(value, int) and name in _FLOATS else value for name, value in settings.items()},
-    )
+    try:
+        return RopeConfig(
+            base=float(parameters["rope_theta"]),
+            fraction=1.0 if fraction is None else float(fraction),
+            scaling=scaling,
+            **{name: float(value) if isinstance(value, int) and name in _FLOATS else value for name, value in settings.items()},
+        )
+    except ConfigError as error:
+        raise ConfigError([f"rope.{problem}" for problem in error.problems]) from None
 
 
 _FLOATS = {"factor", "low_frequency_factor", "high_frequency_factor", "fast_turns", "slow_turns", "attention_factor"}

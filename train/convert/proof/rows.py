@@ -53,7 +53,12 @@ class Rows:
 
 
 def positions_at_once(model: ModelConfig) -> int:
-    """Positions that run through a model together, so that activations stay small beside a layer's weights."""
+    """Positions that run through a model together, so that activations stay small beside a layer's weights.
+
+    One sequence where the rotary frequencies follow from its length: transformers takes those of the longest for all.
+    """
+    if model.positions == "rotary" and model.rope.scaling == "longrope":
+        return 1
     widest = max(2 * model.ffn_size, (model.num_heads + 2 * model.kv_heads) * model.head_dim, model.hidden_size)
     return max(LEAST_POSITIONS, min(MOST_POSITIONS, ACTIVATION_BYTES // (4 * widest)))
 

@@ -155,6 +155,7 @@ def open_theirs(folder: Path, model: ModelConfig, format: WeightFormat = "safete
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=format == "safetensors",
             )
     except UNREADABLE as error:
@@ -165,7 +166,9 @@ def open_theirs(folder: Path, model: ModelConfig, format: WeightFormat = "safete
         if info.get(kind)
     ]
     if not problems:
-        unknown = [name for name, value in module.named_parameters() if value.is_meta and not hasattr(value, "promise")]
+        unknown = [
+            name for name, value in module.named_parameters() if not hasattr(value, "promise") and format == "safetensors"
+        ]
         problems += [f"transformers makes {unknown[:5]} of several tensors, which the proof cannot follow"] if unknown else []
     count = sum(parameter.numel() for parameter in module.parameters())
     finding = Finding(name="keys", figures={"parameters": count, "class": type(module).__name__}, problems=tuple(problems))
