@@ -20,12 +20,13 @@ from slurm.script import TASK, UNIT, Job, render
 from slurm.snapshot import OWN_CONFIG, take_snapshot
 from slurm.submission import SUBMISSION_FILE, Stage, Submission, read_submission
 from train.config.export import ExportConfig
+from train.config.hf_import import ImportConfig
 from train.config.pretrain import PretrainConfig
 from train.initial import configure
 from train.launch import check_elsewhere
 from train.outcome import STOP_FILE
 
-VERBS = ("pretrain", "prepare", "export")
+VERBS = ("pretrain", "prepare", "import", "export")
 PHASES = ("read", "choose", "encode", "publish")  # of a preparation in parts; the first and the third are arrays
 
 
@@ -275,11 +276,22 @@ def _prepare(order: Order) -> Work:
     return Work(name=name, root=jobs[0].root, jobs=tuple(jobs), resolved=config)
 
 
-def _export(order: Order) -> Work:
-    config = validate(ExportConfig, compose("export", order.words, order.config_dir))
+def _import(order: Order) -> Work:
+    config = validate(ImportConfig, compose("import", order.words, order.config_dir))
+    _one_process(order)
+    out = Path(config.out or config.hf).name
+    return _plain(order, order.settings.name or f"import-{out}", config)
+
+
+def _one_process(order: Order) -> None:
     _one_node(order)
     if order.settings.parts > 1:
         raise UserError(f"parts={order.settings.parts}: only prepare is done in parts; leave it out")
+
+
+def _export(order: Order) -> Work:
+    config = validate(ExportConfig, compose("export", order.words, order.config_dir))
+    _one_process(order)
     if not order.dependencies and not Path(config.checkpoint).exists():
         raise UserError(f"checkpoint={config.checkpoint}: no such folder; where another run makes it, add after=[NAME]")
     out = Path(config.out).name if config.out else Path(config.checkpoint).name
@@ -311,7 +323,12 @@ def _plain_job(order: Order, name: str, more: Sequence[str] = ()) -> Job:
     )
 
 
-MAKERS: dict[str, Callable[[Order], Work]] = {"pretrain": _pretrain, "prepare": _prepare, "export": _export}
+MAKERS: dict[str, Callable[[Order], Work]] = {
+    "pretrain": _pretrain,
+    "prepare": _prepare,
+    "import": _import,
+    "export": _export,
+}
 
 
 def _one_node(order: Order) -> None:

@@ -56,7 +56,7 @@ VERBS: dict[str, Verb] = {
         examples=("longhaul plan model=llama_8b budget.tokens=15e12 batch.sequences=512 launch.processes=64 parallel=zero3",),
     ),
     "submit": Verb(
-        summary="run `pretrain`, `prepare` or `export` as Slurm jobs that go on until it is done; or on this machine",
+        summary="run `pretrain`, `prepare`, `import` or `export` as Slurm jobs until it is done, or on this machine",
         function="slurm.submit:submit",
         root="submit",
         schema="slurm.config:SubmitConfig",

@@ -176,6 +176,16 @@ def test_one_behind_another(corpus: Path, slurm: Path, tmp_path: Path) -> None:
         submit(["export", "checkpoint=runs/first", "after=[first]", "cluster=slurm_cpu", "name=again"])
 
 
+def test_an_import_is_one_process_of_the_command_line(slurm: Path) -> None:
+    submit(["import", "hf=models/some model", "out=imported/it", "cluster=slurm_cpu"])
+    script = Path("runs/import-it/slurm/import.sbatch").read_text()
+    assert "-m tools.cli import 'hf=models/some model' out=imported/it" in script
+    with pytest.raises(UserError, match="parts=2: only prepare is done in parts"):
+        submit(["import", "hf=models/it", "parts=2", "cluster=slurm_cpu"])
+    with pytest.raises(ConfigError, match="shard_bytes=1: must be at least 1024"):
+        submit(["import", "hf=models/it", "shard_bytes=1", "cluster=slurm_cpu"])
+
+
 def test_what_was_submitted_before_a_failure_is_taken_back(slurm: Path, tmp_path: Path) -> None:
     (tmp_path / "bin/refuse").write_text("encode.sbatch")
     with pytest.raises(UserError, match="Invalid account"):
