@@ -46,6 +46,8 @@ def imported(theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = longhaul("import", f"hf={theirs}", f"out={out}")
     assert done.returncode == 0, done.stderr
     assert f"imported to {out}" in done.stdout
+    names = {"config.yaml", "conversion_report.json", "manifest.json", "state.json", "tokenizer", "weights.safetensors"}
+    assert {path.name for path in out.iterdir()} == names
     return out
 
 

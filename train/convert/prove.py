@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
@@ -102,8 +103,10 @@ def prove_in_child(task: Task) -> dict[str, Any]:
     """
     task.report.unlink(missing_ok=True)  # of an earlier proof
     command = [sys.executable, "-P", "-m", "train.convert.prove", *task.words()]
-    environment = child_environment() | {"TMPDIR": str(task.report.parent.absolute())}  # room for logits is where weights are
-    code = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
+    # Logits are kept in a file for a while: where the weights are is room, the usual place may be memory.
+    with TemporaryDirectory(dir=task.report.parent, prefix=".proof-") as scratch:
+        environment = child_environment() | {"TMPDIR": str(Path(scratch).absolute())}
+        code = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
     if code not in (0, NOT_PROVED) or not task.report.is_file():
         raise Unfinished(
             f"the proof ended with exit code {code} before it was done; nothing was published. The weights that were written "
