@@ -19,9 +19,11 @@ from train.parallel import split_ranks
 
 TOLERANCE = 1e-5
 SEQUENCES, LENGTH = 2, 120
+# With longrope a context that grows beyond its first length is run anew, which has tests of its own.
+GROWING = [name for name, model in CASES.items() if model.rope.scaling != "longrope"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", GROWING)
 @pytest.mark.parametrize("prefill", [(1,), (97,), (40, 33)], ids=str)
 def test_cached_logits_at_every_position(case, prefill):
     _compare_cached(make_pair(CASES[case]), prefill, LENGTH)
