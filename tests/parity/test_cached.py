@@ -35,9 +35,15 @@ def test_cached_logits_of_what_no_family_has(case, prefill):
     _compare_cached(make_custom_pair(case), prefill, LENGTH)
 
 
+MADE = {"custom": lambda: make_custom_pair("longrope"), "phi3": lambda: make_pair(CASES["phi3"])}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
 @pytest.mark.parametrize(("prefill", "length"), [((1,), LIMIT), ((40, 20), LIMIT), ((LIMIT + 1,), LENGTH), ((97,), LENGTH)])
-def test_cached_logits_of_longrope_on_either_side_of_its_limit(prefill, length):
-    _compare_cached(make_custom_pair("longrope"), prefill, length)
+def test_cached_logits_of_longrope_on_either_side_of_its_limit(make, prefill, length):
+    pair = make()
+    assert pair.model.rope.original_max_positions == LIMIT
+    _compare_cached(pair, prefill, length)
 
 
 def _compare_cached(pair, prefill, length):

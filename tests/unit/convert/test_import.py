@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -16,7 +19,9 @@ from conf.errors import UserError
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.tokenizer import train_tokenizer
 from tests.parity.foreign import build, save
+from train.checkpoint.manifest import read_manifest
 from train.checkpoint.reader import CheckpointReader
+from train.checkpoint.settings import read_settings
 from train.config.hf_import import ImportConfig
 from train.convert.proof.files import prove_tokenizer
 from train.convert.proof.theirs import open_theirs
@@ -142,6 +147,10 @@ CONFIGS = {
     "nonsense": ({"num_hidden_layers": "many"}, "transformers refuses it"),
     "of-other-classes": ({"clip_qkv": 8.0}, "clip_qkv=8.0 is no part of llama here"),
     "no-number": ({"rope_parameters": {"rope_type": "linear", "factor": "4", "rope_theta": 1e4}}, "factor=4.* is no number"),
+    "no-fraction": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": "half"}},
+        "half.* is no number|transformers refuses it",
+    ),
     "low-factor": ({"rope_parameters": {"rope_type": "linear", "factor": 0.5, "rope_theta": 1e4}}, r"model\.rope\.factor=0\.5"),
     "another-shape": ({"num_hidden_layers": 2}, "holds unknown model.layers.2"),
 }
@@ -161,6 +170,7 @@ def test_settings_that_our_decoder_does_not_have(case, folder):
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true is not supported"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm=true is not supported"),
         ("gemma2", {"layer_types": ["full_attention"] * 4}, "read as model.window_pattern"),
+        ("gemma3", {"layer_types": ["full_attention"] * 4}, "a Gemma 3 without sliding_attention"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention=true is not supported"),
         ("exaone4", {"sliding_window": 9, "layer_types": ["sliding_attention"] * 3}, "an EXAONE 4 with sliding_window"),
     ],
@@ -182,6 +192,57 @@ def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"hf=\./nowhere: no such folder"):
         hf_import.run(ImportConfig(hf="./nowhere", out=str(tmp_path / "out")))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_on_the_hub(folder, monkeypatch):
+    """The hub itself is elsewhere: what is asked of it, and what becomes of its answers."""
+    commit = folder.rename(folder.parent / "0123abc")
+    asked = {}
+
+    def given(name, **words):
+        asked.update(words, name=name)
+        return str(commit)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", given)
+    out = commit.parent / "out"
+    assert hf_import.run(ImportConfig(hf="someone/llama", revision="main", out=str(out), proof=False)) == 0
+    assert (asked["name"], asked["revision"]) == ("someone/llama", "main")
+    names = (
+        "model-00001-of-00002.safetensors", "consolidated.safetensors", "pytorch_model.bin", "original/model.safetensors",
+        "config.json", "modeling_llama.py", "chat_template.jinja",
+    )  # fmt: skip
+    allowed, ignored = asked["allow_patterns"], asked["ignore_patterns"]
+    wanted = [
+        name
+        for name in names
+        if any(fnmatch(name, pattern) for pattern in allowed) and not any(fnmatch(name, pattern) for pattern in ignored)
+    ]
+    assert wanted == ["model-00001-of-00002.safetensors", "config.json", "chat_template.jinja"]
+    origin = CheckpointReader(out).settings.origin
+    assert (origin.source, origin.revision) == ("someone/llama", "0123abc")
+
+
+def test_a_hub_that_gives_nothing(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise LocalEntryNotFoundError("no network here")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(UserError, match="hf=someone/llama: no such folder, and the hub gave nothing .*no network here"):
+        hf_import.run(ImportConfig(hf="someone/llama", out=str(tmp_path / "out"), proof=False))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_has_no_revision(folder):
+    refused(folder, "revision=main: .* is a folder here, and has none", revision="main")
+
+
+def test_a_checkpoint_of_another_verb_is_not_guessed_at(folder):
+    out = run(folder)
+    manifest = read_manifest(out)
+    with pytest.raises(UserError, match="was written by `finetune`, which this program does not know"):
+        read_settings(out, replace(manifest, written_by="finetune"))
+    with pytest.raises(UserError, match="there is no run to go on with; start one from its weights with initial_checkpoint="):
+        _ = CheckpointReader(out).config
 
 
 def test_a_field_that_nobody_has_is_told(folder, capsys):
@@ -293,6 +354,8 @@ def test_pickled_weights_only_when_asked_for_and_only_tensors(folder, tmp_path):
     torch.save({"weight": _Bomb(target)}, folder / "pytorch_model.bin")
     refused(folder, "cannot be read as a file of nothing but tensors", weights="bin")
     assert not target.exists()
+    torch.save([torch.zeros(2)], folder / "pytorch_model.bin")
+    refused(folder, "holds something else than named tensors", weights="bin")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": _Bomb(target)}))
     refused(folder, "cannot be read as a file of nothing but tensors", weights="bin")
     assert not target.exists()

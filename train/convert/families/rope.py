@@ -90,7 +90,8 @@ def read_rope(parameters: Mapping[str, Any], *, max_positions: int) -> RopeConfi
     if unknown := sorted(parameters.keys() - _SHARED - words.keys() - derived):
         raise UserError(f"config.json: rope_parameters of rope_type={kind} hold {', '.join(unknown)}, which is not supported")
     given = {name: parameters[name] for name in words if parameters.get(name) is not None}
-    for name, value in {"rope_theta": parameters.get("rope_theta"), **given}.items():
+    fraction = 1.0 if parameters.get("partial_rotary_factor") is None else parameters["partial_rotary_factor"]
+    for name, value in {"rope_theta": parameters.get("rope_theta"), "partial_rotary_factor": fraction, **given}.items():
         if not all(isinstance(number, (int, float)) for number in (value if isinstance(value, list) else [value])):
             raise UserError(f"config.json: {name}={shown(value)} of rope_parameters is no number")
     settings: Json = {words[name]: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -99,11 +100,10 @@ def read_rope(parameters: Mapping[str, Any], *, max_positions: int) -> RopeConfi
     if scaling == "yarn" and "attention_factor" not in given and all(parameters.get(name) for name in derived):
         of_scores, of_all = (_magnitude(settings["factor"], parameters[name]) for name in ("mscale", "mscale_all_dim"))
         settings["attention_factor"] = of_scores / of_all
-    fraction = parameters.get("partial_rotary_factor")
     try:
         return RopeConfig(
             base=float(parameters["rope_theta"]),
-            fraction=1.0 if fraction is None else float(fraction),
+            fraction=float(fraction),
             scaling=scaling,
             **{name: float(value) if isinstance(value, int) and name in _FLOATS else value for name, value in settings.items()},
         )
