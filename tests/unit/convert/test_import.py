@@ -25,7 +25,6 @@ from train.checkpoint.settings import read_settings
 from train.config.hf_import import ImportConfig
 from train.convert.proof.files import prove_tokenizer
 from train.convert.proof.theirs import open_theirs
-from train.convert.shards import ShardWriter
 from train.stages import hf_import
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -359,61 +358,3 @@ def test_pickled_weights_only_when_asked_for_and_only_tensors(folder, tmp_path):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": _Bomb(target)}))
     refused(folder, "cannot be read as a file of nothing but tensors", weights="bin")
     assert not target.exists()
-
-
-def test_an_interrupted_import_goes_on(folder, monkeypatch):
-    undisturbed = run(folder, shard_bytes=20_000)
-    expected = {path.name: path.read_bytes() for path in undisturbed.glob("*.safetensors")}
-    assert len(expected) > 4
-    shutil.rmtree(undisturbed)
-
-    write, written = ShardWriter.write, []
-
-    def interrupted(self, name, tensor):
-        if len(written) == 9:
-            raise KeyboardInterrupt
-        written.append(name)
-        write(self, name, tensor)
-
-    monkeypatch.setattr(ShardWriter, "write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, shard_bytes=20_000)
-    monkeypatch.setattr(ShardWriter, "write", write)
-    partial = folder.parent / "out.partial"
-    assert not (folder.parent / "out").exists()
-    kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
-    assert 0 < len(kept) < len(expected)
-
-    out = run(folder, shard_bytes=20_000)
-    assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == expected
-    assert all((out / name).stat().st_mtime_ns == time for name, time in kept.items()), "a whole file was written again"
-    assert not partial.exists() and not list(out.glob("*.part")) and not (out / ".unfinished-conversion").exists()
-    CheckpointReader(out).verify()
-
-
-def test_an_interrupted_import_of_something_else_begins_anew(folder, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("train.stages.hf_import.write_report", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        run(folder)
-    change_weights(folder, lambda weights: weights[QUERY].mul_(2))
-    out = run(folder)
-    rows = CheckpointReader(out).read("blocks.1.attention.qkv.weight")[:, :3].reshape(48, 48)
-    assert torch.equal(rows, load_file(folder / "model.safetensors")[QUERY])
-
-
-def test_a_full_disk_is_told_before_anything_is_written(folder, monkeypatch):
-    usage = shutil.disk_usage(folder)._replace(free=1000)
-    monkeypatch.setattr("train.convert.publication.shutil.disk_usage", lambda _: usage)
-    refused(folder, "its file system has 0 MB free; make room")
-
-
-def test_a_full_disk_needs_room_only_for_what_is_missing(folder, monkeypatch):
-    def stopped(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("train.stages.hf_import.write_report", stopped)
-        run(folder)
-    usage = shutil.disk_usage(folder)._replace(free=1000)
-    monkeypatch.setattr("train.convert.publication.shutil.disk_usage", lambda _: usage)
-    assert CheckpointReader(run(folder)).names
