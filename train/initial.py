@@ -49,7 +49,10 @@ def _with_its_model(composed: Composition, overrides: Sequence[str], config_dir:
         if name == "model":
             problems.append(f"model={value}: {rule}; leave it out, single settings such as model.dropout may be given")
         elif name.startswith("model."):
-            given = _look_up(composed.tree, name.split("."))
+            try:
+                given = _look_up(composed.tree, name.split("."))
+            except (KeyError, TypeError):  # a word that composition could not take, and has told of; or one that takes away
+                continue
             if isinstance(given, dict):
                 problems.append(f"{name}={value}: {rule}; give its fields one by one, such as {name}.{next(iter(given))}=...")
             else:

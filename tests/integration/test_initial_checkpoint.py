@@ -125,6 +125,7 @@ def test_a_run_goes_on_when_its_first_checkpoint_is_gone(corpus: Path, imported:
         (["model.bias=true"], "is absent there"),
         (["model.rope={base: 700.0}"], "give its fields one by one, such as model.rope."),
         (["experiment=quickstart"], "experiment=quickstart: sets a model, and with initial_checkpoint="),
+        (["model.dropout=[0.1"], "model.dropout=[0.1: not understood"),
         (["initial_checkpoint=7"], "initial_checkpoint"),
         (["initial_checkpoint=nowhere"], "initial_checkpoint=nowhere: no such folder"),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from conf.errors import UserError
 from train.checkpoint.reader import CheckpointReader
 from train.config.hf_import import ImportConfig
 from train.config.imported import Origin
@@ -56,10 +55,7 @@ def run(config: ImportConfig) -> int:
 
 def default_folder(source: str) -> Path:
     """Where an import goes when no folder is named: below the working folder, by the model's name."""
-    name = source_name(source).rpartition("/")[2]
-    if not name:
-        raise UserError(f"hf={source}: has no name; give out=FOLDER")
-    return Path("imported") / name
+    return Path("imported") / source_name(source).rpartition("/")[2]
 
 
 def identity(found: Found, config: ImportConfig) -> dict[str, object]:
