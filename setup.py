@@ -24,12 +24,16 @@ REQUIREMENTS = [
     "tqdm>=4.66",
     "matplotlib>=3.9",
     "psutil>=6.0",
+    "sacrebleu>=2.4,<3",
+    "rouge-score>=0.1.2",
+    "regex>=2024.4",
+    "lm-eval>=0.4.13,<0.5",
 ]
 
 setup(
     packages=find_packages(include=["conf*", "train*", "data_pipeline*", "slurm*", "tools*"]),
     package_data={"conf": ["*.yaml", "*/*.yaml"], "slurm": ["*.j2"]},
     install_requires=REQUIREMENTS,
-    extras_require={"dev": ["pytest>=8.3", "pytest-timeout>=2.3", "ruff>=0.9"]},
+    extras_require={"dev": ["pytest>=8.3", "pytest-timeout>=2.3", "ruff>=0.9", "scikit-learn>=1.4", "scipy>=1.11"]},
     entry_points={"console_scripts": ["longhaul=tools.cli:main"]},
 )
