@@ -33,6 +33,8 @@ class Curve:
     steps: Sequence[float]
     values: Sequence[float]
     points: bool = False
+    colour: str | None = None
+    """None: one of COLOURS, by its place in the chart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,10 @@ class Chart:
     """Values are shown with the signs of thousands, millions and more: 1.3 M."""
     marks: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Kind of event, see MARK_STYLES -> its steps."""
+    across: str = "step"
+    """What `steps` count, where it is not steps."""
+    large_across: bool = False
+    """As `large`, for the values of `steps`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +104,7 @@ def draw(chart: Chart, folder: Path) -> str:
 def _fill(axes: Any, chart: Chart) -> None:
     curves = [binned(curve.steps, curve.values) for curve in chart.curves]
     for number, (curve, data) in enumerate(zip(chart.curves, curves, strict=True)):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = curve.colour or COLOURS[number % len(COLOURS)]
         if curve.points or len(data.means) <= FEW:
             axes.plot(data.steps, data.means, "o-", ms=4, lw=1.2, color=colour, label=curve.label)
             continue
@@ -116,7 +122,7 @@ def _fill(axes: Any, chart: Chart) -> None:
     if chart.logarithmic:
         axes.set_yscale("log")
     axes.set_title(title, loc="left", color=INK, fontsize=12)
-    axes.set_xlabel("step", color=INK)
+    axes.set_xlabel(chart.across, color=INK)
     axes.margins(x=0.01)
     _style(axes, chart)
 
@@ -142,7 +148,8 @@ def _style(axes: Any, chart: Chart) -> None:
     """Numbers that can be read, a quiet frame, the legend below the diagram where it hides nothing."""
     from matplotlib.ticker import EngFormatter, FuncFormatter
 
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    plain = FuncFormatter(lambda value, _: f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" ") if chart.large_across else plain)
     if chart.large:
         axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.tick_params(colors=INK, which="both")
