@@ -34,6 +34,8 @@ class History:
     """Numbers of the train records, by field."""
     held_out: dict[str, dict[int, float]] = field(default_factory=dict)
     """Name of the held-out set, mostly empty -> step -> loss."""
+    evaluations: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+    """Name, mostly empty -> figure, such as bits_per_byte -> step -> value: all numbers of the evaluation records."""
     restarts: list[int] = field(default_factory=list)
     """First steps of the attempts after the first."""
     rollbacks: list[int] = field(default_factory=list)
@@ -54,6 +56,10 @@ class History:
             if record["kind"] == "evaluation":
                 losses = history.held_out.setdefault(str(record.get("name", "")), {})
                 losses[int(record["step"])] = float(record.get("loss", np.nan))
+                figures = history.evaluations.setdefault(str(record.get("name", "")), {})
+                for figure, value in record.items():
+                    if not isinstance(value, str):
+                        figures.setdefault(figure, {})[int(record["step"])] = float(value)
             elif record["kind"] == "train":
                 history._take(record)
         return history
