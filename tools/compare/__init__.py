@@ -1,0 +1,1 @@
+"""`longhaul compare`: runs and checkpoints held against the first of them."""
