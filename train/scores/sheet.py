@@ -4,37 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from conf.errors import UserError
+from train.scores.answers import answer_scores, answers
 from train.scores.calibration import calibration, probability_rows, reliability
-from train.scores.classification import classification, label_places, positive_label
+from train.scores.classification import classification, label_places
 from train.scores.language import language
 from train.scores.ranking import roc_auc
 from train.scores.record import Example, Kind
+from train.scores.rouge import rouge, rouge_scores
+from train.scores.settings import ScoreSettings
 from train.scores.tally import Tally, Together
+from train.scores.translation import sentence_figure, signature, translation
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreSettings:
-    """How examples are scored; each kind reads the fields that concern it."""
-
-    labels: tuple[str, ...] | None = None
-    """Of a classification: all labels in their order; None: those of the first example's probabilities, or of the truths."""
-    positive: str | None = None
-    """Of a classification: the label that is looked for; None: of two labels the second."""
-    bins: int = 15
-    """Of a classification with probabilities: bins of confidence."""
-
-    def __post_init__(self) -> None:
-        if self.labels is not None:
-            if len(set(self.labels)) < max(1, len(self.labels)):
-                raise UserError(f"labels={list(self.labels)}: must be at least one, all different; name each label once")
-            positive_label(self.labels, self.positive)
-        if self.bins < 1:
-            raise UserError(f"bins={self.bins}: a reliability curve needs at least 1; 15 is usual")
+def check_libraries(settings: ScoreSettings) -> None:
+    """Raises UserError where a metric needs what is not installed: before the model has written for hours."""
+    for figures in settings.translations:
+        figures.scorer()
 
 
 def tallies(kind: Kind, examples: Sequence[Example], settings: ScoreSettings) -> dict[str, Tally]:
@@ -60,23 +49,49 @@ def curves(kind: Kind, examples: Sequence[Example], settings: ScoreSettings) -> 
     return found
 
 
+def signatures(kind: Kind, examples: Sequence[Example], settings: ScoreSettings) -> dict[str, str]:
+    """Figure -> how exactly it was computed; of a generation, for those that can be computed in more than one way."""
+    if kind != "generation":
+        return {}
+    references = [example.truths for example in examples]
+    found = {figures.name: signature(figures, references) for figures in settings.translations}
+    if "rouge" in settings.metrics:
+        found["rouge"] = f"words:unicode|stem:{'porter' if settings.stem else 'no'}|references:best|split:lines-or-sentences"
+    if "answers" in settings.metrics:
+        found["exact_match"] = found["f1"] = f"normalization:{settings.answer_normalization}|truths:best"
+    return found
+
+
 def example_scores(kind: Kind, example: Example, settings: ScoreSettings) -> dict[str, float]:
     """Figures of one example alone, for examples.jsonl; their mean need not be the figure of the corpus.
 
-    language: loss in nats per target. classification: correct, 1 or 0.
+    language: loss in nats per target. classification: correct, 1 or 0. generation: sentence_bleu, sentence_chrf, ...;
+    rouge1, ...; exact_match and f1; loss where there is one. What is undefined is left out.
     """
     if kind == "language":
-        is_defined = example.target_tokens > 0 and math.isfinite(_loss(example))
-        return {"loss": _loss(example) / example.target_tokens} if is_defined else {}
-    return {"correct": float(example.output == _truth(example))}
+        return _loss_per_target(example, _loss(example))
+    if kind == "classification":
+        return {"correct": float(example.output == _truth(example))}
+    scores = {} if example.loss is None else _loss_per_target(example, example.loss)
+    for figures in settings.translations:
+        scores |= sentence_figure(figures, example.output, example.truths)
+    if "rouge" in settings.metrics and example.truths:
+        scores |= rouge_scores(example.output, example.truths, stem=settings.stem)
+    if "answers" in settings.metrics:
+        scores |= answer_scores(example.output, example.truths, normalization=settings.answer_normalization)
+    return scores
+
+
+def _loss_per_target(example: Example, loss: float) -> dict[str, float]:
+    return {"loss": loss / example.target_tokens} if example.target_tokens and math.isfinite(loss) else {}
 
 
 def _places_by_source(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Source -> places of its examples; nothing where all are of one."""
+    """Source -> places of its examples; nothing where all are of one. Examples of no named source are in none of these."""
     places: dict[str, list[int]] = {}
     for place, example in enumerate(examples):
         places.setdefault(example.source, []).append(place)
-    return {source: np.array(found) for source, found in places.items()} if len(places) > 1 else {}
+    return {source: np.array(found) for source, found in places.items() if source} if len(places) > 1 else {}
 
 
 def _parts(kind: Kind, examples: Sequence[Example], settings: ScoreSettings) -> list[Tally]:
@@ -84,7 +99,11 @@ def _parts(kind: Kind, examples: Sequence[Example], settings: ScoreSettings) -> 
         raise UserError("there is no example to score: figures need at least one; give data that has some")
     if kind == "language":
         return [_language(examples)]
-    return _classification(examples, settings)
+    if kind == "classification":
+        return _classification(examples, settings)
+    if kind == "generation":
+        return _generation(examples, settings)
+    raise UserError(f"kind={kind}: its figures are made elsewhere; language, classification and generation are scored here")
 
 
 def _language(examples: Sequence[Example]) -> Tally:
@@ -100,6 +119,21 @@ def _classification(examples: Sequence[Example], settings: ScoreSettings) -> lis
         _, truths_N, probabilities_NC = _probabilities(examples, settings)
         parts.append(roc_auc(labels, truths_N, probabilities_NC, positive=settings.positive))
         parts.append(calibration(truths_N, probabilities_NC, bins=settings.bins))
+    return parts
+
+
+def _generation(examples: Sequence[Example], settings: ScoreSettings) -> list[Tally]:
+    outputs, truths = [example.output for example in examples], [example.truths for example in examples]
+    ids = [example.id for example in examples]
+    parts: list[Tally] = [translation(figures, outputs, truths, ids=ids) for figures in settings.translations]
+    if "rouge" in settings.metrics:
+        parts.append(rouge(outputs, truths, stem=settings.stem, ids=ids))
+    if "answers" in settings.metrics:
+        parts.append(answers(outputs, truths, normalization=settings.answer_normalization))
+    if all(example.loss is not None for example in examples):
+        parts.append(_language(examples))
+    if not parts:
+        raise UserError("metrics=[]: examples without loss need at least one metric, such as chrf; choose what to score")
     return parts
 
 

@@ -6,7 +6,6 @@ Shapes: N examples, K statistics of an example, R weightings, J statistics of an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -148,9 +147,3 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """numerator / denominator, nan where the denominator is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(denominator == 0, np.nan, numerator / denominator)
-
-
-def mean_rows(scores_NF: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
-    """Statistics of figures that are means over the examples [N, F + 1]: the F scores, and 1 for the number of examples."""
-    scores = np.asarray(scores_NF, dtype=np.float64)
-    return np.concatenate([scores, np.ones((len(scores), 1))], axis=1)
