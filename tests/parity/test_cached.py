@@ -99,7 +99,7 @@ def test_a_repeated_cache_continues_apart():
     single = cached.new_cache(num_sequences=1, capacity=30)
     prompt_BS = torch.arange(20).unsqueeze(0)
     cached.advance(prompt_BS, single)
-    both = single.repeat(2)
+    both = single.select(torch.tensor([0, 0]))
     next_BS = torch.tensor([[3], [9]])
     together = cached.logits(cached.advance(next_BS, both))
     for row in range(2):

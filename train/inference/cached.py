@@ -11,13 +11,17 @@ from torch import Tensor
 
 from conf.errors import UserError
 from train.config.model import ModelConfig
-from train.model.attention import attend_cached, view_of_cache
+from train.model.attention import CachedView, attend_cached, view_of_cache, view_of_ragged_cache
 from train.model.rotary import Rotary
 from train.model.transformer import Block, Decoder
 
 
 class KeyValueCache:
-    """Keys and values of every layer, allocated once for `capacity` positions."""
+    """Keys and values of every layer, allocated once for `capacity` entries.
+
+    Entry p is position p in every sequence, unless the cache is ragged: then each entry says which position it holds, so
+    that sequences of several lengths lie beside each other with holes between what they hold.
+    """
 
     def __init__(
         self,
@@ -28,13 +32,18 @@ class KeyValueCache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        ragged: bool = False,
     ) -> None:
         shape_BKPD = (num_sequences, kv_heads, capacity, model.head_dim)
         self.keys = [torch.empty(shape_BKPD, dtype=dtype, device=device) for _ in range(model.num_layers)]
         self.values = [torch.empty_like(keys) for keys in self.keys]
         self.capacity = capacity
         self.length = 0
-        """Positions that are filled, in every sequence alike."""
+        """Entries that are filled, in every sequence alike."""
+        self.positions: Tensor | None = None
+        """Of a ragged cache: int64 [B, P], the position of each entry, -1 where a sequence has none."""
+        if ragged:
+            self.positions = torch.full((num_sequences, capacity), -1, dtype=torch.int64, device=device)
 
     def put(self, layer: int, key_BKSD: Tensor, value_BKSD: Tensor) -> tuple[Tensor, Tensor]:
         """Store S positions after the filled ones; returns views [B, K, length + S, D] of all keys and values."""
@@ -43,13 +52,27 @@ class KeyValueCache:
         self.values[layer][:, :, self.length : end] = value_BKSD
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
-    def repeat(self, num_sequences: int) -> KeyValueCache:
-        """A cache of `num_sequences` sequences that all begin as the only sequence of this one."""
+    def select(self, sequences: Tensor, *, capacity: int | None = None, ragged: bool = False) -> KeyValueCache:
+        """A cache whose sequences begin as those of this one with the numbers `sequences` (int64 [B']), each as often as named.
+
+        `capacity`: entries that it has room for; None: as many as this one. `ragged`: it is, though this one is not.
+        """
         copy = object.__new__(KeyValueCache)
-        copy.keys = [keys.repeat(num_sequences, 1, 1, 1) for keys in self.keys]
-        copy.values = [values.repeat(num_sequences, 1, 1, 1) for values in self.values]
-        copy.capacity, copy.length = self.capacity, self.length
+        copy.capacity, copy.length = capacity or self.capacity, self.length
+        copy.keys = [self._selected(states, sequences, copy.capacity) for states in self.keys]
+        copy.values = [self._selected(states, sequences, copy.capacity) for states in self.values]
+        copy.positions = None
+        if ragged or self.positions is not None:
+            copy.positions = torch.full((len(sequences), copy.capacity), -1, dtype=torch.int64, device=sequences.device)
+            held_P = torch.arange(self.length, device=sequences.device)
+            copy.positions[:, : self.length] = held_P if self.positions is None else self.positions[sequences, : self.length]
         return copy
+
+    def _selected(self, states_BKPD: Tensor, sequences: Tensor, capacity: int) -> Tensor:
+        shape = (len(sequences), states_BKPD.shape[1], capacity, states_BKPD.shape[3])
+        made = states_BKPD.new_empty(shape)
+        made[:, :, : self.length] = states_BKPD[sequences, :, : self.length]
+        return made
 
 
 class CachedDecoder:
@@ -61,13 +84,14 @@ class CachedDecoder:
         self.blocks = decoder.blocks
         self.weight = self.embedding.tokens.weight
         self.rotary = Rotary(model)
+        self.windows = {block.attention.window for block in self.blocks}
 
-    def new_cache(self, *, num_sequences: int, capacity: int) -> KeyValueCache:
+    def new_cache(self, *, num_sequences: int, capacity: int, ragged: bool = False) -> KeyValueCache:
         """An empty cache in the decoder's dtype and on its device.
 
-        Raises UserError when `capacity` exceeds the model's longest context.
+        Raises UserError when `capacity` exceeds the model's longest context; a ragged one may, as it has holes.
         """
-        if capacity > self.model.max_positions:
+        if capacity > self.model.max_positions and not ragged:
             raise UserError(
                 f"a context of {capacity} tokens exceeds model.max_positions={self.model.max_positions}; "
                 "shorten the prompt or lower max_new_tokens"
@@ -79,26 +103,31 @@ class CachedDecoder:
             capacity=capacity,
             dtype=self.weight.dtype,
             device=self.weight.device,
+            ragged=ragged,
         )
 
     @torch.inference_mode()
-    def advance(self, tokens_BS: Tensor, cache: KeyValueCache, *, length: int | None = None) -> Tensor:
+    def advance(
+        self, tokens_BS: Tensor, cache: KeyValueCache, *, length: int | None = None, positions_BS: Tensor | None = None
+    ) -> Tensor:
         """Run S new positions of every sequence after the cached ones, and cache them; returns hidden [B, S, H].
 
         `length`: positions that the sequences have with what is to be run right after; None: up to the new ones.
+        `positions_BS`: of a ragged cache, the position of each token, -1 for padding, whose hidden states mean nothing.
         """
         num_sequences, num_new = tokens_BS.shape
         start, end = cache.length, cache.length + num_new
         assert end <= cache.capacity, f"{end} positions do not fit a cache of {cache.capacity}"
-        positions_S = torch.arange(start, end, device=tokens_BS.device)
-        positions_T = positions_S.repeat(num_sequences)
+        assert (positions_BS is None) == (cache.positions is None), "a ragged cache, and no other, is told the positions"
+        if positions_BS is None:
+            positions_T = torch.arange(start, end, device=tokens_BS.device).repeat(num_sequences)
+        else:
+            cache.positions[:, start:end] = positions_BS
+            positions_T = positions_BS.flatten().clamp(min=0)
         hidden_TH = self.embedding.embed(tokens_BS.flatten(), positions_T)
         last = torch.full((), (length or end) - 1, device=tokens_BS.device) if self.rotary.asks_for_lengths else None
         rotary = self.rotary.tables(positions_T, hidden_TH.dtype, last_position=last)
-        views = {
-            window: view_of_cache(start, end, window=window, device=tokens_BS.device)
-            for window in {block.attention.window for block in self.blocks}
-        }
+        views = {window: self._view(cache, positions_BS, end, window) for window in self.windows}
 
         for layer, block in enumerate(self.blocks):
 
@@ -119,6 +148,12 @@ class CachedDecoder:
             hidden_TH = block.around(hidden_TH, attention)
         cache.length = end
         return hidden_TH.view(num_sequences, num_new, -1)
+
+    @staticmethod
+    def _view(cache: KeyValueCache, positions_BS: Tensor | None, end: int, window: int | None) -> CachedView:
+        if positions_BS is None:
+            return view_of_cache(cache.length, end, window=window, device=cache.keys[0].device)
+        return view_of_ragged_cache(positions_BS, cache.positions[:, :end], window=window)
 
     def outgrows(self, cache: KeyValueCache) -> bool:
         """Whether one position more would rotate all cached ones in another way (longrope), so that they must be run anew."""

@@ -56,7 +56,7 @@ def generate_ids(decoder: CachedDecoder, request: Request) -> Iterator[list[int]
     if not torch.isfinite(logits_BV.max()):
         raise UserError("the model's logits are not finite: its weights are damaged or it diverged in training")
     if request.num_samples > 1:
-        cache = cache.repeat(request.num_samples)
+        cache = cache.select(torch.zeros(request.num_samples, dtype=torch.int64, device=prompt_1S.device))
     # A generator for each sample, on the CPU: the draws depend on neither the device nor the number of samples.
     generators = [
         torch.Generator().manual_seed(keyed_seed(request.seed, "sample", number)) for number in range(request.num_samples)

@@ -46,6 +46,13 @@ def resolve_dtype(name: Literal["auto", "fp32", "bf16"], device: torch.device) -
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
+def check_divisible(model: ModelConfig, tensor: int) -> None:
+    """Raise UserError when the model does not come out even over `tensor` ranks."""
+    for name, amount in (("kv_heads", model.kv_heads), ("ffn_size", model.ffn_size), ("vocabulary", model.padded_vocab_size)):
+        if amount % tensor:
+            raise UserError(f"tensor={tensor}: must divide the checkpoint's {name}, {amount}; take another number of ranks")
+
+
 def load_decoder(
     reader: WeightReader,
     dtype: torch.dtype,

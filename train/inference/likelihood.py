@@ -1,0 +1,262 @@
+"""Log-likelihoods of many continuations, each after its context: in batches, and what several share computed once.
+
+Requests with the same context become one unit: the context runs once, its continuations are branches over the cached keys.
+Contexts that begin alike, as few-shot prompts do, run what they share once as well. Only the positions that are asked for
+reach the head. Which ranks do what depends on the requests alone, so any number of data-parallel ranks gives the same sums.
+
+Shapes: B sequences, S positions, T = B x S, H hidden, V padded vocabulary, N positions that are scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from train.config.model import ModelConfig
+from train.inference.cached import CachedDecoder
+from train.model.transformer import Decoder, Reading
+from train.parallel import ParallelContext
+
+LOGIT_BYTES = 1 << 26
+"""Of the fp32 logits that exist together."""
+LEAST_SHARED = 16
+"""Tokens that contexts must have in common before running them apart pays for the copy of the keys."""
+ROUND_ON_GPU = 64
+"""Lengths are rounded up to this on a GPU: kernels are tried and tuned for every new shape."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodRequest:
+    """Which continuation to score after which context; at least one token each."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """Of one continuation."""
+
+    loss: float
+    """Nats, summed over its tokens: minus the log-likelihood."""
+    is_greedy: bool
+    """Whether each of its tokens is the likeliest after those before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Branch:
+    number: int
+    """Of the request."""
+    tokens: tuple[int, ...]
+
+
+@dataclass(kw_only=True)
+class _Unit:
+    """A row that runs, and the continuations that are scored after it."""
+
+    context: tuple[int, ...]
+    branches: list[_Branch] = field(default_factory=list)
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """What runs first: with one branch all of it but its last token, which is only a target."""
+        return self.context if len(self.branches) > 1 else (*self.context, *self.branches[0].tokens[:-1])
+
+    @property
+    def cost(self) -> int:
+        """Tokens that run."""
+        later = sum(len(branch.tokens) - 1 for branch in self.branches) if len(self.branches) > 1 else 0
+        return len(self.row) + later
+
+
+class _Sums:
+    """Losses and hits of the requests, gathered from wherever their tokens were scored."""
+
+    def __init__(self, num_requests: int, device: torch.device) -> None:
+        self.loss = torch.zeros(num_requests, dtype=torch.float64, device=device)
+        self.misses = torch.zeros(num_requests, dtype=torch.int64, device=device)
+
+    def add(self, logits_NV: Tensor, targets_N: Tensor, requests_N: Tensor) -> None:
+        """Add the losses of `targets` to the requests that they are of."""
+        loss_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
+        self.loss.index_add_(0, requests_N, loss_N.double())
+        self.misses.index_add_(0, requests_N, (logits_NV.argmax(dim=-1) != targets_N).long())
+
+
+class LikelihoodScorer:
+    """Scores continuations under a model on this rank's device; all ranks must ask for the same."""
+
+    def __init__(self, decoder: Decoder, model: ModelConfig, *, context: ParallelContext, batch_tokens: int) -> None:
+        """`batch_tokens`: tokens that run together, padding included; one longer row runs alone."""
+        self.decoder, self.model, self.context = decoder, model, context
+        self.cached = CachedDecoder(decoder, model)
+        self.batch_tokens = batch_tokens
+        self.shares = not self.cached.rotary.asks_for_lengths  # longrope rotates a context by what comes after it
+        self.tokens_run = 0
+        """Tokens that this rank has run through the model, padding included."""
+        self._round = ROUND_ON_GPU if context.device.type == "cuda" else 1
+
+    def score(
+        self, requests: Sequence[LikelihoodRequest], *, progress: Callable[[int], None] = lambda done: None
+    ) -> list[Likelihood]:
+        """The likelihood of each request, in their order; `progress` is told how many more are done over all ranks.
+
+        Raises ValueError for an empty context or continuation, and for one that is longer than the model reads.
+        """
+        self._check(requests)
+        sums = _Sums(len(requests), self.context.device)
+        ranks, rank = self.context.data_parallel, self.context.data_rank
+        batches = self._batches(self._units(requests))
+        for number in range(-(-len(batches) // ranks)):
+            together = batches[number * ranks : (number + 1) * ranks]
+            if rank < len(together):
+                self._run(together[rank], sums)
+            progress(sum(len(unit.branches) for batch in together for unit in batch))
+        # Each request was scored by one rank; the others add zeros.
+        loss = self.context.sum_over_data(sums.loss).tolist()
+        misses = self.context.sum_over_data(sums.misses).tolist()
+        return [Likelihood(loss=nats, is_greedy=missed == 0) for nats, missed in zip(loss, misses, strict=True)]
+
+    def _check(self, requests: Sequence[LikelihoodRequest]) -> None:
+        for number, request in enumerate(requests):
+            if not len(request.context) or not len(request.continuation):
+                raise ValueError(f"request {number}: needs at least one token of context and one of continuation")
+            length = len(request.context) + len(request.continuation) - 1
+            if length > self.model.max_positions:
+                raise ValueError(f"request {number}: {length} tokens, the model reads {self.model.max_positions}; cut its left")
+
+    def _units(self, requests: Sequence[LikelihoodRequest]) -> list[_Unit]:
+        """The rows to run, the longest first: what does not fit into memory is found at once."""
+        units: dict[object, _Unit] = {}
+        for number, request in enumerate(requests):
+            context = tuple(request.context)
+            key = context if self.shares else number
+            unit = units.setdefault(key, _Unit(context=context))
+            unit.branches.append(_Branch(number=number, tokens=tuple(request.continuation)))
+        return sorted(units.values(), key=lambda unit: (-len(unit.row), unit.row))
+
+    def _batches(self, units: Sequence[_Unit]) -> list[list[_Unit]]:
+        batches: list[list[_Unit]] = []
+        widest = 0
+        for unit in units:
+            branches = len(unit.branches) * max(len(branch.tokens) for branch in unit.branches)
+            width = max(widest, len(unit.row)) + branches * (len(unit.branches) > 1)
+            if not batches or (len(batches[-1]) + 1) * width > self.batch_tokens:
+                batches.append([])
+                width = len(unit.row) + branches * (len(unit.branches) > 1)
+            batches[-1].append(unit)
+            widest = width
+        return batches
+
+    def _run(self, batch: Sequence[_Unit], sums: _Sums) -> None:
+        shared = self._shared_tokens(batch)
+        if shared == 0 and all(_is_plain(unit) for unit in batch):
+            hidden_BSH = self._plain([unit.row for unit in batch])
+            self._score_rows(batch, hidden_BSH, sums, first=0)
+        else:
+            self._run_cached(batch, shared, sums)
+
+    def _shared_tokens(self, batch: Sequence[_Unit]) -> int:
+        """Tokens with which all rows of the batch begin; 0 where running them once does not pay."""
+        if not self.shares or len(batch) < 2:
+            return 0
+        least, most = min(unit.row for unit in batch), max(unit.row for unit in batch)
+        # One token of each context is left to run with its row, as its hidden state is what the first target needs.
+        limit = min(len(unit.context) for unit in batch) - 1
+        same = next((place for place, pair in enumerate(zip(least, most, strict=False)) if pair[0] != pair[1]), limit)
+        shared = min(same, limit)
+        return shared if shared >= LEAST_SHARED else 0
+
+    @torch.no_grad()
+    def _plain(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Hidden states [B, S, H] of rows of several lengths, by the kernels of training."""
+        tokens_BS, positions_BS = self._padded(rows)
+        length = tokens_BS.shape[1]
+        starts = torch.arange(len(rows), device=tokens_BS.device, dtype=torch.int32) * length
+        bounds = torch.cat((starts, starts.new_tensor([len(rows) * length])))
+        if not self.shares:  # each row apart from its padding, so that its own length decides
+            ends = starts + (positions_BS >= 0).sum(dim=1, dtype=torch.int32)
+            bounds = torch.cat((torch.stack((starts, ends), dim=1).flatten(), bounds[-1:]))
+        self.decoder.read_as(Reading(sequence_length=length, document_mask=not self.shares))
+        tokens_T = tokens_BS.flatten()
+        state = (tokens_T, tokens_T, positions_BS.flatten().clamp(min=0), bounds)
+        for layer in self.decoder.layers[:-2]:  # the final norm and the head run over what is scored
+            state = layer(state)
+        self.tokens_run += tokens_T.numel()
+        return state[0].view(*tokens_BS.shape, -1)
+
+    def _run_cached(self, batch: Sequence[_Unit], shared: int, sums: _Sums) -> None:
+        rows = [unit.row[shared:] for unit in batch]
+        tokens_BS, positions_BS = self._padded(rows, first=shared)
+        capacity = shared + tokens_BS.shape[1]
+        device = self.context.device
+        if shared:
+            alone = self.cached.new_cache(num_sequences=1, capacity=shared)
+            self.cached.advance(torch.tensor([batch[0].row[:shared]], device=device), alone)
+            everyone = torch.zeros(len(batch), dtype=torch.int64, device=device)
+            cache = alone.select(everyone, capacity=capacity, ragged=True)
+        else:
+            cache = self.cached.new_cache(num_sequences=len(batch), capacity=capacity, ragged=True)
+        hidden_BSH = self.cached.advance(tokens_BS, cache, positions_BS=positions_BS)
+        self.tokens_run += shared + tokens_BS.numel()
+        self._score_rows(batch, hidden_BSH, sums, first=shared)
+        forks = [(place, branch) for place, unit in enumerate(batch) if not _is_plain(unit) for branch in unit.branches]
+        longer = [(place, branch) for place, branch in forks if len(branch.tokens) > 1]
+        if not longer:
+            return
+        parents = torch.tensor([place for place, _ in longer], device=device)
+        starts_B1 = torch.tensor([[len(batch[place].row)] for place, _ in longer], device=device)
+        tokens_BS, positions_BS = self._padded([branch.tokens[:-1] for _, branch in longer])
+        positions_BS = torch.where(positions_BS >= 0, positions_BS + starts_B1, positions_BS)
+        grown = cache.select(parents, capacity=capacity + tokens_BS.shape[1])
+        hidden_BSH = self.cached.advance(tokens_BS, grown, positions_BS=positions_BS)
+        self.tokens_run += tokens_BS.numel()
+        picks = [
+            (row, place, target, branch.number)
+            for row, (_, branch) in enumerate(longer)
+            for place, target in enumerate(branch.tokens[1:])
+        ]
+        self._score(hidden_BSH, picks, sums)
+
+    def _score_rows(self, batch: Sequence[_Unit], hidden_BSH: Tensor, sums: _Sums, *, first: int) -> None:
+        """Score what the rows themselves predict: all of a lone continuation, the first token of each of several."""
+        picks = []
+        for row, unit in enumerate(batch):
+            place = len(unit.context) - 1 - first
+            for branch in unit.branches:
+                targets = branch.tokens if _is_plain(unit) else branch.tokens[:1]
+                picks += [(row, place + later, target, branch.number) for later, target in enumerate(targets)]
+        self._score(hidden_BSH, picks, sums)
+
+    @torch.no_grad()
+    def _score(self, hidden_BSH: Tensor, picks: Sequence[tuple[int, int, int, int]], sums: _Sums) -> None:
+        """`picks`: (row, position, target, request) of every token that is scored."""
+        table = torch.from_numpy(np.array(picks, dtype=np.int64)).to(self.context.device)
+        rows_N, places_N, targets_N, requests_N = table.unbind(dim=1)
+        hidden_NH = hidden_BSH[rows_N, places_N]
+        most = max(1, LOGIT_BYTES // (4 * self.model.padded_vocab_size))
+        pieces = zip(hidden_NH.split(most), targets_N.split(most), requests_N.split(most), strict=True)
+        for part_NH, targets, numbers in pieces:
+            sums.add(self.cached.logits(part_NH.unsqueeze(0))[0], targets, numbers)
+
+    def _padded(self, rows: Sequence[Sequence[int]], *, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Tokens and positions [B, S], the positions counted from `first`; padding behind each row has position -1."""
+        longest = max(map(len, rows))
+        length = min(-(-longest // self._round) * self._round, max(longest, self.model.max_positions))
+        tokens_BS = np.zeros((len(rows), length), dtype=np.int64)
+        positions_BS = np.full((len(rows), length), -1, dtype=np.int64)
+        for number, row in enumerate(rows):
+            tokens_BS[number, : len(row)] = row
+            positions_BS[number, : len(row)] = np.arange(first, first + len(row))
+        device = self.context.device
+        return torch.from_numpy(tokens_BS).to(device), torch.from_numpy(positions_BS).to(device)
+
+
+def _is_plain(unit: _Unit) -> bool:
+    """Whether its one continuation lies in its row."""
+    return len(unit.branches) == 1
