@@ -138,6 +138,16 @@ VERBS: dict[str, Verb] = {
         schema="tools.report:ReportConfig",
         examples=("longhaul report run=runs/first", "longhaul report run=runs/first wandb=true"),
     ),
+    "compare": Verb(
+        summary="hold runs or checkpoints against the first one: scores with p-values, curves, settings, cost",
+        function="tools.compare.verb:compare",
+        root="compare",
+        schema="tools.compare.verb:CompareConfig",
+        examples=(
+            "longhaul compare run=runs/first run=runs/second",
+            "longhaul compare checkpoint=runs/first/checkpoints/step-00001000 checkpoint=runs/first run=runs/second",
+        ),
+    ),
     "verify-resume": Verb(
         summary="run some steps of a configuration twice, and once with a kill between, and compare to the bit",
         function="tools.verify_resume:verify_resume",

@@ -1,0 +1,251 @@
+"""The figures of one evaluation that two models have: scores, differences, tests, all computed anew from the examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from conf.errors import UserError
+from conf.schema import shown
+from train.config.changes import leaves
+from train.scores.comparison import Difference, adjusted, compare
+from train.scores.intervals import measure
+from train.scores.record import Evaluation, Example, Score
+from train.scores.settings import ScoreSettings
+from train.scores.sheet import tallies
+from train.scores.tally import Additive, Tally, ratio
+
+LOWER_IS_BETTER = {
+    "loss", "perplexity", "bits_per_byte", "ece", "brier", "ter", "word_perplexity", "byte_perplexity",
+}  # fmt: skip
+NEITHER_IS_BETTER = {"support", "length_ratio"}
+SAID_ALREADY = {"precision_micro", "recall_micro", "f1_micro"}
+"""Of a classification these are the accuracy; four names of one test would cost the others their significance."""
+OF_TOKENS = {"loss", "perplexity"}
+"""Figures of a token, which is another piece of text for another tokenizer."""
+LEVELS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
+EVALUATED_ALIKE = ("task.", "limit", "dtype")
+"""Settings of an evaluation that decide its figures, by their beginning; where the data lie does not."""
+AGREEMENT = 1e-6  # of a figure that is computed anew; sums in another order differ in the sixteenth digit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resampling:
+    """How intervals and tests are made."""
+
+    resamples: int
+    confidence: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure of both: their scores, the difference, and what may be made of it."""
+
+    name: str
+    first: Score
+    second: Score
+    difference: Difference
+    corrected: float | None = None
+    """p-value after Holm's correction for the figures of its family; None: no test."""
+
+    @property
+    def is_detail(self) -> bool:
+        """Whether it is of one label or one source alone."""
+        return "[" in self.name or "/" in self.name
+
+    @property
+    def direction(self) -> Literal[-1, 0, 1]:
+        """1: higher is better, -1: lower is, 0: neither."""
+        base = self.name.rsplit("/", 1)[-1].partition("[")[0].partition(",")[0]
+        return 0 if base in NEITHER_IS_BETTER else -1 if base in LOWER_IS_BETTER else 1
+
+    @property
+    def stars(self) -> str:
+        """How sure the difference is, by the corrected p-value: see LEVELS."""
+        return next((stars for level, stars in LEVELS if self.corrected is not None and self.corrected < level), "")
+
+    @property
+    def verdict(self) -> str:
+        """better or worse with its stars; nothing where the difference may be chance."""
+        if not self.stars or not self.difference.difference:
+            return ""
+        gain = self.difference.difference * self.direction
+        return f"{'better' if gain > 0 else 'worse' if gain < 0 else 'differs'} {self.stars}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """An evaluation that both have."""
+
+    title: str
+    num_examples: int
+    figures: tuple[Figure, ...]
+    steps: tuple[int | None, int | None] = (None, None)
+    """Steps of the two models, where they are of runs."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tests(self) -> str:
+        """How the p-values were found."""
+        names = {"randomization": "paired randomisation", "bootstrap": "paired bootstrap"}
+        used = dict.fromkeys(figure.difference.test for figure in self.figures if figure.difference.test)
+        return " and ".join(names[test] for test in used) or "none"
+
+
+def title_of(evaluation: Evaluation) -> str:
+    names = [str(entry["name"]) for entry in evaluation.data]
+    shown_names = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{evaluation.name} ({evaluation.kind}) on {shown_names}" if names else f"{evaluation.name} ({evaluation.kind})"
+
+
+def compare_examples(one: Evaluation, other: Evaluation, resampling: Resampling) -> Compared:
+    """Raises UserError, with the reason, where the two are not of the same examples or were not scored alike."""
+    first, second = list(one.examples()), list(other.examples())
+    second = _in_order_of(first, second)
+    notes = [f"evaluated with other settings: {text}" for text in set_otherwise(one, other)]
+    incomparable: set[str] = set()
+    if _tokenizers_differ(one, other) and any(example.loss is not None for example in first):
+        incomparable = OF_TOKENS
+        notes.append("different tokenizers: loss and perplexity are of tokens, so not comparable; bits per byte are")
+        if any(mine.target_bytes != theirs.target_bytes for mine, theirs in zip(first, second, strict=True)):
+            notes.append("the tokenizers cut the examples at other places, so their texts differ by some bytes")
+    settings = _score_settings(one, other)
+    mine, theirs = _tallies(one.kind, first, settings), _tallies(one.kind, second, settings)
+    figures: list[Figure] = []
+    for source in [source for source in mine if source in theirs]:
+        figures += _figures(source, mine[source], theirs[source], resampling, incomparable=incomparable)
+    notes += _disagreements(figures, one, other)
+    return Compared(
+        title=title_of(one),
+        num_examples=len(first),
+        figures=tuple(_corrected(figures)),
+        steps=(one.model.get("step"), other.model.get("step")),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _in_order_of(first: Sequence[Example], second: Sequence[Example]) -> list[Example]:
+    """The examples of `second` in the order of `first`. Raises UserError where they are not the same."""
+    keys, others = [(one.source, one.id) for one in first], [(one.source, one.id) for one in second]
+    if keys == others:
+        return list(second)
+    known, found = set(keys), dict(zip(others, second, strict=True))
+    if known != set(others) or len(known) < len(keys) or len(found) < len(others):
+        raise UserError(
+            f"other examples: {len(keys):,} and {len(others):,}, of which {len(known & set(others)):,} are the same; evaluate "
+            "both with the same limit"
+        )
+    return [found[key] for key in keys]
+
+
+def set_otherwise(one: Evaluation, other: Evaluation) -> list[str]:
+    """The settings that decide figures and are not the same, with both values."""
+    first, second = leaves(one.config), leaves(other.config)
+    names = [name for name in dict.fromkeys([*first, *second]) if name.startswith(EVALUATED_ALIKE)]
+    return [
+        f"{name} {shown(first.get(name))} and {shown(second.get(name))}"
+        for name in names
+        if not name.startswith("task.data") and first.get(name) != second.get(name)
+    ]
+
+
+def _tokenizers_differ(one: Evaluation, other: Evaluation) -> bool:
+    first, second = one.model.get("tokenizer"), other.model.get("tokenizer")
+    return bool(first and second and first != second)
+
+
+def _score_settings(one: Evaluation, other: Evaluation) -> ScoreSettings:
+    """Raises UserError where the two were scored in different ways, or as this program does not know."""
+    first, second = (_plain_settings(evaluation) for evaluation in (one, other))
+    if first != second:
+        names = [name for name in dict.fromkeys([*first, *second]) if first.get(name) != second.get(name)]
+        raise UserError(f"scored otherwise: {', '.join(names)} differ; evaluate both with the same settings")
+    try:
+        return ScoreSettings(**{name: tuple(value) if isinstance(value, list) else value for name, value in first.items()})
+    except TypeError as error:
+        raise UserError(f"scored as this program does not know ({error}); evaluate both again") from None
+
+
+def _plain_settings(evaluation: Evaluation) -> dict[str, Any]:
+    found = evaluation.config.get("scores", {})
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """Figures that are means over the examples, each example's being in its own `scores`."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, sums_RK: np.ndarray) -> dict[str, np.ndarray]:
+        """Each mean [R]."""
+        return {name: ratio(sums_RK[:, place], sums_RK[:, -1]) for place, name in enumerate(self.names)}
+
+    def undefined(self, name: str, sums_K: np.ndarray) -> str:
+        """Only an example that has none makes a mean undefined."""
+        return "an example has no finite score"
+
+
+def _tallies(kind: str, examples: Sequence[Example], settings: ScoreSettings) -> dict[str, Tally]:
+    """Source -> tally. The harness's tasks have figures of their own, which are means over the examples of a task."""
+    if kind != "harness":
+        return tallies(kind, examples, settings)
+    sources: dict[str, list[Example]] = {}
+    for example in examples:
+        sources.setdefault(example.source, []).append(example)
+    return {source: _means(found) for source, found in sources.items()}
+
+
+def _means(examples: Sequence[Example]) -> Tally:
+    """Of the figures that all examples have. Raises UserError where there is none."""
+    names = tuple(name for name in examples[0].scores if all(name in example.scores for example in examples))
+    if not names:
+        raise UserError(f"the examples of {examples[0].source or 'the task'} have no scores of their own to be compared by")
+    rows = [[*(example.scores[name] for name in names), 1.0] for example in examples]
+    return Additive(rows_NK=np.array(rows, dtype=np.float64), function=Means(names=names))
+
+
+def _figures(source: str, first: Tally, second: Tally, resampling: Resampling, *, incomparable: Iterable[str]) -> list[Figure]:
+    """The figures of one source, or of all examples."""
+    options = {"resamples": resampling.resamples, "confidence": resampling.confidence, "seed": resampling.seed}
+    differences = compare(first, second, **options)
+    mine, theirs = measure(first, **options), measure(second, **options)
+    figures = []
+    for name, difference in differences.items():
+        if name in SAID_ALREADY or name.startswith("support["):
+            continue
+        if name in incomparable:
+            reason = "a token is not the same text for both"
+            difference = Difference(first=difference.first, second=difference.second, difference=None, undefined=reason)
+        full = f"{source}/{name}" if source else name
+        figures.append(Figure(name=full, first=mine[name], second=theirs[name], difference=difference))
+    return figures
+
+
+def _corrected(figures: Sequence[Figure]) -> list[Figure]:
+    """With Holm's correction: of the figures of all examples for their number, and of those of single labels or sources for
+    theirs. Together they would drown the few that a task is judged by."""
+    corrected: dict[str, float | None] = {}
+    for is_detail in (False, True):
+        family = {figure.name: figure.difference.p_value for figure in figures if figure.is_detail == is_detail}
+        corrected |= adjusted(family)
+    return [replace(figure, corrected=corrected[figure.name]) for figure in figures]
+
+
+def _disagreements(figures: Sequence[Figure], one: Evaluation, other: Evaluation) -> list[str]:
+    """Scores that examples.jsonl gives otherwise than evaluation.json says: one of the two was changed."""
+    found = []
+    for evaluation in (one, other):
+        for figure in figures:
+            stored = evaluation.scores.get(figure.name)
+            again = (figure.first if evaluation is one else figure.second).value
+            if stored is None or stored.value is None or again is None:
+                continue
+            if not math.isclose(stored.value, again, rel_tol=AGREEMENT, abs_tol=AGREEMENT):
+                found.append(f"{evaluation.folder}: its examples give {figure.name} {again:.6g}, it says {stored.value:.6g}")
+    return found
