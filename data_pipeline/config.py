@@ -277,11 +277,16 @@ class DataConfig:
 
 
 def blend_quotas(weights: Sequence[float]) -> tuple[int, ...]:
-    """Slots of a block of BLEND_SLOTS that each weight gets, by the largest remainder; ties go to the earlier one."""
+    """Slots of a block of BLEND_SLOTS that each weight gets."""
+    return quotas(weights, BLEND_SLOTS)
+
+
+def quotas(weights: Sequence[float], slots: int) -> tuple[int, ...]:
+    """`slots` in proportion to the weights, by the largest remainder; ties go to the earlier one."""
     total = math.fsum(weights)
-    exact = [weight / total * BLEND_SLOTS for weight in weights]
-    quotas = [math.floor(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda index: quotas[index] - exact[index])
-    for index in by_remainder[: BLEND_SLOTS - sum(quotas)]:
-        quotas[index] += 1
-    return tuple(quotas)
+    exact = [weight / total * slots for weight in weights]
+    whole = [math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: whole[index] - exact[index])
+    for index in by_remainder[: slots - sum(whole)]:
+        whole[index] += 1
+    return tuple(whole)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from conf.errors import UserError
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, quotas
 from data_pipeline.corpus import Corpus
 from data_pipeline.facts import documents_per_sample, fingerprint_of, read_sources, train_windows, validation_windows
 from data_pipeline.ledger import sample_hash
@@ -103,6 +103,27 @@ class Loader:
         if self._sampler is not None:
             raise TypeError("the training samples have no end; num_samples is of the validation split")
         return int(self._first_sample[-1])
+
+    def held_out_samples(self, most: int | None = None) -> dict[str, range]:
+        """Sample numbers to evaluate on, by source; a source without held-out text is left out.
+
+        With `most`, the first ones of every source, in proportion to what it has, but at least one of each.
+        """
+        assert self._sampler is None, "the training split holds nothing out"
+        windows = np.diff(self._first_sample).tolist()
+        if most is not None and most < self.num_samples:
+            shares = list(quotas(windows, most))
+            for index in [index for index, share in enumerate(shares) if share == 0 < windows[index]]:
+                largest = max(range(len(shares)), key=shares.__getitem__)
+                shares[largest] -= shares[largest] > 1
+                shares[index] = 1
+            windows = shares
+        firsts = self._first_sample[:-1].tolist()
+        return {
+            name: range(first, first + number)
+            for name, first, number in zip(self.names, firsts, windows, strict=True)
+            if number
+        }
 
     def max_bounds(self, batch: int) -> int:
         """Length of `document_bounds` for `batch` samples: fixed for the run, whatever documents a batch holds."""

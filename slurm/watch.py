@@ -215,7 +215,7 @@ def read_progress(unit: Path) -> Progress | None:
     steps = [record for record in records if record["kind"] == "train"]
     if not steps:
         return None
-    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    evaluations = [record for record in records if record["kind"] == "evaluation" and not record.get("name")]
     last = steps[-1]
     recent = [record for record in steps[-_PACE_STEPS:] if record.get("attempt") == last.get("attempt")]
     seconds = float(last["time"]) - float(recent[0]["time"])

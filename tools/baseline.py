@@ -85,7 +85,8 @@ def run(config: BaselineConfig) -> int:
     run_dir = Path(config.run)
     settings = read_config(PretrainConfig, run_dir / "config.yaml")
     records = read_metrics(run_dir / FILE_NAME)
-    evaluations = [line for line in records if line["kind"] == "evaluation"]
+    # Those with a name are of one source; here all of them count together.
+    evaluations = [line for line in records if line["kind"] == "evaluation" and not line.get("name")]
     if not evaluations:
         raise UserError(f"{run_dir}: has no evaluation yet; run it with evaluate.every_steps, or to its end")
     last = evaluations[-1]
@@ -128,8 +129,8 @@ def baseline_loss(settings: PretrainConfig, samples: Sequence[int]) -> tuple[flo
     trial = fit(first[~back], second[~back], vocab_size) if len(samples) >= HELD_BACK else fit(first, second, vocab_size)
     discount = max(DISCOUNTS, key=lambda value: trial.log_probability(first[back], second[back], value).mean())
     held_out = Loader(settings.data, split="validation", **common)
-    limit = min(held_out.num_samples, settings.evaluate.max_samples or held_out.num_samples)
-    held_first, held_second, _ = _pairs(held_out, range(limit), "reading the held-out split")
+    chosen = [sample for numbers in held_out.held_out_samples(settings.evaluate.max_samples).values() for sample in numbers]
+    held_first, held_second, _ = _pairs(held_out, chosen, "reading the held-out split")
     scores = fit(first, second, vocab_size).log_probability(held_first, held_second, discount)
     return discount, float(-scores.mean()), len(scores)
 

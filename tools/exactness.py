@@ -20,6 +20,7 @@ TIME_LIKE = frozenset(
     {"time", "attempt", "seconds", "step_seconds", "data_wait_seconds", "tokens_per_second", "mfu", "mfu_causal", "memory_gib"}
     | {
         "checkpoint_stall_seconds",
+        "probe_seconds",
         "busy_seconds_median",
         "busy_seconds_max",
         "straggler_ratio",

@@ -36,6 +36,8 @@ class History:
     """Name of the held-out set, mostly empty -> step -> loss."""
     evaluations: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
     """Name, mostly empty -> figure, such as bits_per_byte -> step -> value: all numbers of the evaluation records."""
+    probes: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Name of a probe's figure -> step -> value."""
     restarts: list[int] = field(default_factory=list)
     """First steps of the attempts after the first."""
     rollbacks: list[int] = field(default_factory=list)
@@ -56,6 +58,10 @@ class History:
             if record["kind"] == "evaluation":
                 losses = history.held_out.setdefault(str(record.get("name", "")), {})
                 losses[int(record["step"])] = float(record.get("loss", np.nan))
+                for key in record:
+                    if key.startswith("probe/"):
+                        figures = history.probes.setdefault(key.removeprefix("probe/"), {})
+                        figures[int(record["step"])] = float(record[key])
                 figures = history.evaluations.setdefault(str(record.get("name", "")), {})
                 for figure, value in record.items():
                     if not isinstance(value, str):
@@ -117,10 +123,9 @@ class History:
 
     @property
     def best_held_out(self) -> tuple[float, int, str] | None:
-        """(lowest loss, its step, name of the set); None without a finite one."""
-        scores = [
-            (loss, step, name) for name, losses in self.held_out.items() for step, loss in losses.items() if np.isfinite(loss)
-        ]
+        """(lowest loss, its step, name of the set), of all sources together where that is known; None without a finite one."""
+        sets = {"": self.held_out[""]} if "" in self.held_out else self.held_out
+        scores = [(loss, step, name) for name, losses in sets.items() for step, loss in losses.items() if np.isfinite(loss)]
         return min(scores, default=None)
 
 

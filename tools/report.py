@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import time
 from collections import deque
 from contextlib import redirect_stderr, redirect_stdout
@@ -15,13 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from conf.compose import read_config, to_plain
 from conf.errors import ConfigError, UserError
-from tools.curves import Chart, Curve, draw
+from tools.curves import draw
 from tools.history import History
 from tools.page import bar, charts, folded, hidden, note, page, section, table, tiles
+from tools.run_charts import make_charts
 from train.checkpoint.manifest import write_durably
 from train.config.pretrain import PretrainConfig
 from train.metrics.console import duration
@@ -30,7 +28,6 @@ from train.metrics.jsonl import FILE_NAME
 from train.outcome import last_attempt, read_outcome
 from train.state import INTERVENTIONS_FILE, read_interventions
 
-NORMS_SHOWN = 8
 MOST_PARAMETERS = 200_000_000  # of a model that is sampled without being asked for
 PROMPT_TOKENS = 24
 SAMPLES_FILE = "samples.jsonl"
@@ -116,77 +113,6 @@ def _run_record(run_dir: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not {"run_id", "wandb_id"} <= record.keys():
         raise UserError(f"{path}: damaged, it does not hold the ids of the run; put back what the run wrote")
     return record
-
-
-def make_charts(history: History) -> list[Chart]:
-    """The charts for which there are values."""
-    marks = {
-        "restart": history.restarts,
-        "rollback": history.rollbacks,
-        "spike": history.steps_with("spike"),
-        "skipped": history.steps_with("skipped"),
-    }
-    marks = {kind: steps for kind, steps in marks.items() if len(steps)}
-    stopped = {kind: steps for kind, steps in marks.items() if kind in ("restart", "rollback")}
-
-    def curve(name: str, label: str, *, scale: float = 1.0) -> Curve:
-        steps, values = history.column(name)
-        return Curve(label=label, steps=steps, values=scale * values)
-
-    losses = [curve("loss", "training")]
-    for name, scores in sorted(history.held_out.items()):
-        label = f"held out: {name}" if name else "held out"
-        losses.append(Curve(label=label, steps=sorted(scores), values=[scores[step] for step in sorted(scores)], points=True))
-    rate = [curve("tokens_per_second", "all devices")]
-    shares = [curve("mfu", "full attention", scale=100), curve("mfu_causal", "causal attention", scale=100)]
-    busy = [curve("busy_seconds_median", "median rank"), curve("busy_seconds_max", "slowest rank")]
-    clipped = [curve("grad_norm", "before clipping")]
-    charts = [
-        Chart(name="loss", title="loss", unit="nats per token", curves=losses, marks=marks),
-        Chart(name="lr", title="learning rate", unit="", curves=[curve("lr", "learning rate")]),
-        Chart(name="grad_norm", title="gradient norm", unit="", curves=clipped, logarithmic=True, marks=marks),
-        Chart(name="throughput", title="throughput", unit="tokens/s", curves=rate, marks=stopped, large=True),
-        Chart(name="mfu", title="model FLOPs utilisation", unit="%", curves=shares),
-        Chart(name="memory", title="memory of the first rank", unit="GiB", curves=[curve("memory_gib", "memory")]),
-        *(
-            Chart(name=name, title=title, unit="", logarithmic=True, curves=[curve(key, label) for key, label in keys])
-            for name, title, keys in _norms(history)
-        ),
-        Chart(name="busy", title="computing time of a step", unit="s", curves=busy),
-        Chart(name="stall", title="held up by a checkpoint", unit="s", curves=[curve("checkpoint_stall_seconds", "stall")]),
-        Chart(name="goodput", title="goodput", unit="%", curves=[curve("goodput", "goodput", scale=100)], marks=stopped),
-    ]
-    filled = []
-    for chart in charts:
-        curves = [one for one in chart.curves if np.isfinite(one.values).any()]
-        if curves:
-            filled.append(replace(chart, curves=curves))
-    return filled
-
-
-def _norms(history: History) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """(file name, title, (key, label) of the curves) of a chart of all whole norms, and one for each kind that has parts."""
-    kinds: dict[str, list[str]] = {}
-    for key in history.columns:
-        if key.startswith("norm/"):
-            kind, _, part = key.removeprefix("norm/").partition(".")
-            kinds.setdefault(kind if part else "", []).append(key)
-    charts = []
-    for kind, keys in sorted(kinds.items()):
-        shown = _spread(keys)
-        labels = [(key, key.removeprefix("norm/").removeprefix(f"{kind}.")) for key in shown]
-        title = f"norms of each layer's {kind}" if kind else "norms"
-        title += f", {len(shown)} of {len(keys)} layers" if len(shown) < len(keys) else ""
-        charts.append((re.sub(r"[^a-z0-9]+", "_", f"norms {kind}".strip().lower()), title, labels))
-    return charts
-
-
-def _spread(names: list[str]) -> list[str]:
-    """At most NORMS_SHOWN of them, evenly over the layers."""
-    ordered = sorted(names, key=lambda name: [(int(part) if part.isdigit() else -1, part) for part in name.split(".")])
-    if len(ordered) <= NORMS_SHOWN:
-        return ordered
-    return [ordered[round(index * (len(ordered) - 1) / (NORMS_SHOWN - 1))] for index in range(NORMS_SHOWN)]
 
 
 def _lead(run_dir: Path) -> str:

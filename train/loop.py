@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
-
 from data_pipeline.ledger import combined, format_ranges
-from data_pipeline.loader import Loader, MicroBatch
+from data_pipeline.loader import Loader
 from data_pipeline.prefetcher import Prefetcher
 from train.config.pretrain import PretrainConfig
 from train.engine import Engine, StepResult
+from train.evaluator import Evaluator
 from train.health.garbage import GarbageSchedule
 from train.health.guard import Guard, Verdict
 from train.health.norms import by_layer
@@ -61,7 +59,7 @@ class Trainer:
     context: ParallelContext
     engine: Engine
     loader: Loader
-    held_out: Loader | None
+    evaluator: Evaluator | None
     saver: Saver
     recovery: Recovery
     metrics: Metrics | NullMetrics
@@ -141,16 +139,16 @@ class Trainer:
         ending = self._reason_to_end(agreement)
         every = self.config.evaluate.every_steps
         due = every is not None and self.state.step % every == 0
-        if self.held_out is not None and (due or (ending is not None and ending.state == "finished")):
+        if self.evaluator is not None and (due or (ending is not None and ending.state == "finished")):
             self.state.evaluation_due = True
-            ending = self._evaluate(self.held_out) or ending
+            ending = self._evaluate(self.evaluator) or ending
         return self._save(agreement, ending, is_well=is_well)
 
     def _make_up(self) -> Ending | None:
         """What an earlier attempt left undone; then the reason to end before the first step, if there is one."""
         ending = self._reason_to_end(self.requests.agree())
-        if self.state.evaluation_due and self.held_out is not None and (ending is None or ending.state == "finished"):
-            ending = self._evaluate(self.held_out) or ending
+        if self.state.evaluation_due and self.evaluator is not None and (ending is None or ending.state == "finished"):
+            ending = self._evaluate(self.evaluator) or ending
         if ending is not None and ending.state == "stopped":
             self.requests.answered()
         return ending
@@ -249,55 +247,27 @@ class Trainer:
         reason += "there is no other" if kept is None else f"the newest is of step {kept}"
         return replace(ending, state="stopped" if ending.state == "stopped" else "unsaved", reason=reason)
 
-    def _evaluate(self, held_out: Loader) -> Ending | None:
-        """Read the held-out split and report; the ending, when a request to stop came before it was through."""
+    def _evaluate(self, evaluator: Evaluator) -> Ending | None:
+        """Measure the model and report; the ending, when a request to stop came before it was through."""
         started = time.perf_counter()
         try:
-            figures = self.evaluate(held_out)
+            records = evaluator.run(self._before_batch)
         except Interrupted as request:
             return _stopped(request.stop)
         finally:
             self.goodput.add("evaluation", time.perf_counter() - started)
         self.state.evaluation_due = False
-        self.saver.note_validation(self.state.step, figures["loss"])
+        self.saver.note_validation(self.state.step, float(records[0]["loss"]))
         place = {"step": self.state.step, "samples": self.state.samples, "tokens": self.state.tokens}
-        self.metrics.evaluation({**place, **figures})
+        for record in records:
+            self.metrics.evaluation({**place, **record})
         return None
 
-    def evaluate(self, held_out: Loader) -> dict[str, float]:
-        """Loss, perplexity and bits per byte of the held-out split: sums over all targets, divided once.
-
-        Raises Interrupted when a request to stop came in between.
-        """
-        sums = torch.zeros(3, dtype=torch.float64)  # loss in nats, targets, UTF-8 bytes of the targets
-        started = time.perf_counter()
-        for number, (batch, counts) in enumerate(self._held_out_batches(held_out)):
-            if number % ASK_EVERY_BATCHES == 0 and (stop := self.requests.agree().stop) is not None:
-                raise Interrupted(stop)
-            self.watchdog.phase("evaluate", self.state.step)
-            result = self.engine.evaluate(batch)
-            if counts:
-                sums += torch.tensor([result.loss_sum, result.target_tokens, batch.target_bytes], dtype=torch.float64)
-        loss_sum, targets, target_bytes = self.context.sum_over_data(sums.to(self.context.device)).tolist()
-        loss = loss_sum / targets
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": loss_sum / math.log(2) / target_bytes,
-            "target_tokens": int(targets),
-            "seconds": time.perf_counter() - started,
-        }
-
-    def _held_out_batches(self, held_out: Loader) -> Iterator[tuple[MicroBatch, bool]]:
-        """This rank's held-out batches, and whether each counts: every rank gets equally many, as ZeRO 3 needs."""
-        settings = self.config.evaluate
-        size = settings.micro_batch or self.config.batch.micro_batch
-        available = min(held_out.num_samples, settings.max_samples or held_out.num_samples)
-        groups = [list(range(first, min(first + size, available))) for first in range(0, available, size)]
-        ranks, rank = self.context.data_parallel, self.context.data_rank
-        for index in range(-(-len(groups) // ranks)):
-            mine = index * ranks + rank
-            yield held_out.micro_batch(groups[min(mine, len(groups) - 1)]), mine < len(groups)
+    def _before_batch(self, number: int) -> None:
+        """Between the batches of an evaluation. Raises Interrupted when the run is to stop."""
+        if number % ASK_EVERY_BATCHES == 0 and (stop := self.requests.agree().stop) is not None:
+            raise Interrupted(stop)
+        self.watchdog.phase("evaluate", self.state.step)
 
 
 def _stopped(stop: Stop) -> Ending:

@@ -49,6 +49,8 @@ ORDER = (
     "train.spike_report",
     "train.inference",
     "train.scores",
+    "train.probes",
+    "train.evaluator",
     "train.loop",
     "train.convert",
     "train.stages",

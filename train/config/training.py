@@ -208,14 +208,21 @@ class CheckpointConfig:
         _raise_if(problems)
 
 
+ProbeName = Literal["copying", "induction", "brackets"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     every_steps: int | None = 500
     """Steps between evaluations on the held-out split; null: only at the end."""
     max_samples: int | None = None
-    """Held-out sequences that are read; null: all of them; 0: no evaluation."""
+    """Held-out sequences that are read, spread over the sources in proportion, at least one of each; null: all of them; 0: no
+    evaluation."""
     micro_batch: int | None = None
     """Sequences that one rank evaluates at a time; null: batch.micro_batch."""
+    probes: tuple[ProbeName, ...] = ("copying", "induction", "brackets")
+    """Small made-up tasks, measured at every evaluation: repeat random tokens, say what followed a token before, close the
+    innermost bracket; empty: none."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -225,6 +232,8 @@ class EvaluateConfig:
             problems.append(f"max_samples={self.max_samples}: must not be negative; null reads all, 0 turns evaluation off")
         if self.micro_batch is not None and self.micro_batch < 1:
             problems.append(f"micro_batch={self.micro_batch}: must be at least 1; null takes batch.micro_batch")
+        if len(set(self.probes)) < len(self.probes):
+            problems.append(f"probes={list(self.probes)}: names a probe twice; name each once")
         _raise_if(problems)
 
 

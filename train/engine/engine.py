@@ -11,11 +11,11 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from train.config.training import OptimConfig, ParallelConfig, Precision
 from train.engine import fragments
 from train.engine.optimizers import make_optimizer, update_stance
+from train.model.heads import LossHead
 from train.model.init import keyed_seed
 from train.model.transformer import Decoder, Layer
 from train.optim import OptimizerSpec
 from train.parallel import ParallelContext
 
 PROBE_TOKENS, PROBE_POSITIONS = 64, 4
+Taken = TypeVar("Taken")
 
 
 def _nothing() -> None:
@@ -68,6 +70,16 @@ class EvaluationResult:
 
     loss_sum: float
     target_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a model expects at P places."""
+
+    log_probability: Tensor
+    """fp32 [P, O] of the ids that were asked for."""
+    likeliest: Tensor
+    """int64 [P]: the likeliest id of the vocabulary."""
 
 
 class _Clock:
@@ -175,26 +187,49 @@ class Engine:
         )
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> EvaluationResult:
-        """Loss of one micro-batch without gradients; under ZeRO 3 all ranks must call it together."""
+    def evaluate(self, batch: Batch, *, compiled: bool = True) -> EvaluationResult:
+        """Loss of one micro-batch without gradients; under ZeRO 3 all ranks must call it together.
+
+        `compiled` False is for a shape that is seen now and then: compiling it would take longer than it ever saves.
+        """
         self._deepspeed.eval()
-        _, loss, targets = self._deepspeed(*self._on_device(batch))
+        with nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
+            _, loss, targets = self._deepspeed(*self._on_device(batch))
         return EvaluationResult(loss_sum=float(loss), target_tokens=int(targets))
 
-    @torch.no_grad()
+    def ask(self, tokens_BS: Tensor, places_P: Tensor, options_PO: Tensor) -> Answers:
+        """What the model expects behind some tokens, whose places count through B x S; all ranks together.
+
+        The sequences are read each as a whole, and may be shorter than the run's.
+        """
+        device = self.context.device
+        places_P, options_PO = places_P.to(device), options_PO.to(device)
+        log_probability_PO, likeliest_P = self._on_the_way(
+            tokens_BS, lambda head, hidden_TH: head.answers(hidden_TH, places_P, options_PO)
+        )
+        return Answers(log_probability=log_probability_PO.cpu(), likeliest=likeliest_P.cpu())
+
     def probe(self) -> Tensor:
         """Logits of a fixed batch at its last positions, fp32 [PROBE_POSITIONS, V]; all ranks together.
 
         They tell whether weights that come back are the weights that were saved, and whether they still mean the same.
         """
+        length, vocab_size = min(PROBE_TOKENS, self.module.reading.sequence_length), self.module.vocab_size
+        tokens_T = (torch.arange(length) * 7919 + 13).remainder(vocab_size)
+        logits_TV = self._on_the_way(tokens_T.unsqueeze(0), lambda head, hidden_TH: head.logits(hidden_TH))
+        return logits_TV[-PROBE_POSITIONS:, :vocab_size].float()
+
+    @torch.no_grad()
+    def _on_the_way(self, tokens_BS: Tensor, take: Callable[[LossHead, Tensor], Taken]) -> Taken:
+        """What `take` makes of the head and of the hidden states that reach it, for sequences of any length."""
         model, seen = self.module, []
-        reading, length = model.reading, min(PROBE_TOKENS, model.reading.sequence_length)
-        tokens_T = (torch.arange(length) * 7919 + 13).remainder(model.vocab_size)
-        bounds = torch.tensor([0, length], dtype=torch.int32)
-        tensors = [tensor.to(self.context.device) for tensor in (tokens_T, tokens_T, torch.arange(length), bounds)]
-        # A whole forward pass, the logits taken on the way: stage 3 keeps the order of the modules in mind, and one that
-        # ended before the head would be an error at the next evaluation.
-        hook = model.layers[-1].register_forward_pre_hook(lambda head, inputs: seen.append(head.logits(inputs[0][0])))
+        reading, (batch, length) = model.reading, tokens_BS.shape
+        tokens_T = tokens_BS.reshape(-1)
+        positions_T, bounds = torch.arange(length).repeat(batch), torch.tensor([0, len(tokens_T)], dtype=torch.int32)
+        tensors = [tensor.to(self.context.device) for tensor in (tokens_T, tokens_T, positions_T, bounds)]
+        # A whole forward pass, with what is wanted taken on the way: stage 3 keeps the order of the modules in mind, and one
+        # that ended before the head would be an error at the next evaluation.
+        hook = model.layers[-1].register_forward_pre_hook(lambda head, inputs: seen.append(take(head, inputs[0][0])))
         model.read_as(replace(reading, sequence_length=length, document_mask=False))
         self._deepspeed.eval()
         try:
@@ -204,7 +239,7 @@ class Engine:
         finally:
             hook.remove()
             model.read_as(reading)
-        return seen[0][-PROBE_POSITIONS:, : model.vocab_size].float()
+        return seen[0]
 
     def fragments(self) -> list[fragments.Fragment]:
         """This rank's part of the fp32 weights and of the optimizer's state, as live views."""

@@ -8,10 +8,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TextIO
+from typing import TextIO, get_args
 
+from train.config.training import ProbeName
 from train.metrics.record import Level, Record, Value
 
+PROBES = get_args(ProbeName)
 _RATE_WINDOW = 50
 _COLORS = {"dim": "\033[2m", "bold": "\033[1m", "warn": "\033[33m", "error": "\033[31m"}
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -110,6 +112,7 @@ def evaluation_line(record: Record, total_steps: int) -> str:
         f"{title}: loss {_number(record.get('loss'), '.4f')}",
         f"perplexity {_number(record.get('perplexity'), '.2f')}",
         f"bits per byte {_number(record.get('bits_per_byte'), '.4f')}",
+        *(f"{name} {_percent(record[f'probe/{name}'])}" for name in PROBES if f"probe/{name}" in record),
     ]
     return "  ".join(parts)
 

@@ -69,8 +69,8 @@ class Metrics:
         self._write("train", {**derived, **values})
 
     def evaluation(self, record: Mapping[str, Value]) -> None:
-        """Report one evaluation: step and loss, by custom also perplexity, bits_per_byte, and `name` where there are
-        several held-out sets.
+        """Report one evaluation: step and loss, by custom also perplexity, bits_per_byte, probe/NAME, and `name` where it is
+        of one of several held-out sets.
 
         Raises TypeError for a value that is no plain number or text.
         """

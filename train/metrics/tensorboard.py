@@ -1,4 +1,4 @@
-"""TensorBoard event files below `<run>/tensorboard`: every value by step, the losses by tokens as well."""
+"""TensorBoard event files below `<run>/tensorboard`: every value by step, losses and probes by tokens as well."""
 
 from __future__ import annotations
 
@@ -54,11 +54,13 @@ class TensorBoardWriter:
         for key, value in record.items():
             if key not in _AXES and isinstance(value, float | int):
                 self._by_step.add_scalar(f"{section}/{key}", value, step, walltime=time)
-        loss = record.get("loss")
-        if isinstance(tokens, int) and isinstance(loss, float) and math.isfinite(loss):
+        by_tokens = {key: value for key, value in record.items() if key == "loss" or key.startswith("probe/")}
+        for key, value in by_tokens.items():
+            if not (isinstance(tokens, int) and isinstance(value, float) and math.isfinite(value)):
+                continue
             if self._by_tokens is None:
                 self._by_tokens = _open(self._folder / "by_tokens", purge=tokens)
-            self._by_tokens.add_scalar(f"{section}/loss", loss, tokens, walltime=time)
+            self._by_tokens.add_scalar(f"{section}/{key}", value, tokens, walltime=time)
 
     def alert(self, title: str, text: str, level: Level) -> None:
         """TensorBoard tells nobody anything."""

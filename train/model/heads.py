@@ -43,6 +43,20 @@ class LossHead(nn.Module):
         """[T, whole V] in the model's dtype; the columns beyond the real vocabulary hold -inf."""
         return all_columns(self._logits(all_rows(hidden_TH, self.tensor), self.output.weight), self.tensor)
 
+    def answers(self, hidden_TH: Tensor, places_P: Tensor, options_PO: Tensor) -> tuple[Tensor, Tensor]:
+        """What follows the tokens at some places: log-probabilities of the options, fp32 [P, O], and the likeliest id [P].
+
+        The logits of the whole vocabulary exist for a chunk of places at a time. Every rank has the answers.
+        """
+        hidden_PH = all_rows(hidden_TH, self.tensor)[places_P]
+        chunk = max(1, self.chunk_tokens // self.tensor.size)
+        parts = []
+        for hidden_CH, options_CO in zip(hidden_PH.split(chunk), options_PO.split(chunk), strict=True):
+            logits_CV = all_columns(self._logits(hidden_CH, self.output.weight), self.tensor).float()
+            parts.append((logits_CV.log_softmax(dim=-1).gather(1, options_CO), logits_CV.argmax(dim=-1)))
+        log_probability, likeliest = zip(*parts, strict=True)
+        return torch.cat(log_probability), torch.cat(likeliest)
+
     def forward(self, state: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(objective, loss, targets): sums over the targets, fp32, and their number, int64; each a scalar.
 

@@ -19,6 +19,7 @@ from train.config.changes import check_resume
 from train.config.pretrain import PretrainConfig
 from train.device import peak_flops
 from train.engine import Engine
+from train.evaluator import Evaluator
 from train.health.requests import Deadline, Requests
 from train.health.stragglers import Stragglers
 from train.initial import check_initial, initial_folder
@@ -80,13 +81,19 @@ def build(config: PretrainConfig, context: ParallelContext, attempt: Attempt, me
     deadline = None if attempt.ends_at is None else Deadline(attempt.ends_at - time.time())
     split = {"seed": config.run.seed, "vocab_size": config.model.vocab_size}
     loader = Loader(config.data, split="train", pin=context.device.type == "cuda", **split)
+    evaluator = None
+    if config.evaluate.max_samples != 0:
+        held_out = Loader(config.data, split="validation", **split)
+        evaluator = Evaluator(config, context=context, engine=engine, loader=held_out)
+        for reason in evaluator.missing:
+            metrics.alert("probe left out", f"{reason}; leave it out of evaluate.probes to be told no more")
     return Trainer(
         config=config,
         plan=plan,
         context=context,
         engine=engine,
         loader=loader,
-        held_out=None if config.evaluate.max_samples == 0 else Loader(config.data, split="validation", **split),
+        evaluator=evaluator,
         saver=Saver(store, metrics, deadline),
         recovery=Recovery(config.guard, attempt.run_dir, store=store, context=context),
         metrics=metrics,

@@ -241,6 +241,8 @@ CASES: list[tuple[str, list[str], str]] = [
     ("pretrain", ["evaluate.every_steps=0"], "evaluate.every_steps=0: must be at least 1; null evaluates at the end only"),
     ("pretrain", ["evaluate.max_samples=-1"], "evaluate.max_samples=-1: must not be negative; null reads all, 0 turns"),
     ("pretrain", ["evaluate.micro_batch=0"], "evaluate.micro_batch=0: must be at least 1; null takes batch.micro_batch"),
+    ("pretrain", ["evaluate.probes=[copying,copying]"], "evaluate.probes=['copying', 'copying']: names a probe twice"),
+    ("pretrain", ["evaluate.probes=[copy]"], "evaluate.probes[0]=copy: must be copying, induction or brackets"),
     ("pretrain", ["launch.processes=0"], "launch.processes=0: must be at least 1"),
     ("pretrain", ["launch.max_restarts=-1"], "launch.max_restarts=-1: must not be negative"),
     ("pretrain", ["launch.backoff_seconds=-1"], "launch.backoff_seconds=-1.0: must not be negative"),

@@ -1,0 +1,131 @@
+"""What a model is measured by on its way: the loss on the held-out text, of all of it and of each source, and the probes.
+
+Sums are taken over all targets and divided once. When to measure, and whether to stop in between, is the loop's matter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from data_pipeline.loader import Loader, MicroBatch
+from train.config.pretrain import PretrainConfig
+from train.engine import Engine
+from train.metrics import Value
+from train.parallel import ParallelContext
+from train.probes import Probe, make_probes
+
+ROWS = 16  # sequences of a probe's batch come in multiples of it, as products of 8-bit floats want
+LEAST_TOKENS = 2048  # of a probe's batch: with the micro-batches of a tiny run, starting the kernels would be all the time
+LARGEST_EXPONENT = 700.0  # of a perplexity that a float holds
+Group = TypeVar("Group")
+BeforeBatch = Callable[[int], None]
+
+
+class Evaluator:
+    """Measures the model of `engine`; all ranks together. It draws no random number and leaves nothing changed."""
+
+    def __init__(self, config: PretrainConfig, *, context: ParallelContext, engine: Engine, loader: Loader) -> None:
+        """loader: of the held-out text. `missing` says which probes cannot be had, and why."""
+        self.config, self.context, self.engine, self.loader = config, context, engine, loader
+        self.micro_batch = config.evaluate.micro_batch or config.batch.micro_batch
+        self.probes, self.missing = make_probes(
+            config.evaluate.probes,
+            loader.tokenizer_folder,
+            vocab_size=config.model.vocab_size,
+            sequence_length=config.data.sequence_length,
+        )
+
+    def run(self, before_batch: BeforeBatch) -> list[dict[str, Value]]:
+        """One record for all the held-out text, with the probes; where it comes from several sources, one for each of them.
+
+        `before_batch` is called with the batch's number, on all ranks alike; what it raises ends the evaluation.
+        """
+        started = time.perf_counter()
+        numbers = itertools.count()
+        sources = self.loader.held_out_samples(self.config.evaluate.max_samples)
+        sums = torch.zeros(len(sources), 3, dtype=torch.float64)  # loss in nats, targets, UTF-8 bytes of the targets
+        for source, batch, counts in self._held_out_batches(sources):
+            before_batch(next(numbers))
+            result = self.engine.evaluate(batch, compiled=len(batch.sample_ids) == self.micro_batch)
+            if counts:
+                sums[source] += torch.tensor([result.loss_sum, result.target_tokens, batch.target_bytes], dtype=torch.float64)
+        sums = self.context.sum_over_data(sums.to(self.context.device)).cpu()
+        probes_started = time.perf_counter()
+        answers = self._run_probes(lambda: before_batch(next(numbers)))
+        ended = time.perf_counter()
+        whole: dict[str, Value] = {**_figures(*sums.sum(dim=0).tolist()), "seconds": ended - started, **answers}
+        if answers:
+            whole["probe_seconds"] = ended - probes_started
+        parts = [{"name": name, **_figures(*part)} for name, part in zip(sources, sums.tolist(), strict=True) if part[1]]
+        return [whole, *parts] if len(sources) > 1 else [whole]
+
+    def _held_out_batches(self, sources: dict[str, range]) -> Iterator[tuple[int, MicroBatch, bool]]:
+        """This rank's batches: the number of the source, the batch, of this source alone, and whether it counts."""
+        size = self.micro_batch
+        groups = [
+            (index, chosen[first : first + size])
+            for index, chosen in enumerate(sources.values())
+            for first in range(0, len(chosen), size)
+        ]
+        for (index, chosen), counts in self._shared_out(groups):
+            yield index, self.loader.micro_batch(list(chosen)), counts
+
+    def _run_probes(self, before_batch: Callable[[], None]) -> dict[str, Value]:
+        """Share of right answers of each probe, and the mean loss of those with one right id."""
+        sums = torch.zeros(len(self.probes), 3, dtype=torch.float64)  # right answers, loss in nats, questions
+        for index, probe in enumerate(self.probes):
+            rows, total = self._probe_rows(probe), len(probe.tokens_NS)
+            groups = [(first, min(first + rows, total)) for first in range(0, total, rows)]
+            for (first, last), counts in self._shared_out(groups):
+                before_batch()
+                found = self._answers_of(probe.of(first, last), rows)
+                if counts:
+                    sums[index] += found
+        sums = self.context.sum_over_data(sums.to(self.context.device)).tolist()
+        figures: dict[str, Value] = {}
+        for probe, (right, loss, questions) in zip(self.probes, sums, strict=True):
+            figures[f"probe/{probe.name}"] = right / questions
+            if probe.group_PO is None:
+                figures[f"probe/{probe.name}_loss"] = loss / questions
+        return figures
+
+    def _answers_of(self, probe: Probe, rows: int) -> torch.Tensor:
+        """[3] right answers, loss, questions. Sequences are filled up to `rows`, so that all batches are of one shape."""
+        tokens_NS = torch.from_numpy(probe.tokens_NS)
+        tokens_BS = torch.cat([tokens_NS, tokens_NS[:1].expand(rows - len(tokens_NS), -1)])
+        places_P = torch.from_numpy(probe.sequence_P * tokens_BS.shape[1] + probe.place_P)
+        answers = self.engine.ask(tokens_BS, places_P, torch.from_numpy(probe.options_PO))
+        log_probability_PO = answers.log_probability.double().numpy()
+        right = probe.score(log_probability_PO, answers.likeliest.numpy()).sum()
+        loss = -log_probability_PO[:, 0].sum() if probe.group_PO is None else 0.0
+        return torch.tensor([right, loss, len(places_P)], dtype=torch.float64)
+
+    def _probe_rows(self, probe: Probe) -> int:
+        """Sequences of a batch: as many tokens as of the held-out text, no more than there are, and even over tensor ranks."""
+        total, length = probe.tokens_NS.shape
+        step = math.lcm(ROWS, self.context.tensor.size)
+        tokens = max(LEAST_TOKENS, self.micro_batch * self.config.data.sequence_length)
+        return step * min(max(1, tokens // (length * step)), -(-total // step))
+
+    def _shared_out(self, groups: Sequence[Group]) -> Iterator[tuple[Group, bool]]:
+        """This rank's groups, and whether each counts: every rank gets equally many, as ZeRO 3 needs."""
+        ranks, rank = self.context.data_parallel, self.context.data_rank
+        for index in range(-(-len(groups) // ranks)):
+            mine = index * ranks + rank
+            yield groups[min(mine, len(groups) - 1)], mine < len(groups)
+
+
+def _figures(loss_sum: float, targets: float, target_bytes: float) -> dict[str, Value]:
+    loss = loss_sum / targets if targets else math.nan
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, LARGEST_EXPONENT)),
+        "bits_per_byte": loss_sum / math.log(2) / target_bytes if target_bytes else math.nan,
+        "target_tokens": int(targets),
+    }

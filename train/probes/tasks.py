@@ -1,0 +1,228 @@
+"""The tasks: their sequences, what is asked about them, and what an answer is worth. The engine has the answers.
+
+A task is the same at every evaluation and in every layout: its items follow from SEED, the tokenizer and the length of the
+run's sequences. Shapes: N sequences, S tokens of one, P questions, O token ids whose probability is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from conf.errors import UserError
+from data_pipeline.tokenizer import Tokenizer
+from train.config.training import ProbeName
+from train.probes.snippets import CLOSERS, DEPTHS, draw_snippet
+
+SEED = 20220924
+MOST_IDS, FEWEST_IDS = 4096, 16
+"""Random tokens are drawn from so many. The earlier ids of a BPE are the frequent ones, which a small model has seen."""
+LONGEST, SHORTEST = 128, 8
+"""Tokens of an item: one of a whole long context would cost as much as an evaluation."""
+COPIES, REPEATS, SNIPPETS = 16, 96, 12
+"""Sequences to copy; sequences with a repeated token; snippets of every kind and depth of bracket."""
+TRIES = 400  # to draw as many snippets that fit
+CHANCE: dict[ProbeName, float] = {"copying": 0.0, "induction": 0.0, "brackets": 1 / len(CLOSERS)}
+"""Share of right answers without any knowledge; one in the size of the vocabulary counts as 0."""
+
+
+class NotAvailable(Exception):
+    """A probe cannot be had with this tokenizer or this length, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A task: sequences, and behind some of their tokens the question what comes next."""
+
+    name: ProbeName
+    tokens_NS: np.ndarray
+    """int64; what lies behind the last question of a sequence is padding."""
+    sequence_P: np.ndarray
+    """int64: the sequence that a question belongs to."""
+    place_P: np.ndarray
+    """int64: the token of the sequence behind which it is asked."""
+    options_PO: np.ndarray
+    """int64: ids whose probability is asked for."""
+    group_PO: np.ndarray | None = None
+    """int64: the answer that an option belongs to, 0 the right one, which must be likelier than each of the others. None: the
+    one option is the right id, and must be the likeliest of the whole vocabulary."""
+
+    def score(self, log_probability_PO: np.ndarray, likeliest_P: np.ndarray) -> np.ndarray:
+        """[P] 1 where the answer is right, given the logarithms of the options' probabilities and the likeliest id."""
+        if self.group_PO is None:
+            return (likeliest_P == self.options_PO[:, 0]).astype(np.float64)
+        share_PO = np.exp(log_probability_PO - log_probability_PO.max(axis=1, keepdims=True))
+        share_PG = np.stack([(share_PO * (self.group_PO == group)).sum(axis=1) for group in range(len(CLOSERS))], axis=1)
+        return (share_PG[:, 0] > share_PG[:, 1:].max(axis=1)).astype(np.float64)
+
+    def of(self, first: int, last: int) -> Probe:
+        """The questions of the sequences from `first` to before `last`, which are counted from `first`."""
+        asked_P = (self.sequence_P >= first) & (self.sequence_P < last)
+        return Probe(
+            name=self.name,
+            tokens_NS=self.tokens_NS[first:last],
+            sequence_P=self.sequence_P[asked_P] - first,
+            place_P=self.place_P[asked_P],
+            options_PO=self.options_PO[asked_P],
+            group_PO=None if self.group_PO is None else self.group_PO[asked_P],
+        )
+
+
+def make_probes(
+    names: Sequence[ProbeName], tokenizer_folder: Path, *, vocab_size: int, sequence_length: int
+) -> tuple[list[Probe], list[str]]:
+    """The probes with these names, and a sentence for each that cannot be had.
+
+    vocab_size: ids that the model knows. sequence_length: tokens that it is trained to read at once.
+    """
+    if not names:
+        return [], []
+    try:
+        tokenizer = Tokenizer(tokenizer_folder)
+        ids = ordinary_ids(tokenizer, vocab_size)
+    except UserError as error:
+        return [], [f"{', '.join(names)}: {error}"]
+    length = min(sequence_length, LONGEST)
+    makers: dict[ProbeName, Callable[[], Probe]] = {
+        "copying": lambda: copying(ids, length),
+        "induction": lambda: induction(ids, length),
+        "brackets": lambda: brackets(tokenizer, vocab_size, length),
+    }
+    made, missing = [], []
+    for name in names:
+        try:
+            made.append(makers[name]())
+        except NotAvailable as reason:
+            missing.append(f"{name}: {reason}")
+    return made, missing
+
+
+def ordinary_ids(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """Ids that stand for printable text of their own: no special tokens, no pieces of a character, no line ends.
+
+    Raises UserError for a tokenizer whose tokens are not bytes.
+    """
+    table = tokenizer.token_table[:vocab_size]
+    return np.array([number for number, piece in enumerate(table) if _is_printable(piece)][:MOST_IDS], dtype=np.int64)
+
+
+def copying(ids: np.ndarray, length: int) -> Probe:
+    """Random tokens, and once more: each of the second time is asked for but the first, which nothing announces.
+
+    Raises NotAvailable when there are too few ids or too short sequences.
+    """
+    _check(ids, length)
+    half, rng = length // 2, np.random.default_rng([SEED, 1])
+    once_NS = np.stack([rng.choice(ids, size=half, replace=len(ids) < half) for _ in range(COPIES)])
+    tokens_NS = np.concatenate([once_NS, once_NS], axis=1)
+    asked = np.arange(half, 2 * half - 1)
+    return Probe(
+        name="copying",
+        tokens_NS=tokens_NS,
+        sequence_P=np.repeat(np.arange(COPIES), len(asked)),
+        place_P=np.tile(asked, COPIES),
+        options_PO=tokens_NS[:, asked + 1].reshape(-1, 1),
+    )
+
+
+def induction(ids: np.ndarray, length: int) -> Probe:
+    """Random tokens in which a pair A B occurs once, and A again at the end: is B the likeliest?
+
+    Neither A nor B occurs elsewhere; how far the two A lie apart is spread evenly over what the length allows.
+    Source: Olsson et al. 2022, In-context Learning and Induction Heads. Raises NotAvailable as `copying` does.
+    """
+    _check(ids, length)
+    rng = np.random.default_rng([SEED, 2])
+    distance_N = np.linspace(2, length - 1, REPEATS).round().astype(np.int64)  # at 2, one A B stands right before the other A
+    rows, sequences = [], np.arange(REPEATS)
+    for distance in distance_N:
+        first, second = rng.choice(ids, size=2, replace=False)
+        others = ids[(ids != first) & (ids != second)]
+        row = rng.choice(others, size=length, replace=len(others) < length)
+        row[[length - 1 - distance, length - 1]] = first
+        row[length - distance] = second
+        rows.append(row)
+    tokens_NS = np.stack(rows)
+    return Probe(
+        name="induction",
+        tokens_NS=tokens_NS,
+        sequence_P=sequences,
+        place_P=np.full(REPEATS, length - 1),
+        options_PO=tokens_NS[sequences, length - distance_N].reshape(-1, 1),
+    )
+
+
+def brackets(tokenizer: Tokenizer, vocab_size: int, length: int) -> Probe:
+    """Code-like text that ends where its innermost bracket could be closed: is its closer likelier than the two others?
+
+    As many of each kind and depth. A closer's probability is that of all ids whose text begins with it, since a tokenizer may
+    hold `)` and `):` and more of them. Raises NotAvailable when it does not keep a closer apart from the word before, or too
+    few texts fit into `length` tokens.
+    """
+    groups = [_ids_that_begin_with(closer, tokenizer, vocab_size) for closer in CLOSERS]
+    rng = np.random.default_rng([SEED, 3])
+    prompts, kinds = [], []
+    for depth in DEPTHS:
+        for kind in range(len(CLOSERS)):
+            prompts += _draw_prompts(rng, tokenizer, groups, kind=kind, depth=depth, length=length)
+            kinds += [kind] * SNIPPETS
+    longest = max(map(len, prompts))
+    closer_O = np.repeat(np.arange(len(CLOSERS)), [len(group) for group in groups])
+    return Probe(
+        name="brackets",
+        tokens_NS=np.array([prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts], dtype=np.int64),
+        sequence_P=np.arange(len(prompts)),
+        place_P=np.array([len(prompt) - 1 for prompt in prompts], dtype=np.int64),
+        options_PO=np.tile(np.concatenate(groups).astype(np.int64), (len(prompts), 1)),
+        group_PO=(closer_O[None, :] - np.array(kinds)[:, None]) % len(CLOSERS),
+    )
+
+
+def _check(ids: np.ndarray, length: int) -> None:
+    if length < SHORTEST:
+        raise NotAvailable(f"needs sequences of {SHORTEST} tokens, data.sequence_length is {length}")
+    if len(ids) < FEWEST_IDS:
+        raise NotAvailable(f"needs {FEWEST_IDS} tokens of printable text, the vocabulary has {len(ids)}")
+
+
+def _is_printable(piece: bytes) -> bool:
+    try:
+        text = piece.decode()
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and text.isprintable()
+
+
+def _ids_that_begin_with(closer: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    table = tokenizer.token_table[:vocab_size]
+    found = [number for number, piece in enumerate(table) if piece.startswith(closer.encode())]
+    if not found:
+        raise NotAvailable(f"the tokenizer has no token that begins with {closer}")
+    return found
+
+
+def _draw_prompts(
+    rng: np.random.Generator, tokenizer: Tokenizer, groups: Sequence[list[int]], *, kind: int, depth: int, length: int
+) -> list[list[int]]:
+    """SNIPPETS different ones, as ids, behind each of which every closer would be one token of its group."""
+    found: dict[str, list[int]] = {}
+    too_long = 0
+    for _ in range(TRIES):
+        text = draw_snippet(rng, kind=kind, depth=depth)
+        prompt = tokenizer.encode(text)
+        if len(prompt) > length:
+            too_long += 1
+        elif all(_closes(tokenizer.encode(text + CLOSERS[number]), prompt, group) for number, group in enumerate(groups)):
+            found[text] = prompt
+        if len(found) == SNIPPETS:
+            return list(found.values())
+    if too_long > TRIES // 2:
+        raise NotAvailable(f"its texts do not fit into data.sequence_length={length} tokens")
+    raise NotAvailable("the tokenizer does not keep a closing bracket apart from the word before it")
+
+
+def _closes(closed: list[int], prompt: list[int], group: list[int]) -> bool:
+    return closed[:-1] == prompt and closed[-1] in group
