@@ -47,15 +47,23 @@ def _width(character: str) -> int:
 
 
 def cut(text: str, columns: int) -> str:
-    """The text, or its beginning and three dots."""
+    """The text, or its beginning, three dots and its end, where paths and names differ most."""
     if columns_of(text) <= columns:
         return text
+    head = _fitting(text, (columns - 3) // 2)
+    tail = _fitting(text[::-1], columns - 3 - columns_of(head))[::-1]
+    return f"{head}...{tail}"
+
+
+def _fitting(text: str, columns: int) -> str:
+    """As much of the beginning as fits."""
     kept = ""
     for character in text:
-        if columns_of(kept) + _width(character) > columns - 3:
+        columns -= _width(character)
+        if columns < 0:
             break
         kept += character
-    return kept + "..."
+    return kept
 
 
 def _placed(text: str, width: int, *, right: bool) -> str:
@@ -77,10 +85,10 @@ def written(findings: Findings) -> list[str]:
     if findings.origins:
         lines += aligned(head, [[row.name, *row.values] for row in findings.origins], indent="  ")
     if findings.same:
-        lines += textwrap.wrap(f"the same: {', '.join(findings.same)}", WIDTH, initial_indent="  ", subsequent_indent="  ")
+        lines += _wrapped(f"the same: {', '.join(findings.same)}", "  ", "  ")
     lines += ["", "Cost", *aligned(head, cost_rows(findings.costs), numbers=True, indent="  "), ""]
     for verdict in findings.verdicts:
-        lines += textwrap.wrap(verdict, WIDTH, subsequent_indent="  ")
+        lines += _wrapped(verdict, "", "  ")
     return lines
 
 
@@ -101,12 +109,14 @@ def _scores(scores: ScoreComparison, resampling: Resampling) -> list[str]:
     if scores.compared:
         lines += _wrapped(legend(resampling))
     else:
-        lines += _wrapped(NOTHING_IN_COMMON.format(evaluate_command(scores.first), evaluate_command(scores.second)))
+        lines += [f"    {NOTHING_IN_COMMON}", *(f"      {evaluate_command(one)}" for one in (scores.first, scores.second))]
     for left in scores.not_compared:
         title, first, second, reason = left_over_cells(left)
         lines += _wrapped(f"not compared: {title}: {reason}; {letters[0]}: {first}; {letters[1]}: {second}")
     return lines
 
 
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="      ")
+def _wrapped(text: str, first: str = "    ", later: str = "      ") -> list[str]:
+    """Paths and hyphenated words stay whole, so that they can be copied."""
+    whole = {"break_on_hyphens": False, "break_long_words": False}
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=later, **whole)

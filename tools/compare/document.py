@@ -55,7 +55,8 @@ def _scores(scores: ScoreComparison, resampling: Resampling) -> list[str]:
     if scores.compared:
         parts.append(note(legend(resampling)))
     else:
-        parts.append(note(NOTHING_IN_COMMON.format(evaluate_command(scores.first), evaluate_command(scores.second))))
+        commands = [evaluate_command(one) for one in (scores.first, scores.second)]
+        parts.append(note(f"{NOTHING_IN_COMMON} {' and '.join(commands)}"))
     if scores.not_compared:
         head = ["not compared", scores.first.letter, scores.second.letter, "why"]
         parts.append(table(head, [left_over_cells(left) for left in scores.not_compared]))

@@ -94,7 +94,7 @@ class Compared:
         """How the p-values were found."""
         names = {"randomization": "paired randomisation", "bootstrap": "paired bootstrap"}
         used = dict.fromkeys(figure.difference.test for figure in self.figures if figure.difference.test)
-        return " and ".join(names[test] for test in used) or "none"
+        return " and ".join(names[test] for test in used)
 
 
 def title_of(evaluation: Evaluation) -> str:
@@ -119,7 +119,7 @@ def compare_examples(one: Evaluation, other: Evaluation, resampling: Resampling)
     figures: list[Figure] = []
     for source in [source for source in mine if source in theirs]:
         figures += _figures(source, mine[source], theirs[source], resampling, incomparable=incomparable)
-    notes += _disagreements(figures, one, other)
+    notes += [*_too_few_resamples(figures, resampling), *_disagreements(figures, one, other)]
     return Compared(
         title=title_of(one),
         num_examples=len(first),
@@ -235,6 +235,16 @@ def _corrected(figures: Sequence[Figure]) -> list[Figure]:
         family = {figure.name: figure.difference.p_value for figure in figures if figure.is_detail == is_detail}
         corrected |= adjusted(family)
     return [replace(figure, corrected=corrected[figure.name]) for figure in figures]
+
+
+def _too_few_resamples(figures: Sequence[Figure], resampling: Resampling) -> list[str]:
+    """A p-value is never below 1 in the trials, which a correction for many figures may lift above every level."""
+    tested = [figure.is_detail for figure in figures if figure.difference.p_value is not None]
+    most = max(tested.count(True), tested.count(False))
+    needed = math.ceil(most / LEVELS[-1][0])
+    if not most or resampling.resamples >= needed:
+        return []
+    return [f"with {resampling.resamples:,} resamples no difference of {most} figures can be sure; give resamples={needed}"]
 
 
 def _disagreements(figures: Sequence[Figure], one: Evaluation, other: Evaluation) -> list[str]:

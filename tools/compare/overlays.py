@@ -12,8 +12,11 @@ from tools.curves import Chart, Curve
 
 STEP, TOKENS, SECONDS = "step", "tokens", "seconds_productive"
 UNITS_OF_TIME = ((2 * 86_400, 86_400, "days"), (2 * 3600, 3600, "hours"), (120, 60, "minutes"), (0, 1, "seconds"))
-PLACE = {"attempt", "step", "samples", "tokens", "time", "seconds", "examples", "target_tokens", "target_bytes"}
+PLACE = {
+    "attempt", "step", "samples", "tokens", "time", "seconds", "probe_seconds", "target_tokens", "target_bytes",
+}  # fmt: skip
 """Fields of an evaluation that say where and of how much, not how well."""
+UNITS = {"loss": "nats per token"}
 AGAIN = {"perplexity"}
 """Figures that are another one in other words."""
 
@@ -100,7 +103,6 @@ def _evaluated(subjects: Sequence[Subject]) -> list[Chart]:
     charts = []
     for name, figure in named:
         axis = TOKENS if all(TOKENS in subject.evaluations.get(name, {TOKENS: {}}) for subject in subjects) else STEP
-        title = f"{figure.replace('_', ' ')} of {name}" if name else f"held-out {figure.replace('_', ' ')}"
         curves = [
             curve
             for subject in subjects
@@ -109,14 +111,22 @@ def _evaluated(subjects: Sequence[Subject]) -> list[Chart]:
         charts.append(
             Chart(
                 name=f"evaluation_{len(charts)}_{re.sub(r'[^a-z0-9]+', '_', f'{name} {figure}'.lower()).strip('_')}",
-                title=title,
-                unit="nats per token" if figure == "loss" else "",
+                title=_title(name, figure),
+                unit=UNITS.get(figure, ""),
                 curves=curves,
                 across=axis,
                 large_across=axis == TOKENS,
             )
         )
     return charts
+
+
+def _title(name: str, figure: str) -> str:
+    if figure.startswith("probe/"):
+        probe, _, loss = figure.removeprefix("probe/").partition("_")
+        return f"probe {probe}, {loss or 'share of right answers'}"
+    told = figure.replace("_", " ")
+    return f"{told} of {name}" if name else f"held-out {told}"
 
 
 def _evaluation_curve(subject: Subject, figures: dict[str, dict[int, float]], figure: str, axis: str) -> Curve | None:

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tqdm import tqdm
+
 from conf.errors import UserError
 from tools.compare.figures import Compared, Resampling, compare_examples, set_otherwise, title_of
 from tools.compare.subjects import Subject
@@ -13,7 +15,7 @@ from train.checkpoint.manifest import MANIFEST, file_facts
 from train.scores import selection
 from train.scores.record import EVALUATION_FILE, Evaluation, Score
 
-NOTHING_IN_COMMON = "They have no evaluation in common. One is made by {}, and {}."
+NOTHING_IN_COMMON = "They have no evaluation in common; each is evaluated by"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,8 @@ def compare_scores(first: Subject, second: Subject, resampling: Resampling) -> S
     mine, others = _by_content(evaluations_of(first)), _by_content(evaluations_of(second))
     compared: list[Compared] = []
     left: list[NotCompared] = []
-    for key in [key for key in mine if key in others]:
+    common = [key for key in mine if key in others]
+    for key in tqdm(common, desc=f"comparing {second.letter}", unit=" evaluations", leave=False, disable=None):
         # Those that were made with the most alike settings; of these the newest, since min keeps the first of equals.
         pairs = itertools.product(mine.pop(key), others.pop(key))
         one, other = min(pairs, key=lambda pair: len(set_otherwise(*pair)))
@@ -104,7 +107,7 @@ def _only(has: Subject, lacks: Subject) -> str:
 
 def evaluate_command(subject: Subject) -> str:
     """What makes an evaluation of the subject; of a run, of its newest checkpoint."""
-    return f"`longhaul evaluate checkpoint={subject.folder}`"
+    return f"longhaul evaluate checkpoint={subject.folder}"
 
 
 def _data_text(evaluation: Evaluation) -> str:

@@ -60,7 +60,7 @@ def setting_differences(subjects: Sequence[Subject]) -> list[Row]:
     for name in dict.fromkeys(name for tree in trees for name in tree):
         values = [tree.get(name, NOTHING) for tree in trees]
         if any(value != values[0] for value in values):
-            told = tuple(value if value is NOTHING else shown(value) for value in values)
+            told = tuple(value if isinstance(value, str) else _text(value) for value in values)
             rows.append(Row(name=name, values=told, kind=class_of(name.partition("[")[0])))
     return sorted(rows, key=lambda row: CLASSES.index(row.kind))
 
@@ -75,6 +75,11 @@ def _flat(tree: Any) -> dict[str, Any]:
         else:
             found[name] = value
     return found
+
+
+def _text(value: Any) -> str:
+    """As one would write it on the command line, whole: what differs may be at the end."""
+    return shown(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def origin_differences(subjects: Sequence[Subject]) -> tuple[list[Row], list[str]]:

@@ -164,6 +164,8 @@ def read_subjects(named: Sequence[Named]) -> list[Subject]:
         raise ConfigError(
             [f"run, checkpoint: {len(named)} are given, and a chart can tell {MOST_SUBJECTS} apart; leave some out"]
         )
+    if empty := [str(one) for one in named if not one.path]:
+        raise ConfigError([f"{text}: needs a folder, such as runs/first" for text in empty])
     histories: dict[Path, History] = {}
     found: list[Subject] = []
     for one, letter in zip(named, LETTERS, strict=False):

@@ -141,5 +141,9 @@ def _paid(costs: tuple[Cost, Cost]) -> str:
         ("FLOPs", mine.flops, theirs.flops),
         (hours, mine.device_seconds, theirs.device_seconds),
     )
-    told = [f"{after / before:.3g} x the {name}" for name, before, after in pairs if before and after is not None]
-    return f"it has {' and '.join(told[:1])}" + (f" and took {', '.join(told[1:])}" if told[1:] else "") if told else ""
+    told = [
+        f"as many {name}" if after == before else f"{after / before:.3g} x the {name}"
+        for name, before, after in pairs
+        if before and after is not None
+    ]
+    return f"it has {told[0]}" + (f" and took {', '.join(told[1:])}" if told[1:] else "")

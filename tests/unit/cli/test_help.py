@@ -17,7 +17,7 @@ from tools.help import field_documents
 
 COMMAND = [sys.executable, "-P", "-m", "tools.cli"]
 OPTIONS = ("-m", "--help")
-WORDS_OF_THEIR_OWN = ("bench", "chaos", "submit", "verify-resume")  # beside those of the schema
+WORDS_OF_THEIR_OWN = ("bench", "chaos", "compare", "submit", "verify-resume")  # beside those of the schema
 
 
 def help_of(verb: str, capsys: pytest.CaptureFixture) -> str:
