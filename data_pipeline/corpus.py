@@ -6,6 +6,7 @@ The only reader of megatron-core's IndexedDataset.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,13 @@ class Corpus:
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=self.manifest.dtype)
+
+    def documents(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Id and tokens of each document, end mark included, in the shards' own type; views into the mapped files."""
+        for shard, dataset in zip(self._shards, self._datasets, strict=True):
+            ids = read_json_lines(self.folder / f"{shard.stem}.ids.jsonl")
+            for number, name in enumerate(ids):
+                yield name, dataset.get(number)
 
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of every id, int32 [vocab_size]; special tokens have none."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from conf.errors import UserError
 from data_pipeline.config import CorpusConfig
 from data_pipeline.document import Document, Rejection, Rule, Scalar
 from data_pipeline.inputs import InputFile, Unit
@@ -101,6 +102,19 @@ def _read_parquet(corpus: CorpusConfig, file: InputFile, on_read: OnRead) -> Ite
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         reason = f"{file.path}, near row {row}: {' '.join(str(error).split())}"
         yield Rejection(id=file.id, rule=Rule.BROKEN_FILE, reason=reason)
+
+
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """All columns of each row. Raises UserError for a file that is no whole Parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({' '.join(str(error).split())[:200]})") from None
 
 
 def _read_dataset(corpus: CorpusConfig, unit: Unit, on_read: OnRead) -> Iterator[Item]:

@@ -65,9 +65,16 @@ class Tokenizer:
         self._text_of = {number: text for text, number in vocabulary.items()}
         self.sha256 = sha256_of(file)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`; nothing is put before or after it."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of `text`; nothing is put before or after it.
+
+        `special`: text that spells a special token becomes that token; for prompts that a chat template has made.
+        """
+        self.backend.encode_special_tokens = not special
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        finally:
+            self.backend.encode_special_tokens = True
 
     def opening(self) -> list[int]:
         """Ids that the tokenizer puts before a text of its own accord, such as a beginning-of-sequence; often none."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import conf
 from conf.errors import UserError
-from train.launch import COMMIT_FILE, git_commit
+from train.provenance import COMMIT_FILE, git_commit
 
 PACKAGES = ("conf", "data_pipeline", "slurm", "tools", "train")
 SUFFIXES = frozenset({".py", ".yaml", ".j2", ".sh", ".txt"})

@@ -103,6 +103,18 @@ VERBS: dict[str, Verb] = {
         schema="train.config.generate:GenerateConfig",
         examples=('longhaul generate checkpoint=runs/first prompt="def main("',),
     ),
+    "evaluate": Verb(
+        summary="measure a model: likelihood of texts, labels, outputs, lm-eval's tasks; figures with confidence intervals",
+        function="tools.verbs:evaluate",
+        root="evaluate",
+        schema="train.config.evaluation:EvaluationConfig",
+        examples=(
+            "longhaul evaluate checkpoint=runs/first",
+            "longhaul evaluate hf=exported/first 'task.data=[{path: books/*.txt, name: books}]' task.stride=64",
+            "longhaul evaluate checkpoint=runs/first task=mine --config-dir tasks",
+            "longhaul evaluate checkpoint=runs/first task=harness 'task.tasks=[mine]' task.include=tasks",
+        ),
+    ),
     "import": Verb(
         summary="read a Hugging Face model as a checkpoint, with the proof that both compute the same",
         function="tools.verbs:import_",

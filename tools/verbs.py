@@ -48,6 +48,27 @@ def generate(overrides: Sequence[str], config_dir: str | None = None) -> int:
     return run(config)
 
 
+def evaluate(overrides: Sequence[str], config_dir: str | None = None) -> int:
+    """`longhaul evaluate`."""
+    from train.checkpoint.manifest import resolve_checkpoint
+    from train.config.evaluation import EvaluationConfig
+    from train.outcome import ExitCode
+    from train.stoppable import Stopped, stoppable
+
+    words = [literal(word) if word.startswith("task.prompt=") else word for word in overrides]
+    config = validate(EvaluationConfig, compose("evaluate", words, config_dir))
+    if config.checkpoint is not None:
+        resolve_checkpoint(config.checkpoint)  # a wrong folder is told before seconds go into importing torch
+    from train.stages.evaluate import run
+
+    try:
+        with stoppable():
+            return run(config)
+    except Stopped as request:
+        print(f"longhaul evaluate: stopped by {request}; nothing was kept, the same command begins anew", file=sys.stderr)
+        return ExitCode.RESUMABLE
+
+
 def import_(overrides: Sequence[str], config_dir: str | None = None) -> int:
     """`longhaul import`."""
     from train.config.hf_import import ImportConfig

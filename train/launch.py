@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
 from conf.compose import as_yaml, read_config, write_config
@@ -23,11 +21,10 @@ from train.config.pretrain import PretrainConfig
 from train.initial import check_initial, configure
 from train.outcome import ExitCode, last_attempt, read_outcome
 from train.plan import RunPlan, describe, make_plan
+from train.provenance import git_commit, versions
 from train.stoppable import Stopped, stoppable
 from train.supervisor import Restarts, run_attempt, supervise
 
-VERSIONS_OF = ("torch", "deepspeed", "megatron-core", "transformers", "tokenizers", "numpy")
-COMMIT_FILE = "COMMIT"  # beside the packages of a copy of the source
 RANK_COMMAND = (sys.executable, "-P", "-m", "train.rank")
 
 
@@ -245,33 +242,6 @@ def prepare_folder(run_dir: Path, config: PretrainConfig) -> None:
         write_config(config, run_dir / "config.yaml")
     except OSError as error:
         raise UserError(f"{error.filename or run_dir}: cannot be written ({error.strerror})") from None
-
-
-def git_commit() -> str | None:
-    """Commit of the source tree that runs, with a mark when it has changes; None outside a repository.
-
-    A copy that was made for a job knows it from the file that came with it: it may lie within another repository.
-    """
-    source = Path(__file__).resolve().parent
-    note = source.parent / COMMIT_FILE
-    if note.exists():
-        return note.read_text(encoding="utf-8").strip() or None
-    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide the numbers, without importing them."""
-    found = {}
-    for name in VERSIONS_OF:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -14,10 +14,9 @@ from train.checkpoint.reader import CheckpointReader
 from train.companions import ranks
 from train.config.generate import GenerateConfig
 from train.config.imported import ImportedConfig
-from train.config.model import ModelConfig
 from train.inference.cached import CachedDecoder
 from train.inference.generation import Continuation, Request, generate_ids
-from train.inference.load import load_decoder, resolve_device, resolve_dtype
+from train.inference.load import check_divisible, load_decoder, resolve_device, resolve_dtype
 from train.inference.sampling import Sampling
 from train.inference.special import special_id
 from train.inference.text import Console
@@ -66,13 +65,6 @@ def run(config: GenerateConfig) -> int:
         file=sys.stderr,
     )
     return 0
-
-
-def check_divisible(model: ModelConfig, tensor: int) -> None:
-    """Raise UserError when the model does not come out even over `tensor` ranks."""
-    for name, amount in (("kv_heads", model.kv_heads), ("ffn_size", model.ffn_size), ("vocabulary", model.padded_vocab_size)):
-        if amount % tensor:
-            raise UserError(f"tensor={tensor}: must divide the checkpoint's {name}, {amount}; take another number of ranks")
 
 
 def show(decoder: CachedDecoder, request: Request, continuations: list[Continuation], console: Console) -> None:

@@ -1,0 +1,157 @@
+"""Labelled rows: the likeliest label of each, or what the model writes for it, and how likely it finds the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from conf.errors import UserError
+from data_pipeline.task_config import TaskConfig
+from data_pipeline.tasks import Row
+from train.evaluate.subject import Engines, Subject
+from train.inference.batched import Prompt
+from train.inference.generation import Continuation
+from train.inference.likelihood import Likelihood, LikelihoodRequest, LikelihoodScorer
+from train.scores.record import Example
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A prompt and a text behind it as tokens that belong together."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+    is_cut: bool
+    """Whether the beginning of the prompt was left out, so that the rest fits the model."""
+
+    @property
+    def request(self) -> LikelihoodRequest:
+        """How likely the text is."""
+        return LikelihoodRequest(context=self.context, continuation=self.continuation)
+
+
+def encode_pair(subject: Subject, prompt: str, text: str) -> Encoded:
+    """Tokens of `prompt + text`, parted where they begin to differ from those of the prompt alone.
+
+    So a token that reaches over the border counts as part of the text. Raises UserError for a text longer than the model
+    reads, or that is no token.
+    """
+    whole, alone = subject.tokenizer.encode(prompt + text), subject.tokenizer.encode(prompt)
+    same = next((place for place, pair in enumerate(zip(whole, alone, strict=False)) if pair[0] != pair[1]), None)
+    place = min(len(alone), len(whole)) if same is None else same
+    context, continuation = (*subject.opening, *whole[:place]), tuple(whole[place:])
+    context = context or subject.first
+    if not continuation:
+        raise UserError(f"{text!r}: is no token behind {prompt[-40:]!r}; give text of at least one")
+    most = subject.model.max_positions + 1 - len(continuation)
+    if most < 1:
+        raise UserError(f"{text[:40]!r}...: has {len(continuation)} tokens, the model reads {subject.model.max_positions}")
+    return Encoded(context=context[-most:], continuation=continuation, is_cut=len(context) > most)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The examples, and how many prompts were too long."""
+
+    examples: list[Example]
+    cut_off: int
+
+
+def label_rows(
+    rows: Sequence[Row], task: TaskConfig, subject: Subject, scorer: LikelihoodScorer, *, progress: Progress
+) -> Outcome:
+    """Choose for each row the label whose text is the likeliest behind the prompt."""
+    pairs = [[encode_pair(subject, row.prompt, text) for text in task.texts_of_labels] for row in rows]
+    flat = scorer.score([pair.request for row in pairs for pair in row], progress=progress)
+    count = len(task.labels)
+    examples = []
+    for number, (row, encoded) in enumerate(zip(rows, pairs, strict=True)):
+        likelihoods = flat[number * count : (number + 1) * count]
+        scores = [
+            -_comparable(task, text, pair, one)
+            for text, pair, one in zip(task.texts_of_labels, encoded, likelihoods, strict=True)
+        ]
+        weights = np.exp(np.array(scores) - max(scores))
+        probabilities = (weights / weights.sum()).tolist()
+        truth = task.labels.index(row.truths[0])
+        examples.append(
+            Example(
+                id=row.id,
+                source=row.source,
+                input=row.prompt,
+                truths=row.truths,
+                output=task.labels[int(np.argmax(scores))],
+                probabilities=dict(zip(task.labels, probabilities, strict=True)),
+                loss=likelihoods[truth].loss,
+                input_tokens=len(encoded[truth].context),
+                target_tokens=len(encoded[truth].continuation),
+                target_bytes=len(task.texts_of_labels[truth].encode()),
+            )
+        )
+    return Outcome(examples=examples, cut_off=sum(pair.is_cut for row in pairs for pair in row))
+
+
+def _comparable(task: TaskConfig, text: str, pair: Encoded, likelihood: Likelihood) -> float:
+    if task.label_scores == "mean_per_token":
+        return likelihood.loss / len(pair.continuation)
+    if task.label_scores == "mean_per_byte":
+        return likelihood.loss / len(text.encode())
+    return likelihood.loss
+
+
+def write_rows(
+    rows: Sequence[Row],
+    task: TaskConfig,
+    subject: Subject,
+    engines: Engines,
+    *,
+    progress: Progress,
+) -> Outcome:
+    """Let the model write behind each prompt, the likeliest token at a time; and score the first truth in that place."""
+    most = subject.model.max_positions + 1 - task.max_new_tokens
+    if most < 1:
+        raise UserError(
+            f"task.max_new_tokens={task.max_new_tokens}: leaves no room for a prompt, as the model reads "
+            f"{subject.model.max_positions} tokens; give less"
+        )
+    contexts = [(*subject.opening, *subject.tokenizer.encode(row.prompt)) or subject.first for row in rows]
+    prompts = [Prompt(ids=context[-most:], max_new_tokens=task.max_new_tokens) for context in contexts]
+
+    def watch(_: int) -> Continuation:
+        stream = subject.tokenizer.stream()
+        return Continuation(stream, stop=task.stop_texts, end_of_document=subject.end_of_document)
+
+    outputs = engines.generator.generate(prompts, watch, progress=progress)
+    truths = [
+        encode_pair(subject, row.prompt, f"{task.target_prefix}{row.truths[0]}") if row.truths and row.truths[0] else None
+        for row in rows
+    ]
+    scored = iter(engines.scorer.score([pair.request for pair in truths if pair is not None]))
+    examples = []
+    for row, context, ids, pair in zip(rows, contexts, outputs, truths, strict=True):
+        likelihood = None if pair is None else next(scored)
+        examples.append(
+            Example(
+                id=row.id,
+                source=row.source,
+                input=row.prompt,
+                truths=row.truths,
+                output=text_until(subject.tokenizer.decode(ids), task.stop_texts).strip(),
+                loss=None if likelihood is None else likelihood.loss,
+                input_tokens=min(len(context), most),
+                target_tokens=0 if pair is None else len(pair.continuation),
+                target_bytes=0 if pair is None else len(f"{task.target_prefix}{row.truths[0]}".encode()),
+                output_tokens=len(ids),
+            )
+        )
+    return Outcome(examples=examples, cut_off=sum(len(context) > most for context in contexts))
+
+
+def text_until(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop in it."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text

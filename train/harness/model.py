@@ -1,0 +1,255 @@
+"""`lm_eval --model longhaul`: a checkpoint, or a Hugging Face folder, as lm-eval asks for a model.
+
+Tokens, windows and stops are those of lm-eval's own `hf` model, so that both give the same scores of the same weights; the
+rest is train.inference. Every rank gets all requests and does its part of them, so lm-eval itself sees one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from conf.errors import UserError
+from train.companions import ranks
+from train.evaluate.subject import Engines, Subject, load_engines, open_subject
+from train.inference.batched import Prompt
+from train.inference.generation import Continuation
+from train.inference.likelihood import LikelihoodRequest
+from train.inference.load import check_divisible, resolve_device
+from train.inference.sampling import Sampling
+from train.inference.special import special_id
+from train.parallel import ParallelContext, single_process
+
+_log = logging.getLogger(__name__)
+
+TokenRequest = tuple[Any, list[int], list[int]]
+MOST_NEW_TOKENS = 256  # lm-eval's own default where a task does not say
+SAMPLING_WORDS = {"do_sample", "temperature", "top_k", "top_p"}
+
+
+def _device_name(asked: Any) -> Literal["auto", "cpu", "cuda"]:
+    """lm-eval asks for cuda:0 where nobody said anything, which without CUDA means a CPU, as for `hf`."""
+    name = str(asked or "auto").partition(":")[0]
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={asked}: must be auto, cpu or cuda")
+    return "auto" if name == "cuda" else name
+
+
+@register_model("longhaul")
+class LonghaulLM(TemplateLM):
+    """The model that lm-eval asks. All ranks must ask for the same."""
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        hf: str | None = None,
+        *,
+        loaded: tuple[Subject, Engines, ParallelContext] | None = None,
+        max_length: int | None = None,
+        **settings: Any,
+    ) -> None:
+        """checkpoint, hf: the model, as for `longhaul evaluate`; max_length: tokens that it reads at most, None: all it can.
+
+        settings: processes, tensor, device, dtype, batch_tokens, verify as there. lm-eval's batch_size is not used: batches
+        are of batch_tokens tokens. `loaded`: a model that is in memory already.
+        Raises UserError for a model that is not there, or settings that do not fit it.
+        """
+        super().__init__()
+        self._stack = contextlib.ExitStack()
+        if loaded is None:
+            loaded = self._load(checkpoint, hf, **settings)
+        self.subject, self.engines, self.context = loaded
+        most = self.subject.model.max_positions
+        if max_length is not None and not 2 <= max_length <= most:
+            raise UserError(f"max_length={max_length}: must lie between 2 and the model's {most}")
+        self.max_length = max_length or most
+        self._device = self.context.device
+
+    def _load(self, checkpoint: str | None, hf: str | None, **settings: Any) -> tuple[Subject, Engines, ParallelContext]:
+        if (checkpoint is None) == (hf is None):
+            raise UserError("model_args: give exactly one of checkpoint=FOLDER and hf=FOLDER")
+        size = settings.pop("batch_size", 1)
+        settings.pop("max_batch_size", None)
+        if size not in (1, "1", "auto"):
+            _log.warning("batch_size=%s is not used: batches are of tokens, give model_args batch_tokens=4096, say", size)
+        processes, tensor = int(settings.pop("processes", 1)), int(settings.pop("tensor", 1))
+        device = resolve_device(_device_name(settings.pop("device", None)))
+        dtype, verify = settings.pop("dtype", "auto"), settings.pop("verify", True)
+        batch_tokens = settings.pop("batch_tokens", None)
+        if settings:
+            raise UserError(
+                f"model_args: {', '.join(settings)}: no such setting; there are checkpoint, hf, processes, tensor, device, "
+                "dtype, batch_tokens, verify and max_length"
+            )
+        if tensor < 1 or processes < 1 or processes % tensor:
+            raise UserError(f"tensor={tensor}: must divide processes={processes}; give processes={tensor}")
+        subject = open_subject(checkpoint, hf, verify=bool(verify))
+        check_divisible(subject.model, tensor)
+        context = single_process(device.type)
+        if processes > 1:
+            context = self._stack.enter_context(ranks(processes, device.type, tensor_parallel=tensor))
+        return subject, load_engines(subject, context, dtype=dtype, batch_tokens=batch_tokens), context
+
+    # --- tokens
+
+    @property
+    def eot_token_id(self) -> int:
+        """Id that ends a text."""
+        end = self.subject.end_of_document
+        return self.subject.first[-1] if end is None else end
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has nothing before it: the beginning of a text, or else the end of another."""
+        begin = special_id(self.subject.tokenizer, "bos_token")
+        return self.eot_token_id if begin is None else begin
+
+    @cached_property
+    def _prefix_text(self) -> str:
+        return self.subject.tokenizer.backend.id_to_token(self.prefix_token_id)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text, with what the tokenizer puts before one, unless the text has it already."""
+        tokenizer = self.subject.tokenizer
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self._prefix_text)
+        opening = self._opening if add_special_tokens else []
+        return [*opening, *tokenizer.encode(string, special=True)]
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        return self.subject.tokenizer.opening()
+
+    # --- what lm-eval asks for
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether it is what greedy decoding gives) of each continuation; contexts are cut on the left."""
+        asked = [self._fitting(context, continuation) for _, context, continuation in requests]
+        with self._bar(len(asked), "loglikelihood", disable_tqdm) as bar:
+            found = self.engines.scorer.score(asked, progress=bar.update)
+        answers = [(-one.loss, one.is_greedy) for one in found]
+        for (key, _, _), answer in zip(requests, answers, strict=True):
+            if key is not None:  # the windows of a rolling request are kept together
+                self.cache_hook.add_partial("loglikelihood", key, answer)
+        return answers
+
+    def _fitting(self, context: list[int], continuation: list[int]) -> LikelihoodRequest:
+        if not continuation or len(continuation) > self.max_length:
+            raise UserError(
+                f"a continuation of {len(continuation)} tokens: needs at least 1, and at most the {self.max_length} that the "
+                f"model reads; the task does not fit this model"
+            )
+        kept = [*context, *continuation][-(self.max_length + 1) :]
+        place = len(kept) - len(continuation)
+        return LikelihoodRequest(context=kept[:place], continuation=kept[place:])
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, each token once, in windows of the longest context."""
+        windows: list[TokenRequest] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in rolling:
+                context, continuation = make_disjoint_window(window)
+                windows.append((None, context, continuation))
+                owners.append(number)
+        sums = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            sums[owner] += value
+        for request, value in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes behind each context, up to a stop."""
+        prompts, stops = [], []
+        end_text = self.subject.tokenizer.backend.id_to_token(self.eot_token_id)
+        for request in requests:
+            context, options = request.args
+            kwargs = normalize_gen_kwargs(options, MOST_NEW_TOKENS)
+            until = handle_stop_sequences(kwargs.pop("until", None), eos=end_text)
+            newest = kwargs.pop("max_gen_toks")
+            stops.append([text for text in until if text])
+            prompts.append(self._prompt(context, newest, kwargs))
+
+        def watch(number: int) -> Continuation:
+            return Continuation(self.subject.tokenizer.stream(), stop=stops[number], end_of_document=self.eot_token_id)
+
+        with self._bar(len(prompts), "generate_until", disable_tqdm) as bar:
+            found = self.engines.generator.generate(prompts, watch, progress=bar.update)
+        texts = []
+        for request, ids, until in zip(requests, found, stops, strict=True):
+            text = self.subject.tokenizer.decode(ids)
+            texts.append(postprocess_generated_text(generation=text, stop=until, think_end_token=None))
+            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+        return texts
+
+    def _prompt(self, context: str, newest: int, kwargs: dict[str, Any]) -> Prompt:
+        if unknown := sorted(set(kwargs) - SAMPLING_WORDS):
+            raise UserError(f"generation_kwargs: {', '.join(unknown)}: not known here; {', '.join(sorted(SAMPLING_WORDS))} are")
+        room = self.max_length - newest
+        if room < 1:
+            raise UserError(
+                f"max_gen_toks={newest}: leaves no room for a context, as the model reads {self.max_length} tokens; give "
+                "--gen_kwargs max_gen_toks=N"
+            )
+        temperature = float(kwargs.get("temperature", 0.0)) if kwargs.get("do_sample") else 0.0
+        sampling = Sampling(temperature=temperature, top_k=kwargs.get("top_k"), top_p=kwargs.get("top_p"))
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        return Prompt(ids=tuple(ids[-room:]), max_new_tokens=newest, sampling=sampling)
+
+    def _bar(self, total: int, title: str, disable: bool) -> tqdm:
+        return tqdm(total=total, desc=title, disable=True if disable or not self.context.is_first else None)
+
+    # --- chat templates
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer as transformers reads it: for its chat template alone."""
+        from transformers import AutoTokenizer
+
+        folder = self.subject.tokenizer.folder
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the names under which lm-eval keeps requests."""
+        return self.subject.tokenizer.sha256[:16]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The turns as one prompt, by the template of the tokenizer's folder. Raises UserError where it has none."""
+        if not self.tokenizer.chat_template:
+            raise UserError(f"{self.subject.tokenizer.folder}: has no chat template; leave --apply_chat_template out")
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval keeps with its results."""
+        identity = self.subject.identity
+        return {
+            "model_num_parameters": identity["parameters"],
+            "model_dtype": str(self.engines.scorer.cached.weight.dtype),
+            "model_revision": identity.get("step", identity.get("revision")),
+            "model_sha": identity["hash"],
+        }

@@ -1,0 +1,121 @@
+"""Tasks of lm-eval within an evaluation: its results as our scores, its samples as our examples."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from statistics import NormalDist
+from typing import Any
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable, make_table
+
+from conf.errors import UserError
+from data_pipeline.io import sha256_of_texts
+from train.config.evaluation import EvaluationConfig
+from train.evaluate.subject import Engines, Subject
+from train.harness.model import LonghaulLM
+from train.parallel import ParallelContext
+from train.scores.record import Example, Score
+
+RESULTS_FILE = "lm_eval.json"
+TABLE_FILE = "lm_eval.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What lm-eval found."""
+
+    examples: list[Example]
+    data: list[dict[str, Any]]
+    scores: dict[str, Score]
+    files: dict[str, str]
+    """Its own results as it writes them, and its table."""
+
+
+def run_tasks(config: EvaluationConfig, subject: Subject, engines: Engines, context: ParallelContext) -> Outcome:
+    """Run the tasks; on other ranks than the first the outcome is empty.
+
+    Raises UserError for a task that is not known, or whose data cannot be read.
+    """
+    task = config.task
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=task.include, include_defaults=task.own_tasks)
+    if unknown := sorted(set(task.tasks) - set(manager.all_tasks)):
+        some = ", ".join(sorted(manager.all_tasks)[:20])
+        raise UserError(f"task.tasks={', '.join(unknown)}: no such task; there are {len(manager.all_tasks)}: {some}, ...")
+    model = LonghaulLM(loaded=(subject, engines, context))
+    try:
+        results = lm_eval.simple_evaluate(
+            model=model,
+            tasks=list(task.tasks),
+            num_fewshot=task.num_fewshot,
+            limit=config.limit,
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=config.resamples,
+        )
+    except (FileNotFoundError, ConnectionError) as error:
+        words = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"task.tasks={', '.join(task.tasks)}: its data cannot be read ({words}); lm-eval's own tasks fetch theirs from the "
+            "hub, files of your own are named in the task by dataset_kwargs.data_files"
+        ) from None
+    if results is None:
+        return Outcome(examples=[], data=[], scores={}, files={})
+    samples = results.pop("samples")
+    text = json.dumps(results, indent=1, default=handle_non_serializable, ensure_ascii=False)
+    examples = [_example(name, sample) for name, found in samples.items() for sample in found]
+    data = [
+        {
+            "name": name,
+            "path": str(results["configs"][name].get("dataset_path")),
+            "hash": sha256_of_texts(str(sample["doc_hash"]) + str(sample["prompt_hash"]) for sample in found),
+            "examples": len(found),
+        }
+        for name, found in samples.items()
+    ]
+    files = {RESULTS_FILE: text + "\n", TABLE_FILE: make_table(results)}
+    return Outcome(examples=examples, data=data, scores=scores_of(results["results"], config.confidence), files=files)
+
+
+def scores_of(results: Mapping[str, Mapping[str, Any]], confidence: float) -> dict[str, Score]:
+    """task/metric -> score; the interval is the normal one of lm-eval's standard error, where it has one.
+
+    A metric under another filter than the first, plain one is task/metric,filter.
+    """
+    width = NormalDist().inv_cdf(0.5 + confidence / 2)
+    scores: dict[str, Score] = {}
+    for task, found in results.items():
+        for key, value in found.items():
+            metric, comma, way = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
+                continue
+            name = f"{task}/{metric}" if way == "none" else f"{task}/{metric},{way}"
+            if not math.isfinite(value):
+                scores[name] = Score(value=None, undefined="lm-eval gives no finite value")
+                continue
+            error = found.get(f"{metric}_stderr,{way}")
+            has_interval = isinstance(error, Real) and math.isfinite(error)
+            low, high = (float(value - width * error), float(value + width * error)) if has_interval else (None, None)
+            scores[name] = Score(value=float(value), low=low, high=high)
+    return scores
+
+
+def _example(task: str, sample: Mapping[str, Any]) -> Example:
+    arguments, answers = sample["arguments"], sample["filtered_resps"]
+    figures = {name: float(sample[name]) for name in sample["metrics"] if isinstance(sample.get(name), Real)}
+    target = sample["target"]
+    return Example(
+        id=f"{task}:{sample['doc_id']}",
+        source=task,
+        input=str(arguments[0][0]),
+        truths=tuple(str(one) for one in (target if isinstance(target, list) else [target])),
+        output=str(answers[0] if len(answers) == 1 else answers),
+        scores=figures,
+    )

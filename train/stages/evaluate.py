@@ -1,0 +1,237 @@
+"""Evaluation: a model, a task, figures with intervals; kept in a folder, shown as a table."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from conf.compose import to_plain
+from conf.errors import UserError
+from data_pipeline.task_config import TaskConfig
+from data_pipeline.tasks import hash_of, read_rows
+from data_pipeline.texts import open_texts
+from train.checkpoint.manifest import write_durably
+from train.companions import ranks
+from train.config.evaluation import EvaluationConfig
+from train.evaluate.language import cut_texts, measure_texts, reach_of
+from train.evaluate.publication import facts_of_the_machine, folder_for, publish, send_to_wandb, table
+from train.evaluate.rows import label_rows, write_rows
+from train.evaluate.subject import Engines, Subject, load_engines, open_subject
+from train.inference.load import check_divisible, resolve_device
+from train.parallel import ParallelContext, single_process
+from train.provenance import git_commit, versions
+from train.scores.intervals import measure
+from train.scores.record import EVALUATION_FILE, Evaluation, Example, Score
+from train.scores.settings import ScoreSettings
+from train.scores.sheet import check_libraries, curves, example_scores, signatures, tallies
+
+VERSIONS_OF = ("sacrebleu", "rouge-score", "lm-eval", "datasets")
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What a task gave."""
+
+    examples: list[Example]
+    data: list[dict[str, Any]]
+    """name, path, hash and number of examples of each source."""
+    counts: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What was decided where the settings left it open."""
+    scores: dict[str, Score] | None = None
+    """Of a task that makes its own; None: they are made of the examples."""
+    signatures: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    """Further files of the evaluation, by name, as text."""
+
+
+def run(config: EvaluationConfig) -> int:
+    """Evaluate, keep and show it. Returns the exit code.
+
+    Raises UserError, and keeps nothing, for a model, data or a setting that do not fit.
+    """
+    started = time.perf_counter()
+    device, settings = resolve_device(config.device), score_settings(config.task)
+    subject = open_subject(config.checkpoint, config.hf, verify=config.verify)
+    check_divisible(subject.model, config.tensor)
+    label = f"step-{subject.identity['step']:08d}-{config.task.name}" if "step" in subject.identity else config.task.name
+    if "step" not in subject.identity:
+        label = f"{Path(str(subject.identity['path'])).name}-{config.task.name}"
+    out = folder_for(config, subject.folder, label)
+    prepared = PREPARERS[config.task.kind](config, subject)  # what is wrong with the data is told before weights are read
+    with _ranks(config, device.type) as context:
+        engines = load_engines(subject, context, dtype=config.dtype, batch_tokens=config.batch_tokens)
+        findings = prepared(engines, context)
+        if not context.is_first:
+            return 0
+    evaluation = _evaluation(config, settings, subject, findings)
+    seconds = time.perf_counter() - started
+    machine = facts_of_the_machine(device, processes=config.processes, tensor=config.tensor, seconds=seconds)
+    evaluation.run.update(machine)
+    folder = publish(evaluation, findings.examples, out, more=findings.files)
+    wandb_id = send_to_wandb(config, evaluation, folder)
+    if wandb_id is not None:
+        evaluation.run["wandb_id"] = wandb_id
+        write_durably(folder / EVALUATION_FILE, evaluation.to_json().encode(errors="backslashreplace"))
+    counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in evaluation.counts.items())
+    print(f"{evaluation.name} of {subject.identity['path']}: {counts}; {seconds:.1f} s on {device.type}", file=sys.stderr)
+    print("\n".join(table(evaluation)))
+    print(f"kept in          {folder}")
+    return 0
+
+
+def _ranks(config: EvaluationConfig, device: str) -> Any:
+    if config.processes == 1:
+        return nullcontext(single_process(device))
+    return ranks(config.processes, device, tensor_parallel=config.tensor)
+
+
+@contextmanager
+def _bar(context: ParallelContext, total: int, title: str, unit: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar on the first rank's terminal."""
+    with tqdm(total=total, desc=title, unit=unit, unit_scale=True, disable=None if context.is_first else True) as bar:
+        yield bar.update
+
+
+# --- the kinds of task: each reads its data, and gives what is to be done with the model in memory ---------------------
+
+Work = Callable[[Engines, ParallelContext], Findings]
+
+
+def _texts(config: EvaluationConfig, subject: Subject) -> Work:
+    task = config.task
+    reach = reach_of(task, subject)
+    wanted = task.data or subject.own_sources()
+    if not wanted:
+        raise UserError("task.data=[]: a model from elsewhere has no held-out text of its own; give task.data=[{path: ...}]")
+    sources = [
+        open_texts(task, source, tokenizer=subject.tokenizer, end_of_document=subject.end_of_document) for source in wanted
+    ]
+    pieces = cut_texts(sources, subject, reach=reach, limit=config.limit)
+
+    def work(engines: Engines, context: ParallelContext) -> Findings:
+        total = sum(piece.num_targets for piece in pieces)
+        with _bar(context, total, "scoring", "token") as progress:
+            examples = measure_texts(pieces, subject, engines.scorer, progress=progress)
+        found = [(source.name, source.path, source.hash) for source in sources]
+        return Findings(
+            examples=examples,
+            data=_data(found, examples, limit=config.limit),
+            counts={"examples": len(examples), "targets": total},
+            settings={"context": reach.context, "stride": reach.stride},
+        )
+
+    return work
+
+
+def _rows(config: EvaluationConfig, subject: Subject) -> Work:
+    task = config.task
+    rows = read_rows(task, limit=config.limit)
+
+    def work(engines: Engines, context: ParallelContext) -> Findings:
+        if task.kind == "classification":
+            with _bar(context, len(rows) * len(task.labels), "labelling", "label") as progress:
+                outcome = label_rows(rows, task, subject, engines.scorer, progress=progress)
+        else:
+            with _bar(context, len(rows), "writing", "row") as progress:
+                outcome = write_rows(rows, task, subject, engines, progress=progress)
+        found = [(source.label, source.path, hash_of(source)) for source in task.data]
+        return Findings(
+            examples=outcome.examples,
+            data=_data(found, outcome.examples, limit=config.limit),
+            counts={"examples": len(rows), "cut_off": outcome.cut_off},
+        )
+
+    return work
+
+
+def _harness(config: EvaluationConfig, subject: Subject) -> Work:
+    from train.harness.run import run_tasks
+
+    def work(engines: Engines, context: ParallelContext) -> Findings:
+        outcome = run_tasks(config, subject, engines, context)
+        return Findings(
+            examples=outcome.examples,
+            data=outcome.data,
+            counts={"examples": len(outcome.examples)},
+            scores=outcome.scores,
+            files=outcome.files,
+        )
+
+    return work
+
+
+PREPARERS: dict[str, Callable[[EvaluationConfig, Subject], Work]] = {
+    "language": _texts,
+    "classification": _rows,
+    "generation": _rows,
+    "harness": _harness,
+}
+
+
+def _data(found: Sequence[tuple[str, str, str]], examples: Sequence[Example], *, limit: int | None) -> list[dict[str, Any]]:
+    """Of a limited evaluation the limit is part of the hash: it is of other data than the whole."""
+    cut = "" if limit is None else f":{limit}"
+    return [
+        {"name": name, "path": path, "hash": f"{hash}{cut}", "examples": sum(one.source == name for one in examples)}
+        for name, path, hash in found
+    ]
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def score_settings(task: TaskConfig) -> ScoreSettings:
+    """How the task's examples are scored. Raises UserError for settings that do not fit, or a library that is missing."""
+    settings = ScoreSettings()
+    if task.kind == "classification":
+        settings = ScoreSettings(labels=task.labels, positive=task.positive, bins=task.bins)
+    elif task.kind == "generation":
+        settings = ScoreSettings(
+            metrics=task.metrics,
+            language=task.language,
+            tokenize=task.tokenize,
+            normalization=task.normalization,
+            stem=task.stem,
+        )
+    check_libraries(settings)
+    return settings
+
+
+def _evaluation(config: EvaluationConfig, settings: ScoreSettings, subject: Subject, findings: Findings) -> Evaluation:
+    task = config.task
+    scores, points, marks = findings.scores, {}, findings.signatures
+    if scores is None:
+        findings.examples = [
+            replace(example, scores=example.scores | example_scores(task.kind, example, settings))
+            for example in findings.examples
+        ]
+        how = {"resamples": config.resamples, "confidence": config.confidence, "seed": config.seed}
+        scores = {
+            f"{source}/{name}" if source else name: score
+            for source, tally in tallies(task.kind, findings.examples, settings).items()
+            for name, score in measure(tally, **how).items()
+        }
+        points = curves(task.kind, findings.examples, settings)
+        marks = signatures(task.kind, findings.examples, settings)
+    resolved = to_plain(config)
+    resolved["task"] |= findings.settings
+    return Evaluation(
+        name=task.name,
+        kind=task.kind,
+        model=subject.identity,
+        data=findings.data,
+        config=resolved | {"scores": to_plain(settings)},
+        scores=scores,
+        curves=points,
+        signatures=marks,
+        counts=findings.counts,
+        run={"git_commit": git_commit(), "versions": versions(VERSIONS_OF)},
+    )
