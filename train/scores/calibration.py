@@ -97,7 +97,7 @@ def probability_rows(
         name = ids[number] if ids else number
         if given.keys() != wanted:
             raise UserError(
-                f"example {name}: probabilities of {', '.join(map(repr, given))}, the labels are "
+                f"example {name}: probabilities of {', '.join(map(repr, given)) or 'nothing'}, the labels are "
                 f"{', '.join(map(repr, labels))}; give one for each label and no other"
             )
         rows_NC[number] = [given[label] for label in labels]

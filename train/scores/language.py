@@ -19,9 +19,8 @@ class LanguageFigures:
     """loss (nats per target), perplexity (exp of it, at most exp(700)) and bits_per_byte, of [loss, targets, bytes]."""
 
     def __call__(self, sums_RK: np.ndarray) -> dict[str, np.ndarray]:
-        """The three figures [R]; nan without targets, without bytes, and where the loss is not finite."""
+        """The three figures [R]; nan without targets, without bytes, and where a loss is nan."""
         nats_R, targets_R, bytes_R = sums_RK.T
-        nats_R = np.where(np.isfinite(nats_R), nats_R, np.nan)
         loss_R = ratio(nats_R, targets_R)
         perplexity_R = np.exp(np.minimum(loss_R, _HIGHEST_EXPONENT))
         return {"loss": loss_R, "perplexity": perplexity_R, "bits_per_byte": ratio(nats_R / math.log(2), bytes_R)}
@@ -40,4 +39,6 @@ def language(losses: Sequence[float], target_tokens: Sequence[int], target_bytes
     bytes of the targets' text. Texts are weighted by their length, as in one long text.
     """
     rows = np.array([losses, target_tokens, target_bytes], dtype=np.float64).T
+    # Infinity times a weight of 0 would be nan all the same, but with a warning.
+    rows[~np.isfinite(rows[:, 0]), 0] = np.nan
     return Additive(rows_NK=rows, function=LanguageFigures())

@@ -52,7 +52,10 @@ class ScoreSettings:
             raise UserError(f"normalization={self.normalization!r}: must be {choices}; leave it out to go by the language")
         if self.stem and language_code(self.language) not in ("", "en"):
             raise UserError(f"stem=true needs English, got language={self.language}; use stem=false")
-        translation_figures("bleu", tokenize=self.tokenize)
+        # Made for its checks: the tokenizer, and the language's words.
+        for name in ("bleu", *self.metrics):
+            if name in get_args(TranslationName):
+                translation_figures(name, language=self.language, tokenize=self.tokenize)
 
     @property
     def answer_normalization(self) -> Normalization:

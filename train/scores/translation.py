@@ -90,12 +90,14 @@ def translation_figures(
 ) -> TranslationFigures:
     """The figure that fits a language. tokenize: BLEU's tokenizer; None: `tokenizer_for` the language.
 
-    Raises UserError for an unknown tokenizer.
+    Raises UserError for an unknown tokenizer, and for TER in a language whose words sacrebleu cannot tell.
     """
     if tokenize is not None and tokenize not in TOKENIZERS:
         raise UserError(f"tokenize={tokenize!r}: must be one of {', '.join(TOKENIZERS)}; leave it out to go by the language")
     if name == "bleu":
         return TranslationFigures(name=name, tokenize=tokenize or tokenizer_for(language))
+    if name == "ter" and tokenizer_for(language) == "char":
+        raise UserError(f"language={language}: ter would take whole sentences for words; use chrf, or bleu")
     return TranslationFigures(name=name, unspaced=name == "ter" and language_code(language) in ("zh", "ja"))
 
 
