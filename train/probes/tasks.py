@@ -6,6 +6,7 @@ run's sequences. Shapes: N sequences, S tokens of one, P questions, O token ids 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ COPIES, REPEATS, SNIPPETS = 16, 96, 12
 TRIES = 400  # to draw as many snippets that fit
 CHANCE: dict[ProbeName, float] = {"copying": 0.0, "induction": 0.0, "brackets": 1 / len(CLOSERS)}
 """Share of right answers without any knowledge; one in the size of the vocabulary counts as 0."""
+
+
+Encode = Callable[[str], list[int]]
 
 
 class NotAvailable(Exception):
@@ -163,11 +167,22 @@ def brackets(tokenizer: Tokenizer, vocab_size: int, length: int) -> Probe:
     few texts fit into `length` tokens.
     """
     groups = [_ids_that_begin_with(closer, tokenizer, vocab_size) for closer in CLOSERS]
+
+    def obstacle(text: str, prompt: list[int]) -> str | None:
+        if len(prompt) > length:
+            return f"its texts do not fit into data.sequence_length={length} tokens"
+        if max(prompt) >= vocab_size:
+            return f"its texts need token ids beyond model.vocab_size={vocab_size}"
+        closed = [tokenizer.encode(text + closer) for closer in CLOSERS]
+        if any(ids[:-1] != prompt or ids[-1] not in group for ids, group in zip(closed, groups, strict=True)):
+            return "the tokenizer does not keep a closing bracket apart from the word before it"
+        return None
+
     rng = np.random.default_rng([SEED, 3])
     prompts, kinds = [], []
     for depth in DEPTHS:
         for kind in range(len(CLOSERS)):
-            prompts += _draw_prompts(rng, tokenizer, groups, kind=kind, depth=depth, length=length)
+            prompts += _draw_prompts(rng, obstacle, kind=kind, depth=depth, encode=tokenizer.encode)
             kinds += [kind] * SNIPPETS
     longest = max(map(len, prompts))
     closer_O = np.repeat(np.arange(len(CLOSERS)), [len(group) for group in groups])
@@ -205,24 +220,18 @@ def _ids_that_begin_with(closer: str, tokenizer: Tokenizer, vocab_size: int) -> 
 
 
 def _draw_prompts(
-    rng: np.random.Generator, tokenizer: Tokenizer, groups: Sequence[list[int]], *, kind: int, depth: int, length: int
+    rng: np.random.Generator, obstacle: Callable[[str, list[int]], str | None], *, kind: int, depth: int, encode: Encode
 ) -> list[list[int]]:
-    """SNIPPETS different ones, as ids, behind each of which every closer would be one token of its group."""
+    """SNIPPETS different ones, as ids, against which there is no obstacle."""
     found: dict[str, list[int]] = {}
-    too_long = 0
+    obstacles: Counter[str] = Counter()
     for _ in range(TRIES):
         text = draw_snippet(rng, kind=kind, depth=depth)
-        prompt = tokenizer.encode(text)
-        if len(prompt) > length:
-            too_long += 1
-        elif all(_closes(tokenizer.encode(text + CLOSERS[number]), prompt, group) for number, group in enumerate(groups)):
+        prompt = encode(text)
+        if reason := obstacle(text, prompt):
+            obstacles[reason] += 1
+        else:
             found[text] = prompt
         if len(found) == SNIPPETS:
             return list(found.values())
-    if too_long > TRIES // 2:
-        raise NotAvailable(f"its texts do not fit into data.sequence_length={length} tokens")
-    raise NotAvailable("the tokenizer does not keep a closing bracket apart from the word before it")
-
-
-def _closes(closed: list[int], prompt: list[int], group: list[int]) -> bool:
-    return closed[:-1] == prompt and closed[-1] in group
+    raise NotAvailable(obstacles.most_common(1)[0][0])

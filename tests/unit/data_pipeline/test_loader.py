@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from conf.errors import UserError
-from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.config import DataConfig, SourceConfig, TokenizerConfig
 from data_pipeline.corpus import Corpus
 from data_pipeline.loader import IGNORE, Loader, MicroBatch
 from data_pipeline.manifest import MANIFEST_FILE, Manifest
 from data_pipeline.prefetcher import Prefetcher
 from data_pipeline.sampler import Sampler
+from tests.unit.data_pipeline.corpora import prepared, some_texts
 
 
 def data(*manifests: Manifest, **changes: object) -> DataConfig:
@@ -111,6 +112,35 @@ def test_validation_covers_every_token_once(tiny: Manifest, tiny_second: Manifes
         loader.micro_batch([sample])
 
 
+@pytest.fixture(scope="module")
+def three(tiny: Manifest, tiny_second: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Loader:
+    """Held-out samples of two sources; the one between them has none."""
+    tokenizer = TokenizerConfig(path=str(tiny.tokenizer_path), engine="hf")
+    nothing = prepared(tmp_path_factory.mktemp("nothing"), some_texts(20, seed=2), tokenizer=tokenizer, held_out_fraction=0.0)
+    return Loader(data(tiny, nothing, tiny_second), split="validation", seed=0, vocab_size=tiny.vocab_size)
+
+
+def test_held_out_samples_of_every_source(three: Loader) -> None:
+    everything = three.held_out_samples()
+    assert list(everything) == ["s0", "s2"], "a source without held-out text is left out"
+    assert [number for numbers in everything.values() for number in numbers] == list(range(three.num_samples))
+    assert all(three.source_of(number) == name for name, numbers in everything.items() for number in numbers)
+    assert three.held_out_samples(three.num_samples) == three.held_out_samples(10**6) == everything
+
+
+def test_few_held_out_samples_are_spread_over_the_sources(three: Loader) -> None:
+    everything = three.held_out_samples()
+    sizes = {name: len(numbers) for name, numbers in everything.items()}
+    assert sizes["s0"] > 2 * sizes["s2"] > 0
+    for most in range(2, three.num_samples):
+        chosen = three.held_out_samples(most)
+        assert sum(map(len, chosen.values())) == most
+        for name, numbers in chosen.items():
+            assert numbers == everything[name][: len(numbers)], "the first ones of each"
+            assert abs(len(numbers) - most * sizes[name] / three.num_samples) < 1 or len(numbers) == 1
+    assert three.held_out_samples(1) == {name: numbers[:1] for name, numbers in everything.items()}, "one of each at least"
+
+
 def test_shapes_and_types_are_fixed(tiny: Manifest) -> None:
     import torch
 
@@ -199,8 +229,6 @@ def test_more_documents_than_the_manifest_promises(own_copy: Path, tiny: Manifes
 
 
 def test_no_held_out_text(tmp_path: Path) -> None:
-    from tests.unit.data_pipeline.corpora import prepared, some_texts
-
     manifest = prepared(tmp_path, some_texts(20), held_out_fraction=0.0)
     with pytest.raises(UserError, match="no held-out text to evaluate on; prepare with held_out_fraction above 0"):
         Loader(data(manifest), split="validation", seed=0, vocab_size=manifest.vocab_size)

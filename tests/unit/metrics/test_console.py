@@ -50,6 +50,8 @@ def test_an_evaluation_line() -> None:
         "step  50/100  50.0%  evaluation: loss 2.5000  perplexity 12.18  bits per byte 0.9000"
     )
     assert "evaluation of code: loss" in evaluation_line({**record, "name": "code"}, 100)
+    probes = {"probe/brackets": 1 / 3, "probe/copying": 0.125, "probe/copying_loss": 7.5}
+    assert evaluation_line({**record, **probes}, 100).endswith("bits per byte 0.9000  copying 12.5%  brackets 33.3%")
 
 
 @pytest.mark.parametrize(

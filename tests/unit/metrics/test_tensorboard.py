@@ -28,12 +28,15 @@ def test_values_by_step_and_losses_by_tokens(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         writer.write({**record(step, loss=float(step)), "lr": 0.5})
     writer.write({**record(4, loss=8.0, kind="evaluation"), "name": "code"})
+    writer.write({**record(4, loss=9.0, kind="evaluation"), "probe/copying": 0.25, "perplexity": 3.0})
     writer.close("stopped")
     by_step, by_tokens = tmp_path / "tensorboard" / "by_step", tmp_path / "tensorboard" / "by_tokens"
     assert scalars(by_step, "train/loss") == {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}
     assert scalars(by_step, "train/lr") == dict.fromkeys((1, 2, 3, 4), 0.5)
     assert scalars(by_step, "val/code/loss") == {4: 8.0}
     assert scalars(by_tokens, "train/loss") == {1000: 1.0, 2000: 2.0, 3000: 3.0, 4000: 4.0}
+    assert scalars(by_tokens, "val/code/loss") == {4000: 8.0} and scalars(by_tokens, "val/loss") == {4000: 9.0}
+    assert scalars(by_step, "val/probe/copying") == {4: 0.25} and scalars(by_tokens, "val/probe/copying") == {4000: 0.25}
 
 
 def test_a_resumed_run_replaces_what_it_went_back_over(tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ def test_payloads() -> None:
     held_out = {**RECORD, "kind": "evaluation"}
     assert payload(held_out)["val/loss"] == 0.5 and payload(held_out)["train/tokens"] == 300
     assert payload({**held_out, "name": "code"})["val/code/loss"] == 0.5
+    assert payload({**held_out, "probe/copying": 0.25})["val/probe/copying"] == 0.25
 
 
 def test_a_start_that_fails_is_one_line(client: Client, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from data_pipeline.config import DataConfig, SourceConfig
 from tools.curves import MOST_POINTS, Chart, Curve, binned, draw
 from tools.history import History
 from tools.report import ReportConfig, run
+from tools.run_charts import make_charts
 from train.config.model import ModelConfig
 from train.config.pretrain import PretrainConfig
 from train.config.training import BudgetConfig
@@ -131,6 +132,26 @@ def test_a_run_that_has_hardly_begun(tmp_path: Path, records: list[dict] | None)
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape("config.yaml: cannot be read")):
         run(ReportConfig(run=str(tmp_path)))
+
+
+def test_sources_and_probes_have_their_curves(tmp_path: Path) -> None:
+    records = eventful()
+    for step in (20, 40):
+        of_all = next(record for record in records if record["kind"] == "evaluation" and record["step"] == step)
+        of_all |= {"probe/copying": step / 100, "probe/copying_loss": 3.0, "probe/brackets": 0.5}
+        records += [{**of_all, "name": name, "loss": of_all["loss"] - 1} for name in ("code", "prose")]
+    history = History.read(run_folder(tmp_path / "run", records) / "metrics.jsonl")
+    charts = {chart.name: chart for chart in make_charts(history)}
+    labels = [curve.label for curve in charts["loss"].curves]
+    assert labels == ["training", "held out", "held out: code", "held out: prose"]
+    probes = {curve.label: curve for curve in charts["probes"].curves}
+    assert list(probes) == ["copying", "brackets", "copying by chance", "brackets by chance"]
+    assert probes["copying"].steps == [20, 40] and probes["copying"].values == [20.0, 40.0]
+    assert np.allclose(probes["brackets by chance"].values, 100 / 3) and set(probes["copying by chance"].values) == {0.0}
+    assert history.best_held_out == (pytest.approx(2.2), 60, ""), "that of all sources, not the easiest one's"
+    assert "probes" not in {
+        chart.name for chart in make_charts(History.read(run_folder(tmp_path / "b", eventful()) / "metrics.jsonl"))
+    }
 
 
 def test_a_million_steps_are_binned_with_their_range() -> None:
