@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -22,6 +23,7 @@ MARK_STYLES = {
     "skipped": ("#b0508c", ":", "x"),
 }
 MOST_MARKS = 400  # lines of one kind that a picture can still part
+SCRIPTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei")  # for names in other scripts
 FEW = 3  # points that a line alone would not show
 
 
@@ -89,10 +91,14 @@ def draw(chart: Chart, folder: Path) -> str:
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import fontManager
 
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": chart.name, "font.size": 11, "font.family": "sans-serif"}
-    ):
+    installed = {font.name for font in fontManager.ttflist}
+    families = ["sans-serif", *(name for name in SCRIPTS if name in installed)]
+    look = {"svg.fonttype": "none", "svg.hashsalt": chart.name, "font.size": 11, "font.family": families}
+    with matplotlib.rc_context(look), warnings.catch_warnings():
+        # A script without a font is boxes in the PNG; on the page the browser has its own fonts.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
         _fill(figure.add_subplot(), chart)
         figure.savefig(folder / f"{chart.name}.png", dpi=150, facecolor="white", metadata={"Software": None})
@@ -123,7 +129,7 @@ def _fill(axes: Any, chart: Chart) -> None:
         axes.set_yscale("log")
     axes.set_title(title, loc="left", color=INK, fontsize=12)
     axes.set_xlabel(chart.across, color=INK)
-    axes.margins(x=0.01)
+    axes.margins(x=0.03 if all(curve.points for curve in chart.curves) else 0.01)  # so that no dot is cut in half
     _style(axes, chart)
 
 

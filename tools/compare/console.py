@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from tools.compare.costs import cost_rows
 from tools.compare.figures import Resampling
 from tools.compare.findings import Findings
-from tools.compare.scores import NOTHING_IN_COMMON, ScoreComparison, evaluate_command
+from tools.compare.scores import LACKING, NOTHING_IN_COMMON, ScoreComparison, evaluate_command
 from tools.compare.words import compared_line, figure_cells, figure_head, left_over_cells, legend, undefined_notes
 
 WIDTH = 120
@@ -78,6 +78,8 @@ def written(findings: Findings) -> list[str]:
     lines = aligned(["", "name", "folder"], [[one.letter, one.name, str(one.folder)] for one in findings.subjects])[1:]
     for scores in findings.scores:
         lines += ["", *_scores(scores, findings.resampling)]
+    if any(scores.compared for scores in findings.scores):
+        lines += ["", *_wrapped(legend(findings.resampling), "  ", "  ")]
     lines += ["", "Settings that differ"]
     settings = [[row.kind, row.name, *row.values] for row in findings.settings]
     lines += aligned(["", *head], settings, indent="  ") if settings else ["  none"]
@@ -106,13 +108,13 @@ def _scores(scores: ScoreComparison, resampling: Resampling) -> list[str]:
         notes = [*compared.notes, *undefined_notes(compared, letters)[:NOTES_SHOWN]]
         notes += [f"{left_out:,} figures of single labels or sources are on the page"] if left_out else []
         lines += [line for note in notes for line in _wrapped(f"note: {note}")]
-    if scores.compared:
-        lines += _wrapped(legend(resampling))
-    else:
+    if not scores.compared:
         lines += [f"    {NOTHING_IN_COMMON}", *(f"      {evaluate_command(one)}" for one in (scores.first, scores.second))]
     for left in scores.not_compared:
         title, first, second, reason = left_over_cells(left)
         lines += _wrapped(f"not compared: {title}: {reason}; {letters[0]}: {first}; {letters[1]}: {second}")
+    if scores.compared:
+        lines += [f"    {LACKING.format(one.letter)} {evaluate_command(one)} task=..." for one in scores.lacking]
     return lines
 
 

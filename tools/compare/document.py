@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tools.compare.costs import CONVENTIONS, cost_rows
 from tools.compare.figures import Compared, Figure, Resampling
 from tools.compare.findings import Findings
-from tools.compare.scores import NOTHING_IN_COMMON, ScoreComparison, evaluate_command
+from tools.compare.scores import LACKING, NOTHING_IN_COMMON, ScoreComparison, evaluate_command
 from tools.compare.settings import MEANING
 from tools.compare.subjects import Subject
 from tools.compare.words import compared_line, figure_cells, figure_head, left_over_cells, legend, undefined_notes
@@ -23,8 +23,8 @@ def document(findings: Findings, drawn: Sequence[str] | None) -> str:
         f"Everything is held against {subjects[0].label}.",
         [
             table(["", "folder", "state", "step"], _subject_rows(findings), colours=_colours(subjects)),
-            section("In short", *(note(verdict) for verdict in findings.verdicts)),
-            *(section(f"Scores of {one.second.label}", *_scores(one, findings.resampling)) for one in findings.scores),
+            section("In short", *(note(verdict) for verdict in findings.verdicts), *_legend(findings)),
+            *(part for one in findings.scores for part in _scores(one, findings.resampling)),
             section("Curves", _curves(drawn)),
             section("Cost", table(["", *_labels(subjects)], cost_rows(findings.costs)), note(CONVENTIONS)),
             section("Settings that differ", *_settings(findings)),
@@ -48,31 +48,36 @@ def _subject_rows(findings: Findings) -> list[list[str]]:
     ]
 
 
+def _legend(findings: Findings) -> list[str]:
+    return [note(legend(findings.resampling))] if any(one.compared for one in findings.scores) else []
+
+
 def _scores(scores: ScoreComparison, resampling: Resampling) -> list[str]:
-    parts = []
-    for compared in scores.compared:
-        parts += _compared(compared, scores, resampling)
-    if scores.compared:
-        parts.append(note(legend(resampling)))
-    else:
+    """A section for each evaluation that both have, and one for what is left over."""
+    against = f"{scores.second.label} against {scores.first.label}"
+    parts = [section(f"{against}: {one.title}", *_compared(one, scores, resampling)) for one in scores.compared]
+    left: list[str] = []
+    if not scores.compared:
         commands = [evaluate_command(one) for one in (scores.first, scores.second)]
-        parts.append(note(f"{NOTHING_IN_COMMON} {' and '.join(commands)}"))
+        left.append(note(f"{NOTHING_IN_COMMON} {' and '.join(commands)}"))
     if scores.not_compared:
-        head = ["not compared", scores.first.letter, scores.second.letter, "why"]
-        parts.append(table(head, [left_over_cells(left) for left in scores.not_compared]))
-    return parts
+        head = ["", scores.first.letter, scores.second.letter, "why"]
+        left.append(table(head, [left_over_cells(one) for one in scores.not_compared]))
+    if scores.compared:
+        left += [note(f"{LACKING.format(one.letter)} {evaluate_command(one)} task=...") for one in scores.lacking]
+    return [*parts, *([section(f"{against}: not compared", *left)] if left else [])]
 
 
 def _compared(compared: Compared, scores: ScoreComparison, resampling: Resampling) -> list[str]:
     letters = (scores.first.letter, scores.second.letter)
     main = [figure for figure in compared.figures if not figure.is_detail]
     details = [figure for figure in compared.figures if figure.is_detail]
-    parts = [note(f"{compared.title}: {compared_line(compared, resampling, letters)}")]
-    parts += [_table(main, scores)] if main else []
+    parts = [_table(main, scores)] if main else []
     if details:
         shown = _table(details, scores)
         parts.append(hidden(f"{len(details):,} figures of single labels or sources", shown) if main else shown)
-    return [*parts, *(note(text) for text in (*compared.notes, *undefined_notes(compared, letters)))]
+    said = (compared_line(compared, resampling, letters), *compared.notes, *undefined_notes(compared, letters))
+    return [*parts, *map(note, said)]
 
 
 def _table(figures: Sequence[Figure], scores: ScoreComparison) -> str:

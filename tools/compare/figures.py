@@ -100,7 +100,8 @@ class Compared:
 def title_of(evaluation: Evaluation) -> str:
     names = [str(entry["name"]) for entry in evaluation.data]
     shown_names = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"{evaluation.name} ({evaluation.kind}) on {shown_names}" if names else f"{evaluation.name} ({evaluation.kind})"
+    told = evaluation.name if evaluation.name == evaluation.kind else f"{evaluation.name} ({evaluation.kind})"
+    return f"{told} on {shown_names}" if names else told
 
 
 def compare_examples(one: Evaluation, other: Evaluation, resampling: Resampling) -> Compared:

@@ -15,6 +15,7 @@ from train.checkpoint.manifest import MANIFEST, file_facts
 from train.scores import selection
 from train.scores.record import EVALUATION_FILE, Evaluation, Score
 
+LACKING = "What {} lacks is made by"
 NOTHING_IN_COMMON = "They have no evaluation in common; each is evaluated by"
 
 
@@ -36,6 +37,12 @@ class ScoreComparison:
     second: Subject
     compared: tuple[Compared, ...] = ()
     not_compared: tuple[NotCompared, ...] = ()
+
+    @property
+    def lacking(self) -> list[Subject]:
+        """Those that have not all evaluations of the other."""
+        sides = ((self.first, "first"), (self.second, "second"))
+        return [subject for subject, side in sides if any(not getattr(left, side) for left in self.not_compared)]
 
 
 def evaluations_of(subject: Subject) -> list[Evaluation]:
@@ -89,7 +96,7 @@ def _unmatched(
     for one in mine:
         other = next((other for other in waiting if other.name == one.name), None)
         if other is None:
-            left.append(NotCompared(title=title_of(one), reason=_only(subjects[0], subjects[1]), first=one.scores))
+            left.append(NotCompared(title=title_of(one), reason=_only(subjects[0]), first=one.scores))
             continue
         waiting.remove(other)
         if one.kind != other.kind:
@@ -97,12 +104,12 @@ def _unmatched(
         else:
             reason = f"other data: {_data_text(one)} and {_data_text(other)}"
         left.append(NotCompared(title=title_of(one), reason=reason, first=one.scores, second=other.scores))
-    left += [NotCompared(title=title_of(one), reason=_only(subjects[1], subjects[0]), second=one.scores) for one in waiting]
+    left += [NotCompared(title=title_of(one), reason=_only(subjects[1]), second=one.scores) for one in waiting]
     return left
 
 
-def _only(has: Subject, lacks: Subject) -> str:
-    return f"only {has.letter} was evaluated so; the same for {lacks.letter}: {evaluate_command(lacks)}"
+def _only(has: Subject) -> str:
+    return f"only {has.letter} was evaluated so"
 
 
 def evaluate_command(subject: Subject) -> str:

@@ -98,9 +98,8 @@ def _few(scores: Mapping[str, Score]) -> str:
 def verdict(subjects: tuple[Subject, Subject], costs: tuple[Cost, Cost], scores: ScoreComparison | None) -> str:
     """What is better and by how much, and what it cost, each relative to the first."""
     first, second = subjects
-    parts = [f"{second.label}, held against {first.label}"]
-    parts += [text for text in (_held_out(subjects, costs), _scored(scores), _paid(costs)) if text]
-    return "; ".join(parts) + "." if len(parts) > 1 else f"{parts[0]}: nothing was recorded that could be compared."
+    parts = [text for text in (_held_out(subjects, costs), _scored(scores), _paid(costs)) if text]
+    return f"{second.label} against {first.label}: {'; '.join(parts)}."
 
 
 def _held_out(subjects: tuple[Subject, Subject], costs: tuple[Cost, Cost]) -> str:
