@@ -41,6 +41,7 @@ def make_charts(history: History) -> list[Chart]:
     charts = [
         Chart(name="loss", title="loss", unit="nats per token", curves=losses, marks=marks),
         Chart(name="probes", title="probes", unit="% right", curves=_probes(history), marks=stopped),
+        Chart(name="probe_gains", title="probes: loss at first less loss the second time", unit="nats", curves=_gains(history)),
         Chart(name="lr", title="learning rate", unit="", curves=[curve("lr", "learning rate")]),
         Chart(name="grad_norm", title="gradient norm", unit="", curves=clipped, logarithmic=True, marks=marks),
         Chart(name="throughput", title="throughput", unit="tokens/s", curves=rate, marks=stopped, large=True),
@@ -76,6 +77,16 @@ def _probes(history: History) -> list[Curve]:
             Curve(label=f"{', '.join(names)} by chance", steps=across, values=np.full(CHANCE_POINTS, 100 * chance), colour=INK)
         )
     return curves
+
+
+def _gains(history: History) -> list[Curve]:
+    """How much likelier a token is when it could be known than when it could not, of each probe that has both."""
+    found = {name: sorted(history.probes.get(f"{name}_gain", {}).items()) for name in CHANCE}
+    return [
+        Curve(label=name, steps=[step for step, _ in pairs], values=[value for _, value in pairs], points=True)
+        for name, pairs in found.items()
+        if pairs
+    ]
 
 
 def _norms(history: History) -> list[tuple[str, str, list[tuple[str, str]]]]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from data_pipeline.loader import Loader, MicroBatch
@@ -77,8 +78,8 @@ class Evaluator:
             yield index, self.loader.micro_batch(list(chosen)), counts
 
     def _run_probes(self, before_batch: Callable[[], None]) -> dict[str, Value]:
-        """Share of right answers of each probe, and the mean loss of those with one right id."""
-        sums = torch.zeros(len(self.probes), 3, dtype=torch.float64)  # right answers, loss in nats, questions
+        """Share of right answers of each probe; where one id is right, its loss, and how much less that is than at first."""
+        sums = torch.zeros(len(self.probes), 4, dtype=torch.float64)  # questions, right answers, loss in nats, loss at first
         for index, probe in enumerate(self.probes):
             rows, total = self._probe_rows(probe), len(probe.tokens_NS)
             groups = [(first, min(first + rows, total)) for first in range(0, total, rows)]
@@ -89,22 +90,26 @@ class Evaluator:
                     sums[index] += found
         sums = self.context.sum_over_data(sums.to(self.context.device)).tolist()
         figures: dict[str, Value] = {}
-        for probe, (right, loss, questions) in zip(self.probes, sums, strict=True):
+        for probe, (questions, right, loss, at_first) in zip(self.probes, sums, strict=True):
             figures[f"probe/{probe.name}"] = right / questions
-            if probe.group_PO is None:
+            if probe.first_place_P is not None:
                 figures[f"probe/{probe.name}_loss"] = loss / questions
+                figures[f"probe/{probe.name}_gain"] = (at_first - loss) / questions
         return figures
 
     def _answers_of(self, probe: Probe, rows: int) -> torch.Tensor:
-        """[3] right answers, loss, questions. Sequences are filled up to `rows`, so that all batches are of one shape."""
+        """[4] of some sequences, as they are summed up. They are filled up to `rows`, so that all batches are of one shape."""
         tokens_NS = torch.from_numpy(probe.tokens_NS)
         tokens_BS = torch.cat([tokens_NS, tokens_NS[:1].expand(rows - len(tokens_NS), -1)])
-        places_P = torch.from_numpy(probe.sequence_P * tokens_BS.shape[1] + probe.place_P)
-        answers = self.engine.ask(tokens_BS, places_P, torch.from_numpy(probe.options_PO))
-        log_probability_PO = answers.log_probability.double().numpy()
-        right = probe.score(log_probability_PO, answers.likeliest.numpy()).sum()
-        loss = -log_probability_PO[:, 0].sum() if probe.group_PO is None else 0.0
-        return torch.tensor([right, loss, len(places_P)], dtype=torch.float64)
+        places = [probe.place_P] if probe.first_place_P is None else [probe.place_P, probe.first_place_P]
+        starts_P, options_PO = probe.sequence_P * tokens_BS.shape[1], torch.from_numpy(probe.options_PO)
+        places_P = torch.from_numpy(np.concatenate([starts_P + place_P for place_P in places]))
+        answers = self.engine.ask(tokens_BS, places_P, options_PO.repeat(len(places), 1))
+        questions = len(probe.place_P)
+        log_probability_PO, at_first_PO = np.split(answers.log_probability.double().numpy(), [questions])
+        right = probe.score(log_probability_PO, answers.likeliest[:questions].numpy()).sum()
+        losses = (-log_probability_PO[:, 0].sum(), -at_first_PO[:, 0].sum()) if len(places) > 1 else (0.0, 0.0)
+        return torch.tensor([questions, right, *losses], dtype=torch.float64)
 
     def _probe_rows(self, probe: Probe) -> int:
         """Sequences of a batch: as many tokens as of the held-out text, no more than there are, and even over tensor ranks."""

@@ -48,6 +48,8 @@ class Probe:
     """int64: the sequence that a question belongs to."""
     place_P: np.ndarray
     """int64: the token of the sequence behind which it is asked."""
+    first_place_P: np.ndarray | None = None
+    """int64: the token behind which the same id was right for the first time, when nothing could tell; None: there is none."""
     options_PO: np.ndarray
     """int64: ids whose probability is asked for."""
     group_PO: np.ndarray | None = None
@@ -70,6 +72,7 @@ class Probe:
             tokens_NS=self.tokens_NS[first:last],
             sequence_P=self.sequence_P[asked_P] - first,
             place_P=self.place_P[asked_P],
+            first_place_P=None if self.first_place_P is None else self.first_place_P[asked_P],
             options_PO=self.options_PO[asked_P],
             group_PO=None if self.group_PO is None else self.group_PO[asked_P],
         )
@@ -128,6 +131,7 @@ def copying(ids: np.ndarray, length: int) -> Probe:
         tokens_NS=tokens_NS,
         sequence_P=np.repeat(np.arange(COPIES), len(asked)),
         place_P=np.tile(asked, COPIES),
+        first_place_P=np.tile(asked - half, COPIES),
         options_PO=tokens_NS[:, asked + 1].reshape(-1, 1),
     )
 
@@ -155,6 +159,7 @@ def induction(ids: np.ndarray, length: int) -> Probe:
         tokens_NS=tokens_NS,
         sequence_P=sequences,
         place_P=np.full(REPEATS, length - 1),
+        first_place_P=length - 1 - distance_N,
         options_PO=tokens_NS[sequences, length - distance_N].reshape(-1, 1),
     )
 

@@ -59,6 +59,8 @@ def test_copying_asks_for_what_came_half_a_sequence_before(probes: dict[str, Pro
     for read, (right,) in zip(questions(probe), probe.options_PO.tolist(), strict=True):
         assert right == read[len(read) - LENGTH // 2], "half a sequence before the token that is asked for"
         assert len(read) > LENGTH // 2, "the first token of the repetition is announced by nothing"
+    at_first = probe.tokens_NS[probe.sequence_P, probe.first_place_P + 1]
+    assert np.array_equal(at_first, probe.options_PO[:, 0]) and probe.first_place_P.max() < LENGTH // 2 - 1
 
 
 def test_induction_asks_for_what_followed_the_same_token(probes: dict[str, Probe]) -> None:
@@ -67,6 +69,8 @@ def test_induction_asks_for_what_followed_the_same_token(probes: dict[str, Probe
         places = [place for place, token in enumerate(read[:-1]) if token == read[-1]]
         assert len(places) == 1 and read[places[0] + 1] == right and read.count(right) == 1
         distances.append(len(read) - 1 - places[0])
+    assert np.array_equal(probe.tokens_NS[probe.sequence_P, probe.first_place_P], probe.tokens_NS[:, -1])
+    assert np.array_equal(probe.tokens_NS[probe.sequence_P, probe.first_place_P + 1], probe.options_PO[:, 0])
     assert len(distances) == REPEATS
     assert min(distances) == 2 and max(distances) == LENGTH - 1 and len(set(distances)) > 50
 

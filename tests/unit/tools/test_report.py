@@ -138,7 +138,7 @@ def test_sources_and_probes_have_their_curves(tmp_path: Path) -> None:
     records = eventful()
     for step in (20, 40):
         of_all = next(record for record in records if record["kind"] == "evaluation" and record["step"] == step)
-        of_all |= {"probe/copying": step / 100, "probe/copying_loss": 3.0, "probe/brackets": 0.5}
+        of_all |= {"probe/copying": step / 100, "probe/copying_gain": 3.0, "probe/brackets": 0.5}
         records += [{**of_all, "name": name, "loss": of_all["loss"] - 1} for name in ("code", "prose")]
     history = History.read(run_folder(tmp_path / "run", records) / "metrics.jsonl")
     charts = {chart.name: chart for chart in make_charts(history)}
@@ -148,6 +148,7 @@ def test_sources_and_probes_have_their_curves(tmp_path: Path) -> None:
     assert list(probes) == ["copying", "brackets", "copying by chance", "brackets by chance"]
     assert probes["copying"].steps == [20, 40] and probes["copying"].values == [20.0, 40.0]
     assert np.allclose(probes["brackets by chance"].values, 100 / 3) and set(probes["copying by chance"].values) == {0.0}
+    assert [curve.values for curve in charts["probe_gains"].curves] == [[3.0, 3.0]]
     assert history.best_held_out == (pytest.approx(2.2), 60, ""), "that of all sources, not the easiest one's"
     assert "probes" not in {
         chart.name for chart in make_charts(History.read(run_folder(tmp_path / "b", eventful()) / "metrics.jsonl"))
