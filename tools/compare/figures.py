@@ -50,13 +50,10 @@ class Figure:
     first: Score
     second: Score
     difference: Difference
+    is_detail: bool = False
+    """Whether it is of one label alone, or of one source beside a figure of all."""
     corrected: float | None = None
     """p-value after Holm's correction for the figures of its family; None: no test."""
-
-    @property
-    def is_detail(self) -> bool:
-        """Whether it is of one label or one source alone."""
-        return "[" in self.name or "/" in self.name
 
     @property
     def direction(self) -> Literal[-1, 0, 1]:
@@ -119,7 +116,9 @@ def compare_examples(one: Evaluation, other: Evaluation, resampling: Resampling)
     mine, theirs = _tallies(one.kind, first, settings), _tallies(one.kind, second, settings)
     figures: list[Figure] = []
     for source in [source for source in mine if source in theirs]:
-        figures += _figures(source, mine[source], theirs[source], resampling, incomparable=incomparable)
+        is_part = bool(source) and "" in mine
+        found = _figures(mine[source], theirs[source], resampling, incomparable=incomparable)
+        figures += [_placed(figure, source, is_part=is_part) for figure in found]
     notes += [*_too_few_resamples(figures, resampling), *_disagreements(figures, one, other)]
     return Compared(
         title=title_of(one),
@@ -211,7 +210,7 @@ def _means(examples: Sequence[Example]) -> Tally:
     return Additive(rows_NK=np.array(rows, dtype=np.float64), function=Means(names=names))
 
 
-def _figures(source: str, first: Tally, second: Tally, resampling: Resampling, *, incomparable: Iterable[str]) -> list[Figure]:
+def _figures(first: Tally, second: Tally, resampling: Resampling, *, incomparable: Iterable[str]) -> list[Figure]:
     """The figures of one source, or of all examples."""
     options = {"resamples": resampling.resamples, "confidence": resampling.confidence, "seed": resampling.seed}
     differences = compare(first, second, **options)
@@ -223,9 +222,14 @@ def _figures(source: str, first: Tally, second: Tally, resampling: Resampling, *
         if name in incomparable:
             reason = "a token is not the same text for both"
             difference = Difference(first=difference.first, second=difference.second, difference=None, undefined=reason)
-        full = f"{source}/{name}" if source else name
-        figures.append(Figure(name=full, first=mine[name], second=theirs[name], difference=difference))
+        figures.append(Figure(name=name, first=mine[name], second=theirs[name], difference=difference))
     return figures
+
+
+def _placed(figure: Figure, source: str, *, is_part: bool) -> Figure:
+    """The figure of a source under its full name. is_part: there is one of all sources too."""
+    name = f"{source}/{figure.name}" if source else figure.name
+    return replace(figure, name=name, is_detail=is_part or "[" in figure.name)
 
 
 def _corrected(figures: Sequence[Figure]) -> list[Figure]:

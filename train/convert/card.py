@@ -1,21 +1,25 @@
-"""The model card: README.md of an export. Says how the model was made and what the proof found; no path of any machine."""
+"""The model card: README.md of an export. Says how the model was made, how it scores and what the proof found; no path of
+any machine."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from train.checkpoint.reader import CheckpointReader
 from train.config.imported import ImportedConfig, Origin
 from train.config.model import ModelConfig
 from train.config.pretrain import PretrainConfig
+from train.convert.card_scores import model_index, score_lines
 from train.convert.report import proof_lines, source_name
 from train.model.cost import num_parameters
+from train.scores.record import Evaluation
 
 _OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 _LOSSES = {"loss": "training loss", "validation_loss": "held-out loss"}
 
 
-def model_card(reader: CheckpointReader, report: dict[str, Any]) -> str:
+def model_card(reader: CheckpointReader, report: dict[str, Any], evaluations: Sequence[Evaluation] = ()) -> str:
     """Markdown, with the metadata block that the Hugging Face hub reads."""
     settings, model = reader.settings, reader.model
     if isinstance(settings, ImportedConfig):
@@ -32,6 +36,7 @@ def model_card(reader: CheckpointReader, report: dict[str, Any]) -> str:
             "library_name: transformers",
             "pipeline_tag: text-generation",
             f"tags: [{model.family}, longhaul, {tag}]",
+            *model_index(name, evaluations),
             "---",
             "",
             f"# {name}",
@@ -56,6 +61,10 @@ def model_card(reader: CheckpointReader, report: dict[str, Any]) -> str:
             "## Training",
             "",
             *_table(history),
+            "",
+            "## Scores",
+            "",
+            *score_lines(evaluations),
             "",
             "## Proof of the conversion",
             "",

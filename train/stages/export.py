@@ -10,6 +10,7 @@ from train.checkpoint.reader import CheckpointReader
 from train.config.export import ExportConfig
 from train.config.imported import ImportedConfig
 from train.convert.card import model_card
+from train.convert.card_scores import evaluations_of
 from train.convert.hf_config import check_expressible
 from train.convert.hf_export import plan_weights, resolve_export_dtype, write_model
 from train.convert.prove import Task, check_can_prove, prove_in_child
@@ -27,6 +28,7 @@ def run(config: ExportConfig) -> int:
         check_can_prove()
     reader = CheckpointReader(resolve_checkpoint(config.checkpoint))
     check_expressible(reader.model)  # before its files are read, which takes long
+    evaluations = evaluations_of(reader)
     dtype = resolve_export_dtype(config.dtype, reader)
     plan = plan_weights(reader, dtype, shard_bytes=config.shard_bytes)
     out = Path(config.out) if config.out is not None else default_folder(reader)
@@ -44,7 +46,7 @@ def run(config: ExportConfig) -> int:
             report = prove_in_child(task)
         else:
             report = write_report(reader, folder / REPORT, format="hf", dtype=dtype, findings=None)
-        (folder / "README.md").write_text(model_card(reader, report), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(reader, report, evaluations), encoding="utf-8")
     print("\n".join([*summary(report), f"exported to {out}"]))
     return 0
 

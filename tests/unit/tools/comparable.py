@@ -96,6 +96,7 @@ def evaluate(
     settings: ScoreSettings | None = None,
     folder: str | None = None,
     model: dict[str, Any] | None = None,
+    created: float | None = None,
     **config: Any,
 ) -> Path:
     """What `longhaul evaluate checkpoint=PLACE` leaves, for outputs that are made up."""
@@ -114,7 +115,7 @@ def evaluate(
         data=[{"name": "held", "path": "/somewhere/held.jsonl", "hash": data, "examples": len(examples)}],
         config={"task": {"kind": kind, "data": [{"path": "x"}]}, "limit": None, "scores": asdict(settings)} | config,
         scores=scores,
-        run={"created": 1000.0 + manifest["step"]},
+        run={"created": 1000.0 + manifest["step"] if created is None else created},
     )
     home = place.parent.parent if place.parent.name == "checkpoints" else place
     target = home / "evaluations" / (folder or f"{place.name}-{name}")

@@ -147,7 +147,17 @@ def test_tasks_of_the_harness_are_means_of_their_examples(runs: tuple[Path, Path
     figures = figures_of(held_against(*runs))
     assert set(figures) == {"arc/acc", "piqa/acc"}, "a figure that an example lacks is no mean of all"
     assert (figures["arc/acc"].first.value, figures["arc/acc"].second.value) == (0.4, 0.9)
-    assert figures["arc/acc"].verdict == "better **"
+    assert figures["arc/acc"].verdict == "better **" and not figures["arc/acc"].is_detail
+
+
+def test_figures_of_sources_stand_behind_those_of_all(runs: tuple[Path, Path]) -> None:
+    for folder, mean in zip(runs, (3.0, 2.0), strict=True):
+        evaluate(folder / LAST, [replace(one, source="ab"[place % 2]) for place, one in enumerate(texts(mean))])
+    figures = figures_of(held_against(*runs))
+    assert [name for name in figures if figures[name].is_detail] == [
+        f"{source}/{name}" for source in "ab" for name in ("loss", "perplexity", "bits_per_byte")
+    ]
+    assert figures["loss"].corrected == pytest.approx(3 / 1001) and figures["a/loss"].corrected == pytest.approx(6 / 1001)
 
 
 def test_examples_in_another_order_are_the_same(runs: tuple[Path, Path]) -> None:
