@@ -17,18 +17,21 @@ from data_pipeline.manifest import Manifest, read_manifest
 from tests.dist import run_ranks
 from tests.parity import hugging_face
 from tests.unit.data_pipeline.corpora import prepared, some_texts
+from train.attempt import Attempt
 from train.config.model import ModelConfig
 from train.config.pretrain import PretrainConfig
 from train.config.training import BatchConfig, BudgetConfig, EvaluateConfig, ParallelConfig
 from train.convert.keymap import KeyMap
 from train.engine import Engine
 from train.evaluator import Evaluator
+from train.metrics import NullMetrics
+from train.metrics.record import Level
 from train.model.init import initial_value
 from train.model.logical import LogicalTensor
 from train.model.transformer import Reading, build_layers
 from train.parallel import ParallelContext, split_ranks
 from train.probes import make_probes
-from train.stages.pretrain import blueprint_of, optimizer_of
+from train.stages.pretrain import blueprint_of, build, optimizer_of
 
 LENGTH, SEED = 32, 11
 # Weights so wide that a loss says which text it is of, and dropout, which must not be on.
@@ -215,3 +218,29 @@ def test_one_source_has_one_record(sources: tuple[Path, ...]) -> None:
     assert {key for key in records[0] if key.startswith("probe/")} == {"probe/brackets"}
     nothing = replace(config, evaluate=replace(config.evaluate, probes=()))
     assert not any("probe" in key for key in run_ranks(measured, 1, nothing, 1, False)[0][0][0])
+
+
+class Told(NullMetrics):
+    """Keeps what people would be told."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, str]] = []
+
+    def alert(self, title: str, text: str, level: Level = "warn") -> None:
+        self.said.append((title, text))
+
+
+def told_at_the_start(context: ParallelContext, config: PretrainConfig, run_dir: str) -> list[tuple[str, str]]:
+    metrics = Told()
+    trainer = build(config, context, Attempt(run_dir=Path(run_dir), number=1), metrics)
+    assert trainer.evaluator is not None and [probe.name for probe in trainer.evaluator.probes] == ["copying", "induction"]
+    return metrics.said
+
+
+def test_a_probe_that_cannot_be_had_is_told_once(sources: tuple[Path, ...], tmp_path: Path) -> None:
+    config = settings(sources)
+    config = replace(config, data=replace(config.data, sequence_length=8))
+    reason = (
+        "brackets: its texts do not fit into data.sequence_length=8 tokens; leave it out of evaluate.probes to be told no more"
+    )
+    assert run_ranks(told_at_the_start, 1, config, str(tmp_path)) == [[("probe left out", reason)]]
