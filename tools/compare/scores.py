@@ -96,7 +96,7 @@ def _unmatched(
     for one in mine:
         other = next((other for other in waiting if other.name == one.name), None)
         if other is None:
-            left.append(NotCompared(title=title_of(one), reason=_only(subjects[0]), first=one.scores))
+            left.append(NotCompared(title=title_of(one), reason=_only(subjects[0], one), first=one.scores))
             continue
         waiting.remove(other)
         if one.kind != other.kind:
@@ -104,12 +104,12 @@ def _unmatched(
         else:
             reason = f"other data: {_data_text(one)} and {_data_text(other)}"
         left.append(NotCompared(title=title_of(one), reason=reason, first=one.scores, second=other.scores))
-    left += [NotCompared(title=title_of(one), reason=_only(subjects[1]), second=one.scores) for one in waiting]
+    left += [NotCompared(title=title_of(one), reason=_only(subjects[1], one), second=one.scores) for one in waiting]
     return left
 
 
-def _only(has: Subject) -> str:
-    return f"only {has.letter} was evaluated so"
+def _only(has: Subject, one: Evaluation) -> str:
+    return f"only {has.letter} was evaluated on {_data_text(one) or 'these data'}"
 
 
 def evaluate_command(subject: Subject) -> str:
@@ -118,4 +118,9 @@ def evaluate_command(subject: Subject) -> str:
 
 
 def _data_text(evaluation: Evaluation) -> str:
-    return ", ".join(f"{entry['name']} ({str(entry['hash'])[:8]})" for entry in evaluation.data)
+    """Names, the beginnings of their hashes, and the limit where only a part was read."""
+    told = []
+    for entry in evaluation.data:
+        digest, _, limit = str(entry["hash"]).partition(":")
+        told.append(f"{entry['name']} ({digest[:8]}{f', the first {limit}' if limit else ''})")
+    return ", ".join(told)

@@ -40,7 +40,7 @@ def score_lines(evaluations: Sequence[Evaluation]) -> list[str]:
     for evaluation in evaluations:
         share = evaluation.config.get("confidence", 0.95)
         head = ["figure", "value", f"{100 * share:g} % interval", "data", "examples"]
-        lines += ["", f"### {_escaped(evaluation.name)}", ""] if lines else [f"### {_escaped(evaluation.name)}", ""]
+        lines += ["", f"### {_escaped(_title(evaluation))}", ""] if lines else [f"### {_escaped(_title(evaluation))}", ""]
         lines += [f"| {' | '.join(head)} |", "|---|---|---|---|---|"]
         for name, score in _shown(evaluation).items():
             data, examples = _data_of(evaluation, name)
@@ -67,7 +67,7 @@ def _results(evaluation: Evaluation) -> list[dict[str, Any]]:
             metric = {"type": METRICS.get(figure, figure), "value": score.value, "name": figure}
             by_data.setdefault(_data_of(evaluation, name)[0], []).append(metric)
     hashes = {str(entry["name"]): str(entry["hash"]) for entry in evaluation.data}
-    task = {"type": TASKS.get(evaluation.kind, "text-generation"), "name": evaluation.name}
+    task = {"type": TASKS.get(evaluation.kind, "text-generation"), "name": _title(evaluation)}
     return [
         {
             "task": task,
@@ -76,6 +76,11 @@ def _results(evaluation: Evaluation) -> list[dict[str, Any]]:
         }
         for data, metrics in by_data.items()
     ]
+
+
+def _title(evaluation: Evaluation) -> str:
+    limit = evaluation.config.get("limit")
+    return evaluation.name if limit is None else f"{evaluation.name}, the first {limit} of each source"
 
 
 def _shown(evaluation: Evaluation) -> dict[str, Score]:

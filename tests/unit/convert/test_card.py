@@ -73,9 +73,12 @@ def test_of_several_the_newest_and_of_other_checkpoints_none(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "run", LLAMA)
     evaluate(checkpoint, texts(8.0), model={"hash": "0" * 64}, folder="of-this-step-before-it-was-trained-again")
     evaluate(checkpoint, texts(9.0), model={"step": 3, "hash": None}, folder="of-another-step")
-    evaluate(checkpoint, texts(7.0), folder="older", created=1.0)
-    evaluate(checkpoint, texts(3.0), folder="newer", created=2.0)
-    (line,) = [line for line in card_of(tmp_path).splitlines() if line.startswith("| loss |")]
+    evaluate(checkpoint, texts(7.0), folder="z-older")
+    evaluate(checkpoint, texts(3.0), folder="a-newer")
+    evaluate(checkpoint, texts(3.0, number=5), data=f"{'a' * 64}:5", folder="a-quick-look", limit=5)
+    card = card_of(tmp_path)
+    assert "### language\n" in card and "### language, the first 5 of each source\n" in card
+    line, _ = [line for line in card.splitlines() if line.startswith("| loss |")]
     assert line.startswith("| loss | 3.0")
 
 

@@ -96,12 +96,12 @@ def evaluate(
     settings: ScoreSettings | None = None,
     folder: str | None = None,
     model: dict[str, Any] | None = None,
-    created: float | None = None,
     **config: Any,
 ) -> Path:
     """What `longhaul evaluate checkpoint=PLACE` leaves, for outputs that are made up."""
     settings = settings or ScoreSettings()
     manifest = json.loads((place / "manifest.json").read_text())
+    home = place.parent.parent if place.parent.name == "checkpoints" else place
     facts = {"path": str(place), "hash": file_facts(place / "manifest.json").sha256, "parameters": 1, "step": manifest["step"]}
     facts["tokenizer"] = manifest["files"]["tokenizer/tokenizer.json"]["sha256"]
     scores: dict[str, Score] = {}
@@ -115,9 +115,8 @@ def evaluate(
         data=[{"name": "held", "path": "/somewhere/held.jsonl", "hash": data, "examples": len(examples)}],
         config={"task": {"kind": kind, "data": [{"path": "x"}]}, "limit": None, "scores": asdict(settings)} | config,
         scores=scores,
-        run={"created": 1000.0 + manifest["step"] if created is None else created},
+        run={"created": 1000.0 + len(list(home.glob("evaluations/*")))},
     )
-    home = place.parent.parent if place.parent.name == "checkpoints" else place
     target = home / "evaluations" / (folder or f"{place.name}-{name}")
     target.mkdir(parents=True)
     write_examples(target / EXAMPLES_FILE, examples)

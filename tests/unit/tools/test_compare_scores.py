@@ -171,8 +171,9 @@ def test_examples_in_another_order_are_the_same(runs: tuple[Path, Path]) -> None
     [
         ({"data": "b" * 64}, "other data: held (aaaaaaaa) and held (bbbbbbbb)"),
         ({"number": 100}, "other examples: 200 and 100, of which 100 are the same"),
+        ({"data": f"{'a' * 64}:20"}, "other data: held (aaaaaaaa) and held (aaaaaaaa, the first 20)"),
         ({"kind": "generation", "settings": ScoreSettings(metrics=("chrf",))}, "another kind: language and generation"),
-        ({"name": "books"}, "only A was evaluated so"),
+        ({"name": "books"}, "only A was evaluated on held (aaaaaaaa)"),
         ({"settings": ScoreSettings(bins=3)}, "scored otherwise: bins differ"),
     ],
 )
@@ -184,7 +185,7 @@ def test_what_is_not_of_the_same_is_listed_with_the_reason(runs: tuple[Path, Pat
     assert not scores.compared and reason in scores.not_compared[0].reason
     assert left_over_cells(scores.not_compared[0])[1].startswith("loss 3.0")
     if "name" in changes:
-        assert scores.not_compared[1].reason == "only B was evaluated so"
+        assert scores.not_compared[1].reason == "only B was evaluated on held (aaaaaaaa)"
         assert [subject.letter for subject in scores.lacking] == ["A", "B"]
         assert left_over_cells(scores.not_compared[1])[1] == "-"
 
