@@ -195,7 +195,7 @@ def _greedy_behind(pair: Pair, prompt: Prompt, ids: list[int]) -> list[int]:
     with torch.no_grad():
         logits = [pair.theirs(input_ids=torch.tensor([whole[:cut]]), use_cache=False).logits[0] for cut in cuts]
     places = range(len(prompt.ids) - 1, len(whole))
-    return [int(logits[-1 if place < cuts[-1] else 0][place, : pair.model.vocab_size].argmax()) for place in places]
+    return [int(logits[-1 if place < cuts[-1] else 0][place, :VOCAB_SIZE].argmax()) for place in places]
 
 
 @pytest.mark.parametrize("case", CASES)
