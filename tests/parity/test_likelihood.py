@@ -187,15 +187,18 @@ def _generator(decoder: Decoder, model: ModelConfig, context: ParallelContext | 
     return BatchGenerator(decoder, model, context=context or single_process(), batch_tokens=400, num_known_ids=VOCAB_SIZE)
 
 
-def _greedy_behind(pair: Pair, prompt: Prompt, ids: list[int]) -> list[int]:
-    """The likeliest next id by transformers behind the prompt and each beginning of `ids`: `ids`, where that is greedy."""
+def _regrets(pair: Pair, prompt: Prompt, ids: list[int]) -> list[float]:
+    """How much lower the logit of each id is than the highest in its place, by transformers without a cache."""
     whole = [*prompt.ids, *ids[:-1]]
     limit = pair.model.rope.original_max_positions if pair.model.rope.scaling == "longrope" else 0
     cuts = [len(whole), limit] if len(prompt.ids) < limit < len(whole) else [len(whole)]  # the longer is rotated otherwise
     with torch.no_grad():
         logits = [pair.theirs(input_ids=torch.tensor([whole[:cut]]), use_cache=False).logits[0] for cut in cuts]
-    places = range(len(prompt.ids) - 1, len(whole))
-    return [int(logits[-1 if place < cuts[-1] else 0][place, :VOCAB_SIZE].argmax()) for place in places]
+    regrets = []
+    for place, token_id in enumerate(ids, start=len(prompt.ids) - 1):
+        known = logits[-1 if place < cuts[-1] else 0][place, :VOCAB_SIZE]
+        regrets.append(float(known.max() - known[token_id]))
+    return regrets
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -205,7 +208,7 @@ def test_greedy_continuations_are_those_of_transformers(case):
     prompts.append(Prompt(ids=(5,) * 120, max_new_tokens=41))  # to the last position that the model reads
     found = _generator(pair.ours(160), pair.model).generate(prompts, watch)
     for prompt, ids in zip(prompts, found, strict=True):
-        assert ids == _greedy_behind(pair, prompt, ids)
+        assert max(_regrets(pair, prompt, ids)) < TOLERANCE, "each is the likeliest, or as likely but for rounding"
         text = "".join(map(Letters().push, ids))
         ended = ids[-1] == 7 or "zz" in text
         assert ended or len(ids) == prompt.max_new_tokens, "it ends at the limit, at the end of a document, or at a stop"
