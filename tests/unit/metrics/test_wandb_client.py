@@ -30,7 +30,7 @@ metrics = Metrics(MonitorConfig(tensorboard=False, wandb=wandb), Path(sys.argv[1
 first = int(sys.argv[5])
 for step in range(first, first + 3):
     metrics.train({"step": step, "tokens": 100 * step, "loss": 1.0 / step})
-metrics.evaluation({"step": step, "loss": 0.25})
+metrics.evaluation({"step": step, "loss": 0.25, "probe/copying": 0.5})
 metrics.close(sys.argv[4])
 print("closed")
 """
@@ -197,6 +197,10 @@ def test_online(tmp_path: Path, service: Service) -> None:
     assert config["model"]["value"] == {"hidden": 8} and config["layout"]["value"] == {"zero": 1}
     rows = [(row["train/tokens"], row.get("train/loss"), row.get("val/loss")) for row in service.history]
     assert rows == [(100, 1.0, None), (200, 0.5, None), (300, 1 / 3, None), (300, None, 0.25)]
+    assert service.history[-1]["val/probe/copying"] == 0.5
+    metrics = json.loads(service.buckets[-1]["config"])["_wandb"]["value"]["m"]
+    everything = next(metric for metric in metrics if metric.get("2") == "*")
+    assert metrics[everything["5"] - 1]["1"] == "train/tokens", "the axis of all values; the client numbers from 1"
     assert [(alert["title"], alert["severity"]) for alert in service.alerts] == [("run stopped", "WARN")]
     assert service.exit_code == 1, "preempted, not finished"
 
