@@ -43,7 +43,7 @@ class Evaluator:
         )
 
     def run(self, before_batch: BeforeBatch) -> list[dict[str, Value]]:
-        """One record for all the held-out text, with the probes; where it comes from several sources, one for each of them.
+        """One record for all the held-out text, with the probes; in a run of several sources, one for each that has any.
 
         `before_batch` is called with the batch's number, on all ranks alike; what it raises ends the evaluation.
         """
@@ -64,7 +64,7 @@ class Evaluator:
         if answers:
             whole["probe_seconds"] = ended - probes_started
         parts = [{"name": name, **_figures(*part)} for name, part in zip(sources, sums.tolist(), strict=True) if part[1]]
-        return [whole, *parts] if len(sources) > 1 else [whole]
+        return [whole, *parts] if len(self.loader.names) > 1 else [whole]
 
     def _held_out_batches(self, sources: dict[str, range]) -> Iterator[tuple[int, MicroBatch, bool]]:
         """This rank's batches: the number of the source, the batch, of this source alone, and whether it counts."""

@@ -147,7 +147,8 @@ class PretrainConfig:
                 f"as many rows of the vocabulary; take another tensor"
             )
         tokens = self.batch.micro_batch * self.data.sequence_length
-        evaluated = (self.evaluate.micro_batch or self.batch.micro_batch) * self.data.sequence_length
+        # The last batch of a source's held-out text may be of a single sequence.
+        evaluated = 0 if self.evaluate.max_samples == 0 else self.data.sequence_length
         if self.parallel.sequence_parallel and (tokens % size or evaluated % size):
             problems.append(
                 f"parallel.sequence_parallel=true: a micro-batch of {tokens if tokens % size else evaluated} tokens does not "

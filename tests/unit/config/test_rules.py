@@ -218,6 +218,11 @@ CASES: list[tuple[str, list[str], str]] = [
         ["parallel.tensor=2", "parallel.sequence_parallel=true", "data.sequence_length=63", "batch.micro_batch=1"],
         "parallel.sequence_parallel=true: a micro-batch of 63 tokens does not divide by parallel.tensor=2",
     ),
+    (
+        "pretrain",
+        ["parallel.tensor=2", "parallel.sequence_parallel=true", "data.sequence_length=63", "batch.micro_batch=2"],
+        "parallel.sequence_parallel=true: a micro-batch of 63 tokens does not divide by parallel.tensor=2",
+    ),
     ("pretrain", ["kernels.logits_bytes=0"], "kernels.logits_bytes=0: must be at least 1; 1073741824 (1 GiB) is usual"),
     ("pretrain", ["kernels.collect_garbage_steps=0"], "kernels.collect_garbage_steps=0: must be at least 1; null leaves"),
     ("pretrain", ["parallel.bucket_elements=0"], "parallel.bucket_elements=0: must be at least 1"),
