@@ -120,6 +120,9 @@ def _rule(schema: type, place: Sequence[Any], finding: Any) -> str:
     if word is None:
         return finding["msg"][:1].lower() + finding["msg"][1:]
     if kind == "string_type" and value is not None:
+        if isinstance(place[-1], int):  # of a list, which is given as a whole
+            field, value = _dotted(place[:-1]), f"['{shown(value)}', ...]"
+            return f"""{word}{or_null}; quote it, and the whole for the shell: "{field}={value}\""""
         return f"""{word}{or_null}; quote it twice, for the shell and for YAML: {field}="'{shown(value)}'\""""
     return word + or_null
 

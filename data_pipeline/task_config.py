@@ -35,7 +35,7 @@ class TaskSource:
     @property
     def label(self) -> str:
         """The source's name: as given, or the path's last part."""
-        return self.name if self.name is not None else Path(self.path).name
+        return self.name if self.name is not None else Path(self.path).name or self.path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,21 +165,32 @@ class TaskConfig:
             problems.append(f"labels={list(self.labels)}: holds a label twice")
         if self.label_texts and len(self.label_texts) != len(self.labels):
             problems.append(f"label_texts={list(self.label_texts)}: needs one for each of the {len(self.labels)} labels")
-        if "" in self.label_texts or len(set(self.label_texts)) < len(self.label_texts):
-            problems.append(f"label_texts={list(self.label_texts)}: must be different and not empty")
+        texts = self.label_texts or self.labels
+        if "" in texts or len(set(self.label_texts)) < len(self.label_texts):
+            problems.append(f"label_texts={list(texts)}: what the model would write must be different texts, none of them ''")
         return problems
 
     @property
     def texts_of_labels(self) -> tuple[str, ...]:
         """What the model would write for each label."""
-        return tuple(f"{self.target_prefix}{text}" for text in self.label_texts or self.labels)
+        return tuple(f"{self.prefix_text}{text}" for text in self.label_texts or self.labels)
+
+    @property
+    def prefix_text(self) -> str:
+        """The target's prefix, line ends as such."""
+        return _spelled_in(self.target_prefix)
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
         """The stops, line ends as such."""
-        return tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in self.stop)
+        return tuple(map(_spelled_in, self.stop))
 
     @property
     def prompt_text(self) -> str:
         """The prompt, line ends as such."""
-        return self.prompt.replace("\\n", "\n").replace("\\t", "\t")
+        return _spelled_in(self.prompt)
+
+
+def _spelled_in(text: str) -> str:
+    """`text` with the line ends and tabs that a command line can only spell out."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")

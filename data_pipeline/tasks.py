@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-import io
+import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ FORMATS = {
 }  # fmt: skip
 LINE_COLUMN, TARGET_COLUMN = "text", "target"
 PREVIEW = 20
+MOST_FIELD_CHARACTERS = 2**31 - 1
+"""Of a CSV; the module's own bound of 131,072 is less than a book."""
+ONE_A_LINE = "write one object a line, as by: jq -c '.[]' FILE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +48,7 @@ def read_rows(task: TaskConfig, *, limit: int | None = None) -> list[Row]:
     rows: list[Row] = []
     for source in task.data:
         before = len(rows)
-        for number, (place, values) in enumerate(_records(task, source)):
-            if limit is not None and number >= limit:
-                break
+        for place, values in itertools.islice(_records(task, source), limit):
             rows.append(_row(task, source, f"{Path(source.path).name}:{place}", values))
         if len(rows) == before:
             raise UserError(f"{source.path}: holds no row, so there is nothing to evaluate; give another file")
@@ -64,11 +66,11 @@ def hash_of(source: TaskSource) -> str:
 
 def _row(task: TaskConfig, source: TaskSource, place: str, values: Mapping[str, Any]) -> Row:
     try:
-        prompt = task.prompt_text.format_map(values)
+        prompt = task.prompt_text.format_map(_Filled(values))
     except (KeyError, IndexError) as error:
         raise UserError(f"{place}: task.prompt names {error}, which is no column; there are {_names(values)}") from None
     except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{place}: task.prompt cannot be filled in ({error}); a brace that is meant is doubled") from None
+        raise UserError(f"{place}: task.prompt cannot be filled in ({error}); a brace that means itself is doubled") from None
     truths = _truths(task.target, values, place)
     if task.kind == "classification":
         if len(truths) != 1:
@@ -78,6 +80,16 @@ def _row(task: TaskConfig, source: TaskSource, place: str, values: Mapping[str, 
                 f"{place}: label {truths[0]!r} is not among task.labels=[{', '.join(task.labels)}]; add it, or mend the row"
             )
     return Row(id=place, source=source.label, prompt=prompt, truths=truths)
+
+
+class _Filled(dict[str, Any]):
+    """Columns of a row for its prompt, where null would read `None`."""
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        if value is None:
+            raise ValueError(f"column {name} is null; leave the row out, or give it a text")
+        return value
 
 
 def _truths(path: str, values: Mapping[str, Any], place: str) -> tuple[str, ...]:
@@ -103,7 +115,7 @@ def _records(task: TaskConfig, source: TaskSource) -> Iterator[tuple[int, Mappin
     """(line or row number from 1, columns) of a source."""
     path = Path(source.path)
     suffix = next((part for part in reversed(path.suffixes) if part not in COMPRESSED_SUFFIXES), "")
-    kind = FORMATS.get(suffix.lower()) if task.format == "auto" else task.format
+    kind = FORMATS.get(suffix.lower(), "lines" if source.targets else None) if task.format == "auto" else task.format
     if kind is None:
         raise UserError(
             f"{path}: its ending {suffix or '(none)'} tells no format; give task.format=jsonl, csv, tsv, parquet or lines"
@@ -118,11 +130,12 @@ def _records(task: TaskConfig, source: TaskSource) -> Iterator[tuple[int, Mappin
         elif kind == "jsonl":
             yield from _jsonl(path)
         else:
-            yield from _table(path, "\t" if kind == "tsv" else ",", task.columns)
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
-    except BROKEN_ARCHIVE_ERRORS as error:
+            yield from _table(path, _tsv_fields(path) if kind == "tsv" else _csv_fields(path), task.columns)
+    except BROKEN_ARCHIVE_ERRORS as error:  # gzip's own is an OSError as well
         raise UserError(f"{path}: is a damaged archive ({error})") from None
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())  # pyarrow's run over lines
+        raise UserError(f"{error.filename or path}: cannot be read ({reason})") from None
 
 
 def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -144,33 +157,48 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         try:
             values = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: is not JSON ({error}); task.format tells another format") from None
+            way_out = ONE_A_LINE if line.strip() in ("[", "{") else "task.format tells another format"
+            raise UserError(f"{path}:{number}: is not JSON ({error}); {way_out}") from None
         if not isinstance(values, dict):
-            raise UserError(f"{path}:{number}: is {type(values).__name__}, not an object with columns")
+            raise UserError(f"{path}:{number}: is {type(values).__name__}, not an object with columns; {ONE_A_LINE}")
         yield number, values
 
 
-def _table(path: Path, delimiter: str, columns: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Rows of a table; a TSV has no quotes, a field of a CSV may run over several lines."""
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    text = io.StringIO("\n".join(line for _, line in _text_lines(path)))
-    reader = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)
-    names = list(columns)
+def _csv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line on which it ends, fields) of each row; a quoted field may run over several lines."""
+    csv.field_size_limit(MOST_FIELD_CHARACTERS)
+    reader = csv.reader((f"{line}\n" for _, line in _text_lines(path)), strict=True)
     try:
-        for number, fields in enumerate(reader, start=1):
-            if not names:
-                names = fields
-                if len(set(names)) < len(names):
-                    raise UserError(f"{path}: its header names a column twice ({', '.join(names)}); give task.columns=[...]")
-                continue
-            if not fields:
-                continue
-            if len(fields) != len(names):
-                hint = "" if columns else "; for a file without a header give task.columns=[...]"
-                raise UserError(f"{path}: row {number} has {len(fields)} fields, the columns are {', '.join(names)}{hint}")
-            yield number, dict(zip(names, fields, strict=True))
+        for fields in reader:
+            yield reader.line_num, fields
     except csv.Error as error:
-        raise UserError(f"{path}: row {reader.line_num}: is no row of a table ({error})") from None
+        raise UserError(
+            f"{path}:{reader.line_num}: is no row of a CSV file ({error}); task.format tells another format"
+        ) from None
+
+
+def _tsv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line, fields) of each row; quotes are letters like others."""
+    for number, line in _text_lines(path):
+        yield number, line.split("\t") if line else []
+
+
+def _table(
+    path: Path, rows: Iterator[tuple[int, list[str]]], columns: tuple[str, ...]
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    names = list(columns)
+    for number, fields in rows:
+        if not names:
+            names = fields
+            if len(set(names)) < len(names):
+                raise UserError(f"{path}: its header names a column twice ({', '.join(names)}); give task.columns=[...]")
+            continue
+        if not fields:
+            continue
+        if len(fields) != len(names):
+            hint = "" if columns else "; for a file without a header give task.columns=[...]"
+            raise UserError(f"{path}:{number}: has {len(fields)} fields, the columns are {', '.join(names)}{hint}")
+        yield number, dict(zip(names, fields, strict=True))
 
 
 def _lines(path: Path, targets: str | None) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -91,8 +91,8 @@ def _open_files(task: TaskConfig, source: TaskSource, *, tokenizer: Tokenizer, e
         inputs = list_inputs(corpus)
     except UserError as error:
         raise UserError(
-            f"task.data: {source.path}: no such corpus, file or pattern, or no text file in it ({error}); .txt, .md, .jsonl "
-            f"and .parquet are read, also as .gz and .zst"
+            f"task.data: {source.path}: no such corpus, file or pattern, or no text file in it ({error}). .txt, .md, .jsonl "
+            f"and .parquet are read, also as .gz and .zst; of a folder .txt and .md alone, others by a pattern: FOLDER/*.jsonl"
         ) from None
 
     def items() -> Iterator[Document | Rejection]:

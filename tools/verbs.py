@@ -50,15 +50,14 @@ def generate(overrides: Sequence[str], config_dir: str | None = None) -> int:
 
 def evaluate(overrides: Sequence[str], config_dir: str | None = None) -> int:
     """`longhaul evaluate`."""
-    from train.checkpoint.manifest import resolve_checkpoint
     from train.config.evaluation import EvaluationConfig
+    from train.evaluate.checks import check
     from train.outcome import ExitCode
     from train.stoppable import Stopped, stoppable
 
     words = [literal(word) if word.startswith("task.prompt=") else word for word in overrides]
     config = validate(EvaluationConfig, compose("evaluate", words, config_dir))
-    if config.checkpoint is not None:
-        resolve_checkpoint(config.checkpoint)  # a wrong folder is told before seconds go into importing torch
+    check(config)
     from train.stages.evaluate import run
 
     try:

@@ -50,7 +50,7 @@ ORDER = (
 ONLY = {
     "conf": ("conf",),
     "data_pipeline": ("conf.errors", "data_pipeline"),
-    "train.config": ("conf", "data_pipeline.config", "train.config"),
+    "train.config": ("conf", "data_pipeline.config", "data_pipeline.task_config", "train.config"),
     "train.plan": ("conf", "train.config", "train.model.cost"),
     "train.supervisor": ("conf.errors", "train.outcome", "train.supervisor"),
     # What a job does is run by the command line; what decides about it reads what the run has written.
@@ -59,6 +59,7 @@ ONLY = {
         "data_pipeline.config",
         "train.checkpoint.manifest",
         "train.config",
+        "train.evaluate.checks",
         "train.host",
         "train.initial",
         "train.launch",
@@ -119,6 +120,7 @@ TORCH_FREE = (
     "train.checkpoint.publication",
     "train.checkpoint.settings",
     "train.checkpoint.writer",
+    "train.evaluate.checks",
     "train.launch",
     "train.model.cost",
     "train.host",
@@ -148,6 +150,7 @@ ENVIRONMENT: dict[str, set[str]] = {
     "train.rendezvous": {"*"},
     "train.supervisor.policy": {"*"},
     "train.convert.prove": {"*", "PYTHONPATH"},
+    "train.evaluate.publication": {"*"},
     "data_pipeline.pool": {"TOKENIZERS_PARALLELISM"},
     "slurm.preflight": {"SLURM_PROCID", "SLURM_NTASKS", "CUDA_VISIBLE_DEVICES"},
     "slurm.scheduler": {"*"},

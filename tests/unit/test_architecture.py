@@ -16,6 +16,7 @@ from conf.schema import dataclass_in, element_dataclass
 from data_pipeline.config import PrepareConfig
 from tests.unit.design import ENVIRONMENT, ONLY, ORDER, OWNERS, TORCH_FREE
 from tests.unit.sources import PACKAGES, REPOSITORY, Module, functions, is_below, modules, name_of, names
+from train.config.evaluation import EvaluationConfig
 from train.config.export import ExportConfig
 from train.config.generate import GenerateConfig
 from train.config.hf_import import ImportConfig
@@ -136,7 +137,15 @@ def sections(schema: type) -> Iterator[type]:
 SECTIONS = sorted(
     {
         section
-        for root in (PretrainConfig, PrepareConfig, GenerateConfig, ExportConfig, ImportConfig, ImportedConfig)
+        for root in (
+            PretrainConfig,
+            PrepareConfig,
+            GenerateConfig,
+            ExportConfig,
+            ImportConfig,
+            ImportedConfig,
+            EvaluationConfig,
+        )
         for section in sections(root)
     },
     key=lambda section: section.__name__,

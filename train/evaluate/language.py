@@ -93,8 +93,10 @@ class Piece:
 def cut_texts(sources: Sequence[TextSource], subject: Subject, *, reach: Reach, limit: int | None) -> list[Piece]:
     """Read all documents and lay the windows over them; documents without a target have none.
 
-    Raises UserError when a source has no target at all, or an id that the model does not know.
+    Raises UserError when a source has no target at all, or an id that the model does not know, and for a tokenizer whose
+    tokens have no bytes to count.
     """
+    subject.tokenizer.token_bytes()
     found: list[Piece] = []
     for source in sources:
         runs = [_opened(run, subject) for run in source.runs(limit)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import secrets
 import shutil
 import sys
 import time
@@ -17,6 +18,7 @@ from data_pipeline.io import sync_folder
 from train.checkpoint.manifest import write_durably
 from train.config.evaluation import EvaluationConfig
 from train.metrics import RunIdentity
+from train.metrics.wandb_account import resolve_mode
 from train.metrics.weights_and_biases import WandbWriter, new_wandb_id
 from train.scores.record import (
     EVALUATION_FILE,
@@ -33,18 +35,18 @@ SHOWN_FIGURES = 60
 def folder_for(config: EvaluationConfig, home: Path, label: str) -> Path:
     """The folder to make: as given, or the first of its name that is not taken.
 
-    Raises UserError for a given one that exists.
+    Raises UserError for a given one that exists, and where no folder can be made: before the model has worked for hours.
     """
-    if config.out is not None:
-        out = Path(config.out)
-        if out.exists():
-            raise UserError(f"out={out}: exists; an evaluation never replaces another, give a folder that is not there")
-        return out
-    first = home / EVALUATIONS_FOLDER / label
+    first = home / EVALUATIONS_FOLDER / label if config.out is None else Path(config.out)
     number, out = 1, first
-    while out.exists():
+    while os.path.lexists(out):
+        if config.out is not None:
+            raise UserError(f"out={out}: exists; an evaluation never replaces another, give a folder that is not there")
         number += 1
         out = first.with_name(f"{first.name}-{number}")
+    parent = next(folder for folder in out.absolute().parents if os.path.exists(folder))  # noqa: PTH110  (never raises)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: cannot be made, as {parent} does not let you write into it; give out=FOLDER elsewhere")
     return out
 
 
@@ -54,7 +56,7 @@ def publish(evaluation: Evaluation, examples: Sequence[Example], out: Path, *, m
     Returns the folder; where another process was quicker under that name, it has a number behind it.
     Raises UserError when it cannot be written.
     """
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir(parents=True)
         write_examples(partial / EXAMPLES_FILE, examples)
@@ -97,7 +99,7 @@ def send_to_wandb(config: EvaluationConfig, evaluation: Evaluation, folder: Path
 
     None where Weights & Biases is switched off. What the service does or does not do never fails an evaluation.
     """
-    if config.wandb.mode == "disabled":
+    if resolve_mode(config.wandb, os.environ) == "disabled":
         return None
     run = str(evaluation.model.get("run") or Path(str(evaluation.model["path"])).name)
     identity = RunIdentity(

@@ -53,6 +53,26 @@ def encode_pair(subject: Subject, prompt: str, text: str) -> Encoded:
     return Encoded(context=context[-most:], continuation=continuation, is_cut=len(context) > most)
 
 
+def encode_rows(rows: Sequence[Row], task: TaskConfig, subject: Subject) -> list[list[Encoded]]:
+    """What is scored of each row: the text of every label; of a generation the first truth, where there is one.
+
+    Raises UserError, with its place, for a row that does not fit the model, and where no prompt fits.
+    """
+    if task.kind == "generation":
+        _room_for_prompt(task, subject)
+
+    def encode(row: Row) -> list[Encoded]:
+        texts = task.texts_of_labels
+        if task.kind == "generation":
+            texts = (f"{task.prefix_text}{row.truths[0]}",) if any(row.truths[:1]) else ()
+        try:
+            return [encode_pair(subject, row.prompt, text) for text in texts]
+        except UserError as error:
+            raise UserError(f"{row.id}: {error}") from None
+
+    return [encode(row) for row in rows]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """The examples, and how many prompts were too long."""
@@ -62,10 +82,14 @@ class Outcome:
 
 
 def label_rows(
-    rows: Sequence[Row], task: TaskConfig, subject: Subject, scorer: LikelihoodScorer, *, progress: Progress
+    rows: Sequence[Row],
+    pairs: Sequence[Sequence[Encoded]],
+    task: TaskConfig,
+    scorer: LikelihoodScorer,
+    *,
+    progress: Progress,
 ) -> Outcome:
-    """Choose for each row the label whose text is the likeliest behind the prompt."""
-    pairs = [[encode_pair(subject, row.prompt, text) for text in task.texts_of_labels] for row in rows]
+    """Choose for each row the label whose text is the likeliest behind the prompt; `pairs` as of `encode_rows`."""
     flat = scorer.score([pair.request for row in pairs for pair in row], progress=progress)
     count = len(task.labels)
     examples = []
@@ -103,21 +127,31 @@ def _comparable(task: TaskConfig, text: str, pair: Encoded, likelihood: Likeliho
     return likelihood.loss
 
 
-def write_rows(
-    rows: Sequence[Row],
-    task: TaskConfig,
-    subject: Subject,
-    engines: Engines,
-    *,
-    progress: Progress,
-) -> Outcome:
-    """Let the model write behind each prompt, the likeliest token at a time; and score the first truth in that place."""
+def _room_for_prompt(task: TaskConfig, subject: Subject) -> int:
+    """Tokens that a prompt may have. Raises UserError where there is none."""
     most = subject.model.max_positions + 1 - task.max_new_tokens
     if most < 1:
         raise UserError(
             f"task.max_new_tokens={task.max_new_tokens}: leaves no room for a prompt, as the model reads "
             f"{subject.model.max_positions} tokens; give less"
         )
+    return most
+
+
+def write_rows(
+    rows: Sequence[Row],
+    pairs: Sequence[Sequence[Encoded]],
+    task: TaskConfig,
+    subject: Subject,
+    *,
+    engines: Engines,
+    progress: Progress,
+) -> Outcome:
+    """Let the model write behind each prompt, the likeliest token at a time; and score the first truth in that place.
+
+    `pairs` as of `encode_rows`.
+    """
+    most = _room_for_prompt(task, subject)
     contexts = [(*subject.opening, *subject.tokenizer.encode(row.prompt)) or subject.first for row in rows]
     prompts = [Prompt(ids=context[-most:], max_new_tokens=task.max_new_tokens) for context in contexts]
 
@@ -126,13 +160,10 @@ def write_rows(
         return Continuation(stream, stop=task.stop_texts, end_of_document=subject.end_of_document)
 
     outputs = engines.generator.generate(prompts, watch, progress=progress)
-    truths = [
-        encode_pair(subject, row.prompt, f"{task.target_prefix}{row.truths[0]}") if row.truths and row.truths[0] else None
-        for row in rows
-    ]
-    scored = iter(engines.scorer.score([pair.request for pair in truths if pair is not None]))
+    scored = iter(engines.scorer.score([pair.request for row in pairs for pair in row]))
     examples = []
-    for row, context, ids, pair in zip(rows, contexts, outputs, truths, strict=True):
+    for row, context, ids, of_row in zip(rows, contexts, outputs, pairs, strict=True):
+        pair = next(iter(of_row), None)
         likelihood = None if pair is None else next(scored)
         examples.append(
             Example(
@@ -144,7 +175,7 @@ def write_rows(
                 loss=None if likelihood is None else likelihood.loss,
                 input_tokens=min(len(context), most),
                 target_tokens=0 if pair is None else len(pair.continuation),
-                target_bytes=0 if pair is None else len(f"{task.target_prefix}{row.truths[0]}".encode()),
+                target_bytes=0 if pair is None else len(f"{task.prefix_text}{row.truths[0]}".encode()),
                 output_tokens=len(ids),
             )
         )

@@ -51,6 +51,13 @@ class Subject:
         return settings if isinstance(settings, PretrainConfig) else None
 
     @property
+    def label(self) -> str:
+        """What the folders of its evaluations begin with."""
+        if "step" in self.identity:
+            return f"step-{self.identity['step']:08d}"
+        return Path(str(self.identity["path"])).resolve().name
+
+    @property
     def end_of_document(self) -> int | None:
         """Id of the token that closes a document; None where the tokenizer names none."""
         return special_id(self.tokenizer, "eos_token")

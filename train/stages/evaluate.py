@@ -14,15 +14,15 @@ from tqdm import tqdm
 
 from conf.compose import to_plain
 from conf.errors import UserError
-from data_pipeline.task_config import TaskConfig
 from data_pipeline.tasks import hash_of, read_rows
 from data_pipeline.texts import open_texts
 from train.checkpoint.manifest import write_durably
 from train.companions import ranks
 from train.config.evaluation import EvaluationConfig
+from train.evaluate.checks import score_settings
 from train.evaluate.language import cut_texts, measure_texts, reach_of
 from train.evaluate.publication import facts_of_the_machine, folder_for, publish, send_to_wandb, table
-from train.evaluate.rows import label_rows, write_rows
+from train.evaluate.rows import encode_rows, label_rows, write_rows
 from train.evaluate.subject import Engines, Subject, load_engines, open_subject
 from train.inference.load import check_divisible, resolve_device
 from train.parallel import ParallelContext, single_process
@@ -30,7 +30,8 @@ from train.provenance import git_commit, versions
 from train.scores.intervals import measure
 from train.scores.record import EVALUATION_FILE, Evaluation, Example, Score
 from train.scores.settings import ScoreSettings
-from train.scores.sheet import check_libraries, curves, example_scores, signatures, tallies
+from train.scores.sheet import curves, example_scores, signatures, tallies
+from train.stoppable import Stopped
 
 VERSIONS_OF = ("sacrebleu", "rouge-score", "lm-eval", "datasets")
 
@@ -61,10 +62,7 @@ def run(config: EvaluationConfig) -> int:
     device, settings = resolve_device(config.device), score_settings(config.task)
     subject = open_subject(config.checkpoint, config.hf, verify=config.verify)
     check_divisible(subject.model, config.tensor)
-    label = f"step-{subject.identity['step']:08d}-{config.task.name}" if "step" in subject.identity else config.task.name
-    if "step" not in subject.identity:
-        label = f"{Path(str(subject.identity['path'])).name}-{config.task.name}"
-    out = folder_for(config, subject.folder, label)
+    out = folder_for(config, subject.folder, f"{subject.label}-{config.task.name}")
     prepared = PREPARERS[config.task.kind](config, subject)  # what is wrong with the data is told before weights are read
     with _ranks(config, device.type) as context:
         engines = load_engines(subject, context, dtype=config.dtype, batch_tokens=config.batch_tokens)
@@ -76,15 +74,24 @@ def run(config: EvaluationConfig) -> int:
     machine = facts_of_the_machine(device, processes=config.processes, tensor=config.tensor, seconds=seconds)
     evaluation.run.update(machine)
     folder = publish(evaluation, findings.examples, out, more=findings.files)
-    wandb_id = send_to_wandb(config, evaluation, folder)
-    if wandb_id is not None:
-        evaluation.run["wandb_id"] = wandb_id
-        write_durably(folder / EVALUATION_FILE, evaluation.to_json().encode(errors="backslashreplace"))
     counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in evaluation.counts.items())
     print(f"{evaluation.name} of {subject.identity['path']}: {counts}; {seconds:.1f} s on {device.type}", file=sys.stderr)
     print("\n".join(table(evaluation)))
-    print(f"kept in          {folder}")
+    print(f"kept in          {folder}", flush=True)
+    _report(config, evaluation, folder)
     return 0
+
+
+def _report(config: EvaluationConfig, evaluation: Evaluation, folder: Path) -> None:
+    """To Weights & Biases. A stop while that takes long does not undo an evaluation that is kept."""
+    try:
+        wandb_id = send_to_wandb(config, evaluation, folder)
+    except Stopped as request:
+        _tell(f"W&B: not told of it, as {request} asked for a stop")
+        return
+    if wandb_id is not None:
+        evaluation.run["wandb_id"] = wandb_id
+        write_durably(folder / EVALUATION_FILE, evaluation.to_json().encode(errors="backslashreplace"))
 
 
 def _ranks(config: EvaluationConfig, device: str) -> Any:
@@ -98,6 +105,11 @@ def _bar(context: ParallelContext, total: int, title: str, unit: str) -> Iterato
     """A progress bar on the first rank's terminal."""
     with tqdm(total=total, desc=title, unit=unit, unit_scale=True, disable=None if context.is_first else True) as bar:
         yield bar.update
+
+
+def _tell(text: str) -> None:
+    """What will be done, before it takes long; the companions of the first rank are silent anyway."""
+    print(text, file=sys.stderr, flush=True)
 
 
 # --- the kinds of task: each reads its data, and gives what is to be done with the model in memory ---------------------
@@ -115,9 +127,11 @@ def _texts(config: EvaluationConfig, subject: Subject) -> Work:
         open_texts(task, source, tokenizer=subject.tokenizer, end_of_document=subject.end_of_document) for source in wanted
     ]
     pieces = cut_texts(sources, subject, reach=reach, limit=config.limit)
+    total = sum(piece.num_targets for piece in pieces)
+    names = ", ".join(source.name for source in sources)
+    _tell(f"{task.name}: {total:,} targets of {names}, context {reach.context:,}, stride {reach.stride:,}")
 
     def work(engines: Engines, context: ParallelContext) -> Findings:
-        total = sum(piece.num_targets for piece in pieces)
         with _bar(context, total, "scoring", "token") as progress:
             examples = measure_texts(pieces, subject, engines.scorer, progress=progress)
         found = [(source.name, source.path, source.hash) for source in sources]
@@ -134,15 +148,17 @@ def _texts(config: EvaluationConfig, subject: Subject) -> Work:
 def _rows(config: EvaluationConfig, subject: Subject) -> Work:
     task = config.task
     rows = read_rows(task, limit=config.limit)
+    found = [(source.label, source.path, hash_of(source)) for source in task.data]
+    pairs = encode_rows(rows, task, subject)
+    _tell(f"{task.name}: {len(rows):,} rows of {', '.join(name for name, _, _ in found)}")
 
     def work(engines: Engines, context: ParallelContext) -> Findings:
         if task.kind == "classification":
             with _bar(context, len(rows) * len(task.labels), "labelling", "label") as progress:
-                outcome = label_rows(rows, task, subject, engines.scorer, progress=progress)
+                outcome = label_rows(rows, pairs, task, engines.scorer, progress=progress)
         else:
             with _bar(context, len(rows), "writing", "row") as progress:
-                outcome = write_rows(rows, task, subject, engines, progress=progress)
-        found = [(source.label, source.path, hash_of(source)) for source in task.data]
+                outcome = write_rows(rows, pairs, task, subject, engines=engines, progress=progress)
         return Findings(
             examples=outcome.examples,
             data=_data(found, outcome.examples, limit=config.limit),
@@ -186,23 +202,6 @@ def _data(found: Sequence[tuple[str, str, str]], examples: Sequence[Example], *,
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
-
-
-def score_settings(task: TaskConfig) -> ScoreSettings:
-    """How the task's examples are scored. Raises UserError for settings that do not fit, or a library that is missing."""
-    settings = ScoreSettings()
-    if task.kind == "classification":
-        settings = ScoreSettings(labels=task.labels, positive=task.positive, bins=task.bins)
-    elif task.kind == "generation":
-        settings = ScoreSettings(
-            metrics=task.metrics,
-            language=task.language,
-            tokenize=task.tokenize,
-            normalization=task.normalization,
-            stem=task.stem,
-        )
-    check_libraries(settings)
-    return settings
 
 
 def _evaluation(config: EvaluationConfig, settings: ScoreSettings, subject: Subject, findings: Findings) -> Evaluation:

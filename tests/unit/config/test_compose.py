@@ -16,12 +16,19 @@ from conf.schema import dataclass_in, leaf_names, nearest
 from data_pipeline.config import PrepareConfig
 from slurm.config import SubmitConfig
 from tests.unit.config.words import ENOUGH, pretrain_config, problems_of
+from train.config.evaluation import EvaluationConfig
 from train.config.pretrain import PretrainConfig
 
 ROOTS = {
     "pretrain": (PretrainConfig, ENOUGH),
     "prepare": (PrepareConfig, ["corpus.paths=[/somewhere]", "tokenizer.path=/t"]),
     "submit": (SubmitConfig, []),
+    "evaluate": (EvaluationConfig, ["checkpoint=runs/a"]),
+}
+OF_THE_USER = {  # what an option leaves open on purpose
+    "task/harness.yaml": ["task.tasks=[arc_easy]"],
+    "task/classification.yaml": ["task.data=[{path: a.tsv}]", "task.prompt='{text}'", "task.labels=[a,b]"],
+    **{f"task/{name}.yaml": ["task.data=[{path: a.tsv}]"] for name in ("answers", "summarisation", "translation")},
 }
 
 
@@ -54,6 +61,10 @@ ROOTS = {
         (["data.sources=x"], "data.sources=x: must be a list, which is given as a whole: data.sources=[{path: ...}]"),
         (["data.sources.0.weight=2"], "must be a list, which is given as a whole: data.sources=[{path: ...}]"),
         (["data.sources=[x]"], "data.sources[0]=x: must be written {path: ...}, with further fields if need be"),
+        (
+            ["monitor.wandb.tags=[1]"],
+            """quote it, and the whole for the shell: "monitor.wandb.tags=['1', ...]\"""",
+        ),
         (["monitor.wandb.tags=a"], "monitor.wandb.tags=a: must be a list, which is given as a whole: monitor.wandb.tags=[A,B]"),
         (["run=x"], "run=x: is a section, not a value; set its fields, such as run.name=..."),
         (["model=llama_160"], "model=llama_160: no such option. Did you mean llama_160m? There are: "),
@@ -206,7 +217,8 @@ def test_every_option_composes_and_validates(file: str) -> None:
     schema, given = ROOTS[root_of(group)]
     if group == "experiment":
         given = []  # an experiment is a whole run: it needs nothing beside itself
-    validate(schema, compose(root_of(group), [f"{group}={option}", *(w for w in given if not w.startswith(f"{group}="))]))
+    words = [*(word for word in given if not word.startswith(f"{group}=")), *OF_THE_USER.get(file, [])]
+    validate(schema, compose(root_of(group), [f"{group}={option}", *words]))
 
 
 @pytest.mark.parametrize("file", yaml_files())

@@ -17,6 +17,7 @@ from conf.errors import ConfigError
 from data_pipeline.config import PrepareConfig
 from slurm.config import SubmitConfig
 from tests.unit.config.words import ENOUGH
+from train.config.evaluation import EvaluationConfig
 from train.config.export import ExportConfig
 from train.config.generate import GenerateConfig
 from train.config.hf_import import ImportConfig
@@ -33,6 +34,7 @@ VERBS = {
     "export": (ExportConfig, ["checkpoint=runs/a", "out=exported/a"]),
     "import": (ImportConfig, ["hf=models/a", "out=imported/a"]),
     "submit": (SubmitConfig, []),
+    "evaluate": (EvaluationConfig, ["checkpoint=runs/a"]),
 }
 VARIABLE = "cluster.environment=[{{name: {}, value: {}, reason: {}}}]"
 LLAMA3 = "model.rope.scaling=llama3"
@@ -304,6 +306,16 @@ CASES: list[tuple[str, list[str], str]] = [
     ("import", ["out=.."], "out='..': needs the name of a folder to make, such as out=imported/first"),
     ("import", ["shard_bytes=1"], "shard_bytes=1: must be at least 1024; 5000000000 is usual"),
     ("export", ["proof_sequences=0"], "proof_sequences=0: must be at least 1; null means all of them"),
+    ("evaluate", ["hf=models/a"], "checkpoint: give exactly one of checkpoint and hf, such as checkpoint=runs/first"),
+    ("evaluate", ["checkpoint=''"], "checkpoint='': needs the folder of a model"),
+    ("evaluate", ["checkpoint=null", "hf=''"], "hf='': needs the folder of a model"),
+    ("evaluate", ["limit=0"], "limit=0: must be at least 1"),
+    ("evaluate", ["processes=0"], "processes=0: must be at least 1"),
+    ("evaluate", ["tensor=2"], "tensor=2: must divide processes=1; give processes=2"),
+    ("evaluate", ["tensor=3", "processes=4"], "tensor=3: must divide processes=4; give processes=3"),
+    ("evaluate", ["resamples=-1"], "resamples=-1: must not be negative; 0 makes no intervals"),
+    ("evaluate", ["confidence=1"], "confidence=1.0: must lie between 0 and 1, such as 0.95"),
+    ("evaluate", ["task.stride=0"], "task.stride=0: the window must move by at least 1 token"),
 ]
 
 
