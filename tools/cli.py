@@ -175,7 +175,7 @@ VERBS: dict[str, Verb] = {
         examples=("longhaul chaos 'data.sources=[{path: data/stdlib}]' faults=20 parallel=zero3",),
     ),
     "bench": Verb(
-        summary="measure: `bench step` the training loop, `bench attention | loader | checkpoint | startup` its parts",
+        summary="measure: `bench step` the loop, `bench attention | loader | checkpoint | startup | likelihood` its parts",
         function="tools.verbs:bench",
         root="bench",
         schema="tools.bench_startup:BenchConfig",

@@ -130,6 +130,7 @@ def report(overrides: Sequence[str], config_dir: str | None = None) -> int:
 BENCHES = {  # what is measured: module, its settings, root file
     "attention": ("tools.bench_attention", "BenchConfig", "bench_attention"),
     "checkpoint": ("tools.bench_checkpoint", "CheckpointBenchConfig", "bench_checkpoint"),
+    "likelihood": ("tools.bench_likelihood", "LikelihoodBenchConfig", "bench_likelihood"),
     "loader": ("tools.bench_loader", "LoaderBenchConfig", "bench_loader"),
     "startup": ("tools.bench_startup", "BenchConfig", "bench"),
     "step": ("tools.bench_step", "StepBenchConfig", "bench_step"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from statistics import NormalDist
 from typing import Any
 
 import lm_eval
+import numpy as np
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 
@@ -21,6 +22,7 @@ from train.config.evaluation import EvaluationConfig
 from train.evaluate.subject import Engines, Subject
 from train.harness.model import LonghaulLM
 from train.parallel import ParallelContext
+from train.scores.intervals import bootstrap_weights, interval
 from train.scores.record import Example, Score
 
 RESULTS_FILE = "lm_eval.json"
@@ -81,15 +83,18 @@ def run_tasks(config: EvaluationConfig, subject: Subject, engines: Engines, cont
         for name, found in samples.items()
     ]
     files = {RESULTS_FILE: text + "\n", TABLE_FILE: make_table(results)}
-    return Outcome(examples=examples, data=data, scores=scores_of(results["results"], config.confidence), files=files)
+    return Outcome(examples=examples, data=data, scores=scores_of(results["results"], examples, config), files=files)
 
 
-def scores_of(results: Mapping[str, Mapping[str, Any]], confidence: float) -> dict[str, Score]:
-    """task/metric -> score; the interval is the normal one of lm-eval's standard error, where it has one.
+def scores_of(
+    results: Mapping[str, Mapping[str, Any]], examples: Sequence[Example], config: EvaluationConfig
+) -> dict[str, Score]:
+    """task/metric -> score. Of a mean over the examples the interval is the bootstrap's; of another figure, such as BLEU, the
+    normal one of lm-eval's standard error, where it has one.
 
     A metric under another filter than the first, plain one is task/metric,filter.
     """
-    width = NormalDist().inv_cdf(0.5 + confidence / 2)
+    width = NormalDist().inv_cdf(0.5 + config.confidence / 2)
     scores: dict[str, Score] = {}
     for task, found in results.items():
         for key, value in found.items():
@@ -100,20 +105,43 @@ def scores_of(results: Mapping[str, Mapping[str, Any]], confidence: float) -> di
             if not math.isfinite(value):
                 scores[name] = Score(value=None, undefined="lm-eval gives no finite value")
                 continue
+            low, high = _bootstrapped(
+                float(value), [one.scores for one in examples if one.source == _source(task, way)], metric, config
+            )
             error = found.get(f"{metric}_stderr,{way}")
-            has_interval = isinstance(error, Real) and math.isfinite(error)
-            low, high = (float(value - width * error), float(value + width * error)) if has_interval else (None, None)
+            if low is None and isinstance(error, Real) and math.isfinite(error):
+                low, high = float(value - width * error), float(value + width * error)
             scores[name] = Score(value=float(value), low=low, high=high)
     return scores
+
+
+def _bootstrapped(
+    value: float, found: Sequence[Mapping[str, float]], metric: str, config: EvaluationConfig
+) -> tuple[float, float] | tuple[None, None]:
+    """The bootstrap's interval of a figure that is the mean of the examples' own; none of one that is not."""
+    if len(found) < 2 or not config.resamples or any(metric not in scores for scores in found):
+        return None, None
+    scores_N = np.array([scores[metric] for scores in found])
+    if not math.isclose(scores_N.mean(), value, rel_tol=1e-9, abs_tol=1e-12):
+        return None, None
+    weights = bootstrap_weights(len(scores_N), resamples=config.resamples, seed=config.seed)
+    return interval(
+        np.concatenate([weights_RN @ scores_N / len(scores_N) for weights_RN in weights]), confidence=config.confidence
+    )
+
+
+def _source(task: str, way: str) -> str:
+    return task if way == "none" else f"{task},{way}"
 
 
 def _example(task: str, sample: Mapping[str, Any]) -> Example:
     arguments, answers = sample["arguments"], sample["filtered_resps"]
     figures = {name: float(sample[name]) for name in sample["metrics"] if isinstance(sample.get(name), Real)}
     target = sample["target"]
+    source = _source(task, sample["filter"])
     return Example(
-        id=f"{task}:{sample['doc_id']}",
-        source=task,
+        id=f"{source}:{sample['doc_id']}",
+        source=source,
         input=str(arguments[0][0]),
         truths=tuple(str(one) for one in (target if isinstance(target, list) else [target])),
         output=str(answers[0] if len(answers) == 1 else answers),
