@@ -166,18 +166,18 @@ class Manifest:
         del content["folder"]
         write_json(self.path, content)
 
-    def verify(self, *, full: bool, progress: Callable[[int], None] | None = None) -> None:
-        """Check that every file is there with its size and, with `full`, its hash; `progress` is told the bytes hashed.
+    def verify(self, *, full: bool, split: Split | None = None, progress: Callable[[int], None] | None = None) -> None:
+        """Check that every file, or those of one split, is there with its size and, with `full`, its hash; `progress` is told
+        the bytes hashed.
 
         Raises UserError naming all files that fail.
         """
-        problems = [problem for file in self.files if (problem := self._size_problem(file))]
+        files = self.files if split is None else [file for shard in self.shards_of(split) for file in shard.files]
+        problems = [problem for file in files if (problem := self._size_problem(file))]
         if full and not problems:
             # hashlib lets go of the interpreter's lock, so threads hash in parallel.
             with ThreadPoolExecutor(max_workers=4) as pool:
-                problems = [
-                    problem for problem in pool.map(lambda file: self._hash_problem(file, progress), self.files) if problem
-                ]
+                problems = [problem for problem in pool.map(lambda file: self._hash_problem(file, progress), files) if problem]
         if problems:
             raise UserError("; ".join(problems) + f". {remedy(self.folder)}")
 

@@ -46,17 +46,20 @@ class TextSource:
     """The documents in order, at most so many."""
 
 
-def open_texts(task: TaskConfig, source: TaskSource, *, tokenizer: Tokenizer, end_of_document: int | None) -> TextSource:
-    """Open a prepared corpus, whose tokens are taken as they are, or text files, which are encoded now.
+def open_texts(
+    task: TaskConfig, source: TaskSource, *, tokenizer: Tokenizer, end_of_document: int | None, verify: bool = True
+) -> TextSource:
+    """Open a prepared corpus, whose tokens are taken as they are, or text files, which are encoded now. `verify`: compare the
+    corpus with its hashes.
 
     Raises UserError for a source that is missing, of another format, or of another tokenizer than the model's.
     """
     if (Path(source.path) / MANIFEST_FILE).is_file():
-        return _open_corpus(source, task.split, tokenizer=tokenizer)
+        return _open_corpus(source, task.split, tokenizer=tokenizer, verify=verify)
     return _open_files(task, source, tokenizer=tokenizer, end_of_document=end_of_document)
 
 
-def _open_corpus(source: TaskSource, split: Split, *, tokenizer: Tokenizer) -> TextSource:
+def _open_corpus(source: TaskSource, split: Split, *, tokenizer: Tokenizer, verify: bool) -> TextSource:
     manifest = read_manifest(source.path)
     if manifest.tokenizer_sha256 != tokenizer.sha256:
         raise UserError(
@@ -65,6 +68,8 @@ def _open_corpus(source: TaskSource, split: Split, *, tokenizer: Tokenizer) -> T
         )
     if not manifest.num_tokens(split):
         raise UserError(f"{source.path}: has no {split} text; prepare it with held_out_fraction above 0, or give split=train")
+    if verify:
+        manifest.verify(full=True, split=split)
     corpus = Corpus(source.path, split, manifest=manifest)
 
     def runs(limit: int | None) -> Iterator[TokenRun]:

@@ -33,7 +33,8 @@ class EvaluationConfig:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Weights and activations; auto: bf16 on CUDA, fp32 on a CPU."""
     verify: bool = True
-    """Compare the checkpoint's files with their hashes before they are read (about 1 GB a second)."""
+    """Compare the files of a checkpoint, and of a prepared corpus, with their hashes before they are read (about 1 GB a
+    second)."""
     resamples: int = 1000
     """Resamples of the examples that the confidence intervals are taken from; 0: no intervals."""
     confidence: float = 0.95

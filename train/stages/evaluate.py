@@ -123,9 +123,8 @@ def _texts(config: EvaluationConfig, subject: Subject) -> Work:
     wanted = task.data or subject.own_sources()
     if not wanted:
         raise UserError("task.data=[]: a model from elsewhere has no held-out text of its own; give task.data=[{path: ...}]")
-    sources = [
-        open_texts(task, source, tokenizer=subject.tokenizer, end_of_document=subject.end_of_document) for source in wanted
-    ]
+    how = {"tokenizer": subject.tokenizer, "end_of_document": subject.end_of_document, "verify": config.verify}
+    sources = [open_texts(task, source, **how) for source in wanted]
     pieces = cut_texts(sources, subject, reach=reach, limit=config.limit)
     total = sum(piece.num_targets for piece in pieces)
     names = ", ".join(source.name for source in sources)
