@@ -104,14 +104,14 @@ VERBS: dict[str, Verb] = {
         examples=('longhaul generate checkpoint=runs/first prompt="def main("',),
     ),
     "evaluate": Verb(
-        summary="measure a model: likelihood of texts, labels, outputs, lm-eval's tasks; figures with confidence intervals",
+        summary="measure a model: likelihood of texts, labels, outputs, lm-eval tasks; with confidence intervals",
         function="tools.verbs:evaluate",
         root="evaluate",
         schema="train.config.evaluation:EvaluationConfig",
         examples=(
             "longhaul evaluate checkpoint=runs/first",
             "longhaul evaluate hf=exported/first 'task.data=[{path: books/*.txt, name: books}]' task.stride=64",
-            "longhaul evaluate checkpoint=runs/first task=mine --config-dir tasks",
+            "longhaul evaluate checkpoint=runs/first task=answers 'task.data=[{path: squad/dev.jsonl}]' limit=500",
             "longhaul evaluate checkpoint=runs/first task=harness 'task.tasks=[mine]' task.include=tasks",
         ),
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,3 +48,10 @@ class HuggingFaceReader:
     def hash(self) -> str:
         """SHA-256 over the settings and the weight files, about 1 GB a second."""
         return sha256_of_texts(sha256_of(path) for path in (self.path / "config.json", *self.found.files.files))
+
+
+def tokenizer_of_transformers(folder: Path) -> Any:
+    """The tokenizer in `folder` as transformers reads it: for its chat template, which ours does not know."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

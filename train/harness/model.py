@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from conf.errors import UserError
 from train.companions import ranks
+from train.convert.hf_reader import tokenizer_of_transformers
 from train.evaluate.subject import Engines, Subject, load_engines, open_subject
 from train.inference.batched import Prompt
 from train.inference.generation import Continuation
@@ -223,10 +224,7 @@ class LonghaulLM(TemplateLM):
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer as transformers reads it: for its chat template alone."""
-        from transformers import AutoTokenizer
-
-        folder = self.subject.tokenizer.folder
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return tokenizer_of_transformers(self.subject.tokenizer.folder)
 
     @property
     def tokenizer_name(self) -> str:
