@@ -118,7 +118,6 @@ def every_tally(places: np.ndarray, *, seed: int = 0) -> Tally:
             language(losses[places], targets[places], 4 * targets[places]),
             *(translation(way, outputs, several) for way in ways),
             rouge(outputs, several),
-            # The overlap of names with the positive label's is why a classification is no generation.
             answers(outputs, truths),
         )
     )

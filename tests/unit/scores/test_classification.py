@@ -25,9 +25,9 @@ def test_figures_are_scikit_learns(num_labels: int, seed: int) -> None:
     assert figures["accuracy"] == pytest.approx(sklearn.accuracy_score(truths, predictions), abs=1e-12)
     assert figures["mcc"] == pytest.approx(sklearn.matthews_corrcoef(truths, predictions), abs=1e-12)
     for average in ("micro", "macro", "weighted"):
-        values = sklearn.precision_recall_fscore_support(
-            truths, predictions, labels=labels, average=average, zero_division=0
-        )[:3]
+        values = sklearn.precision_recall_fscore_support(truths, predictions, labels=labels, average=average, zero_division=0)[
+            :3
+        ]
         found = [figures[f"{name}_{average}"] for name in ("precision", "recall", "f1")]
         assert found == pytest.approx(values, abs=1e-12)
     each = sklearn.precision_recall_fscore_support(truths, predictions, labels=labels, zero_division=np.nan)
@@ -59,7 +59,7 @@ def test_the_positive_label_is_the_second_unless_another_is_named() -> None:
 
 
 def test_a_label_that_does_not_occur_is_undefined_and_counts_as_0_in_averages() -> None:
-    """"b" is never predicted, "c" is never true, "d" is neither; scikit-learn says 0 of all and warns."""
+    """ "b" is never predicted, "c" is never true, "d" is neither; scikit-learn says 0 of all and warns."""
     labels, truths, predictions = list("abcd"), list("aabb"), list("aaac")
     tally = classification(labels, truths, predictions)
     scores = measure(tally, resamples=0)

@@ -81,7 +81,7 @@ def test_an_undefined_figure_says_why() -> None:
 
 
 def test_resamples_where_a_figure_is_undefined_are_left_out() -> None:
-    """"b" is predicted in one of ten examples, so about a third of the resamples have no precision of it."""
+    """ "b" is predicted in one of ten examples, so about a third of the resamples have no precision of it."""
     tally = classification(("a", "b"), ["a"] * 4 + ["b"] * 6, ["a"] * 9 + ["b"])
     score = measure(tally)["precision[b]"]
     assert (score.value, score.low, score.high) == (1.0, 1.0, 1.0)

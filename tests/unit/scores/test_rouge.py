@@ -50,6 +50,7 @@ def test_stemming_matters_and_leaves_other_scripts_alone() -> None:
     assert rouge_scores("he runs", ["he running"], stem=True)["rouge1"] == 1.0
     assert rouge_scores("he runs", ["he running"])["rouge1"] == 0.5
     assert rouge_scores("кошки", ["кошками"], stem=True)["rouge1"] == 0.0
+    assert rouge_scores("кошки", ["кошки"], stem=True)["rouge1"] == 1.0
     assert rouge_scores("naïves runs", ["naïves run"], stem=True)["rouge1"] == 1.0
 
 

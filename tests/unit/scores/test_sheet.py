@@ -85,6 +85,8 @@ def test_reliability_by_source() -> None:
     found = curves("classification", labelled(), replace(USUAL, bins=5))
     assert set(found) == {"reliability", "a/reliability", "b/reliability"}
     assert [sum(point["count"] for point in points) for points in found.values()] == [30, 15, 15]
+    alone = curves("classification", labelled()[1::2], ScoreSettings(bins=5, labels=("a", "b", "c")))
+    assert alone == {"reliability": found["b/reliability"]}
     assert curves("classification", labelled(probabilities=False), USUAL) == {}
     assert plain_figures(tallies("classification", labelled(), replace(USUAL, bins=1))[""])["ece"] == pytest.approx(
         abs(curves("classification", labelled(), replace(USUAL, bins=1))["reliability"][0]["confidence"] - _accuracy())
@@ -105,8 +107,15 @@ def test_labels_as_set_or_of_the_probabilities_or_as_the_truths_come() -> None:
     assert support(plain, replace(USUAL, labels=("yes", "no", "maybe"))) == ["support[yes]", "support[no]", "support[maybe]"]
     known = [replace(example, probabilities={"x": 0.0, "yes": 0.5, "no": 0.5}) for example in plain]
     assert support(known, USUAL) == ["support[x]", "support[yes]", "support[no]"]
-    two = [replace(plain[0], output="yes"), plain[1]]
-    assert plain_figures(tallies("classification", two, replace(USUAL, positive="no"))[""])["recall"] == 0.0
+
+def test_the_positive_label_is_passed_on() -> None:
+    """Of precision, recall and f1, and of roc_auc: by whose probability, which matters where a sum is rounded."""
+    rows = ({"no": 0.4, "yes": 0.6}, {"no": 0.4, "yes": 0.59995})
+    pairs = zip(("no", "yes"), rows, strict=True)
+    examples = [Example(id=truth, truths=(truth,), output="yes", probabilities=row) for truth, row in pairs]
+    for positive, expected in ((None, (1.0, 0.0)), ("yes", (1.0, 0.0)), ("no", (0.0, 0.5))):
+        figures = plain_figures(tallies("classification", examples, replace(USUAL, positive=positive))[""])
+        assert (figures["recall"], figures["roc_auc"]) == expected
 
 
 def test_generation_with_every_metric() -> None:
@@ -114,8 +123,9 @@ def test_generation_with_every_metric() -> None:
     tally = tallies("generation", written(), settings)[""]
     names = set(plain_figures(tally))
     assert {"bleu", "chrf", "chrf++", "ter", "rouge1", "rougeLsum_recall", "exact_match", "f1"} <= names
-    assert "loss" not in names, "one example without a likelihood is enough"
+    assert "loss" not in names
     assert "loss" in plain_figures(tallies("generation", written(loss=3.0), settings)[""])
+    assert "loss" not in plain_figures(tallies("generation", [*written(loss=3.0), written()[0]], settings)[""]), "one lacks it"
     assert set(plain_figures(tallies("generation", written(loss=3.0), USUAL)[""])) == {"loss", "perplexity", "bits_per_byte"}
     assert set(signatures("generation", written(), settings)) == {"bleu", "chrf", "chrf++", "ter", "rouge", "exact_match", "f1"}
     scores = example_scores("generation", written(loss=3.0)[0], settings)
@@ -135,6 +145,14 @@ def test_the_language_chooses() -> None:
     example = Example(id="1", truths=("北京大学",), output="北京")
     assert example_scores("generation", example, settings)["f1"] == pytest.approx(2 / 3)
     assert example_scores("generation", example, squad)["f1"] == 0.0
+    for language, expected in (("zh", 2 / 3), ("ja", 2 / 3), ("en", 0.0)):
+        local = ScoreSettings(metrics=("answers",), language=language)
+        assert plain_figures(tallies("generation", [example], local)[""])["f1"] == pytest.approx(expected)
+    for does_stem, expected in ((True, 1.0), (False, 0.0)):
+        local = ScoreSettings(metrics=("rouge",), stem=does_stem)
+        runs = Example(id="1", truths=("running",), output="runs")
+        assert plain_figures(tallies("generation", [runs], local)[""])["rouge1"] == expected
+        assert example_scores("generation", runs, local)["rouge1"] == expected
     stem = {name: signatures("generation", written(), ScoreSettings(metrics=("rouge",), stem=name))["rouge"] for name in (0, 1)}
     assert "stem:no" in stem[0] and "stem:porter" in stem[1]
 
