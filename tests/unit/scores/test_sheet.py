@@ -108,6 +108,7 @@ def test_labels_as_set_or_of_the_probabilities_or_as_the_truths_come() -> None:
     known = [replace(example, probabilities={"x": 0.0, "yes": 0.5, "no": 0.5}) for example in plain]
     assert support(known, USUAL) == ["support[x]", "support[yes]", "support[no]"]
 
+
 def test_the_positive_label_is_passed_on() -> None:
     """Of precision, recall and f1, and of roc_auc: by whose probability, which matters where a sum is rounded."""
     rows = ({"no": 0.4, "yes": 0.6}, {"no": 0.4, "yes": 0.59995})
