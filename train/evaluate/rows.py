@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -66,9 +66,13 @@ def encode_rows(rows: Sequence[Row], task: TaskConfig, subject: Subject) -> list
         if task.kind == "generation":
             texts = (f"{task.prefix_text}{row.truths[0]}",) if any(row.truths[:1]) else ()
         try:
-            return [encode_pair(subject, row.prompt, text) for text in texts]
+            pairs = [encode_pair(subject, row.prompt, text) for text in texts]
         except UserError as error:
             raise UserError(f"{row.id}: {error}") from None
+        # As much of the prompt for a short label as for a long one, or the short one would have the better chance.
+        room = subject.model.max_positions + 1 - max((len(pair.continuation) for pair in pairs), default=0)
+        is_cut = any(pair.is_cut for pair in pairs)
+        return [replace(pair, context=pair.context[-room:], is_cut=is_cut) for pair in pairs]
 
     return [encode(row) for row in rows]
 
@@ -116,7 +120,7 @@ def label_rows(
                 target_bytes=len(task.texts_of_labels[truth].encode()),
             )
         )
-    return Outcome(examples=examples, cut_off=sum(pair.is_cut for row in pairs for pair in row))
+    return Outcome(examples=examples, cut_off=sum(of_row[0].is_cut for of_row in pairs))
 
 
 def _comparable(task: TaskConfig, text: str, pair: Encoded, likelihood: Likelihood) -> float:

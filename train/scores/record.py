@@ -145,7 +145,7 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
 def read_examples(path: Path) -> Iterator[Example]:
     """The examples of a file that `write_examples` wrote. Raises UserError for one that is missing or damaged."""
     try:
-        file = path.open(encoding="utf-8")
+        file = path.open("rb")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the folder of an evaluation") from None
     with file:
