@@ -23,6 +23,7 @@ from train.probes import Probe, make_probes
 
 ROWS = 16  # sequences of a probe's batch come in multiples of it, as products of 8-bit floats want
 LEAST_TOKENS = 2048  # of a probe's batch: with the micro-batches of a tiny run, starting the kernels would be all the time
+COUNTED_TOKENS = 2**17  # of the held-out text, to know the frequent ones
 LARGEST_EXPONENT = 700.0  # of a perplexity that a float holds
 Group = TypeVar("Group")
 BeforeBatch = Callable[[int], None]
@@ -38,7 +39,7 @@ class Evaluator:
         self.probes, self.missing = make_probes(
             config.evaluate.probes,
             loader.tokenizer_folder,
-            vocab_size=config.model.vocab_size,
+            counts_V=self._count_ids() if config.evaluate.probes else np.empty(0),
             sequence_length=config.data.sequence_length,
         )
 
@@ -66,6 +67,16 @@ class Evaluator:
         parts = [{"name": name, **_figures(*part)} for name, part in zip(sources, sums.tolist(), strict=True) if part[1]]
         return [whole, *parts] if len(self.loader.names) > 1 else [whole]
 
+    def _count_ids(self) -> np.ndarray:
+        """[V] how often each id occurs in some of the held-out text, of all sources."""
+        most = -(-COUNTED_TOKENS // self.config.data.sequence_length)
+        counts_V = np.zeros(self.config.model.vocab_size, dtype=np.int64)
+        for numbers in self.loader.held_out_samples(most).values():
+            for first in range(0, len(numbers), ROWS):
+                tokens_T = self.loader.micro_batch(numbers[first : first + ROWS]).tokens.numpy()
+                counts_V += np.bincount(tokens_T, minlength=len(counts_V))
+        return counts_V
+
     def _held_out_batches(self, sources: dict[str, range]) -> Iterator[tuple[int, MicroBatch, bool]]:
         """This rank's batches: the number of the source, the batch, of this source alone, and whether it counts."""
         size = self.micro_batch
@@ -75,7 +86,7 @@ class Evaluator:
             for first in range(0, len(chosen), size)
         ]
         for (index, chosen), counts in self._shared_out(groups):
-            yield index, self.loader.micro_batch(list(chosen)), counts
+            yield index, self.loader.micro_batch(chosen), counts
 
     def _run_probes(self, before_batch: Callable[[], None]) -> dict[str, Value]:
         """Share of right answers of each probe; where one id is right, its loss, and how much less that is than at first."""

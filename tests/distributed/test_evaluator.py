@@ -115,7 +115,9 @@ def truth(sources: tuple[Path, ...], windows: tuple[int, ...]) -> tuple[dict[str
     }
     figures = {}
     tokenizer = read_manifest(sources[0]).tokenizer_path
-    for probe in make_probes(("copying", "induction", "brackets"), tokenizer, vocab_size=300, sequence_length=LENGTH)[0]:
+    streams = [stream_of(read_manifest(folder))[:-1] for folder in sources if read_manifest(folder).num_tokens("validation")]
+    counts_V = np.bincount(np.concatenate(streams), minlength=MODEL.vocab_size)
+    for probe in make_probes(("copying", "induction", "brackets"), tokenizer, counts_V=counts_V, sequence_length=LENGTH)[0]:
         with torch.no_grad():
             answers_NSV = theirs(input_ids=torch.from_numpy(probe.tokens_NS)).logits.double().log_softmax(dim=-1).numpy()
         answers_PV = answers_NSV[probe.sequence_P, probe.place_P]
@@ -128,13 +130,16 @@ def truth(sources: tuple[Path, ...], windows: tuple[int, ...]) -> tuple[dict[str
     return sums, figures
 
 
+def stream_of(manifest: Manifest) -> np.ndarray:
+    """The held-out tokens, straight from the shards."""
+    names = [manifest.folder / f"{shard.stem}.bin" for shard in manifest.shards_of("validation")]
+    return np.concatenate([np.fromfile(name, dtype=manifest.dtype) for name in names]).astype(np.int64)
+
+
 @torch.no_grad()
 def sums_of(theirs: torch.nn.Module, manifest: Manifest, windows: int) -> tuple[float, int, int]:
-    """Loss, targets and their bytes, every piece of a document read by itself, straight from the shards."""
-    shards = [
-        np.fromfile(manifest.folder / f"{shard.stem}.bin", dtype=manifest.dtype) for shard in manifest.shards_of("validation")
-    ]
-    stream, token_bytes = np.concatenate(shards).astype(np.int64), np.load(manifest.folder / "token_bytes.npy")
+    """Loss, targets and their bytes, every piece of a document read by itself."""
+    stream, token_bytes = stream_of(manifest), np.load(manifest.folder / "token_bytes.npy")
     loss, targets, target_bytes = 0.0, 0, 0
     for window in range(windows):
         tokens = stream[window * LENGTH : (window + 1) * LENGTH + 1]

@@ -1,7 +1,9 @@
 """The tasks: their sequences, what is asked about them, and what an answer is worth. The engine has the answers.
 
-A task is the same at every evaluation and in every layout: its items follow from SEED, the tokenizer and the length of the
-run's sequences. Shapes: N sequences, S tokens of one, P questions, O token ids whose probability is asked for.
+A task is the same at every evaluation and in every layout: its items follow from SEED, the tokenizer, the frequent tokens of
+the held-out text and the length of the run's sequences.
+
+Shapes: V ids of the model, N sequences, S tokens of one, P questions, O token ids whose probability is asked for.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from train.config.training import ProbeName
 from train.probes.snippets import CLOSERS, DEPTHS, draw_snippet
 
 SEED = 20220924
-MOST_IDS, FEWEST_IDS = 4096, 16
-"""Random tokens are drawn from so many. The earlier ids of a BPE are the frequent ones, which a small model has seen."""
+MOST_IDS, FEWEST_IDS = 1024, 16
+"""Random tokens are drawn from so many, the most frequent ones: a model cannot repeat what it has hardly ever seen."""
 LONGEST, SHORTEST = 128, 8
 """Tokens of an item: one of a whole long context would cost as much as an evaluation."""
-COPIES, REPEATS, SNIPPETS = 16, 96, 12
+COPIES, REPEATS, SNIPPETS = 32, 96, 12
 """Sequences to copy; sequences with a repeated token; snippets of every kind and depth of bracket."""
 TRIES = 400  # to draw as many snippets that fit
 CHANCE: dict[ProbeName, float] = {"copying": 0.0, "induction": 0.0, "brackets": 1 / len(CLOSERS)}
@@ -79,19 +81,21 @@ class Probe:
 
 
 def make_probes(
-    names: Sequence[ProbeName], tokenizer_folder: Path, *, vocab_size: int, sequence_length: int
+    names: Sequence[ProbeName], tokenizer_folder: Path, *, counts_V: np.ndarray, sequence_length: int
 ) -> tuple[list[Probe], list[str]]:
     """The probes with these names, and a sentence for each that cannot be had.
 
-    vocab_size: ids that the model knows. sequence_length: tokens that it is trained to read at once.
+    counts_V: how often each id that the model knows occurs in the held-out text. sequence_length: tokens that the model is
+    trained to read at once.
     """
     if not names:
         return [], []
     try:
         tokenizer = Tokenizer(tokenizer_folder)
-        ids = ordinary_ids(tokenizer, vocab_size)
+        ids = ordinary_ids(tokenizer, counts_V)
     except UserError as error:
         return [], [f"{', '.join(names)}: {error}"]
+    vocab_size = len(counts_V)
     length = min(sequence_length, LONGEST)
     makers: dict[ProbeName, Callable[[], Probe]] = {
         "copying": lambda: copying(ids, length),
@@ -107,32 +111,37 @@ def make_probes(
     return made, missing
 
 
-def ordinary_ids(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """Ids that stand for printable text of their own: no special tokens, no pieces of a character, no line ends.
+def ordinary_ids(tokenizer: Tokenizer, counts_V: np.ndarray) -> np.ndarray:
+    """The most frequent ids that stand for printable text: no special tokens, no pieces of a character, no line ends.
 
     Raises UserError for a tokenizer whose tokens are not bytes.
     """
-    table = tokenizer.token_table[:vocab_size]
-    return np.array([number for number, piece in enumerate(table) if _is_printable(piece)][:MOST_IDS], dtype=np.int64)
+    table = tokenizer.token_table
+    by_count = np.argsort(-counts_V[: len(table)], kind="stable").tolist()
+    printable = [number for number in by_count if counts_V[number] and _is_printable(table[number])]
+    return np.array(sorted(printable[:MOST_IDS]), dtype=np.int64)
 
 
 def copying(ids: np.ndarray, length: int) -> Probe:
     """Random tokens, and once more: each of the second time is asked for but the first, which nothing announces.
 
-    Raises NotAvailable when there are too few ids or too short sequences.
+    Some sequences are long, some short. Raises NotAvailable when there are too few ids or too short sequences.
     """
     _check(ids, length)
-    half, rng = length // 2, np.random.default_rng([SEED, 1])
-    once_NS = np.stack([rng.choice(ids, size=half, replace=len(ids) < half) for _ in range(COPIES)])
-    tokens_NS = np.concatenate([once_NS, once_NS], axis=1)
-    asked = np.arange(half, 2 * half - 1)
+    rng = np.random.default_rng([SEED, 1])
+    half_N = np.linspace(SHORTEST // 2, length // 2, COPIES).round().astype(np.int64)
+    tokens_NS = np.full((COPIES, 2 * half_N.max()), ids[0])
+    for row, half in enumerate(half_N):
+        tokens_NS[row, : 2 * half] = np.tile(rng.choice(ids, size=half, replace=len(ids) < half), 2)
+    sequence_P = np.repeat(np.arange(COPIES), half_N - 1)
+    place_P = np.concatenate([np.arange(half, 2 * half - 1) for half in half_N])
     return Probe(
         name="copying",
         tokens_NS=tokens_NS,
-        sequence_P=np.repeat(np.arange(COPIES), len(asked)),
-        place_P=np.tile(asked, COPIES),
-        first_place_P=np.tile(asked - half, COPIES),
-        options_PO=tokens_NS[:, asked + 1].reshape(-1, 1),
+        sequence_P=sequence_P,
+        place_P=place_P,
+        first_place_P=place_P - half_N[sequence_P],
+        options_PO=tokens_NS[sequence_P, place_P + 1].reshape(-1, 1),
     )
 
 
@@ -205,7 +214,7 @@ def _check(ids: np.ndarray, length: int) -> None:
     if length < SHORTEST:
         raise NotAvailable(f"needs sequences of {SHORTEST} tokens, data.sequence_length is {length}")
     if len(ids) < FEWEST_IDS:
-        raise NotAvailable(f"needs {FEWEST_IDS} tokens of printable text, the vocabulary has {len(ids)}")
+        raise NotAvailable(f"needs {FEWEST_IDS} tokens of printable text, the held-out text has {len(ids)}")
 
 
 def _is_printable(piece: bytes) -> bool:

@@ -12,12 +12,13 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.tokenizer import Tokenizer
 from tests.unit.data_pipeline.corpora import prepared
 from train.config.training import ProbeName
-from train.probes import CHANCE, Probe, make_probes
+from train.probes import CHANCE, Probe, make_probes, tasks
 from train.probes.snippets import CLOSERS, DEPTHS, draw_snippet
 from train.probes.tasks import COPIES, REPEATS, SNIPPETS, NotAvailable, copying, induction, ordinary_ids
 
 NAMES: tuple[ProbeName, ...] = ("copying", "induction", "brackets")
 VOCAB, LENGTH = 300, 64
+ALL = np.ones(VOCAB, dtype=np.int64)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.fixture(scope="module")
 def probes(code: Manifest) -> dict[str, Probe]:
-    made, missing = make_probes(NAMES, code.tokenizer_path, vocab_size=VOCAB, sequence_length=LENGTH)
+    made, missing = make_probes(NAMES, code.tokenizer_path, counts_V=ALL, sequence_length=LENGTH)
     assert missing == []
     return {probe.name: probe for probe in made}
 
@@ -53,14 +54,18 @@ def share_right(probe: Probe, logits_PV: np.ndarray) -> float:
     return float(probe.score(options_PO, logits_PV.argmax(axis=1)).mean())
 
 
-def test_copying_asks_for_what_came_half_a_sequence_before(probes: dict[str, Probe]) -> None:
-    probe = probes["copying"]
+def test_copying_asks_for_what_stood_as_far_before(probes: dict[str, Probe]) -> None:
+    probe, lengths = probes["copying"], []
     assert probe.tokens_NS.shape == (COPIES, LENGTH)
-    for read, (right,) in zip(questions(probe), probe.options_PO.tolist(), strict=True):
-        assert right == read[len(read) - LENGTH // 2], "half a sequence before the token that is asked for"
-        assert len(read) > LENGTH // 2, "the first token of the repetition is announced by nothing"
-    at_first = probe.tokens_NS[probe.sequence_P, probe.first_place_P + 1]
-    assert np.array_equal(at_first, probe.options_PO[:, 0]) and probe.first_place_P.max() < LENGTH // 2 - 1
+    for number, row in enumerate(probe.tokens_NS.tolist()):
+        asked = probe.sequence_P == number
+        half = int(asked.sum()) + 1
+        assert row[:half] == row[half : 2 * half]
+        assert probe.place_P[asked].tolist() == list(range(half, 2 * half - 1)), "the first is announced by nothing"
+        assert probe.options_PO[asked, 0].tolist() == row[half + 1 : 2 * half]
+        assert probe.first_place_P[asked].tolist() == list(range(half - 1))
+        lengths.append(half)
+    assert min(lengths) == 4 and max(lengths) == LENGTH // 2 and len(set(lengths)) > COPIES // 2
 
 
 def test_induction_asks_for_what_followed_the_same_token(probes: dict[str, Probe]) -> None:
@@ -94,23 +99,31 @@ def test_brackets_ask_for_the_closer_of_the_innermost_one(probes: dict[str, Prob
 
 
 def test_the_same_every_time_and_another_for_another_length(probes: dict[str, Probe], code: Manifest) -> None:
-    again, _ = make_probes(NAMES, code.tokenizer_path, vocab_size=VOCAB, sequence_length=LENGTH)
+    again, _ = make_probes(NAMES, code.tokenizer_path, counts_V=ALL, sequence_length=LENGTH)
     for probe in again:
         assert np.array_equal(probe.tokens_NS, probes[probe.name].tokens_NS), probe.name
         assert np.array_equal(probe.options_PO, probes[probe.name].options_PO), probe.name
-    shorter, _ = make_probes(NAMES, code.tokenizer_path, vocab_size=VOCAB, sequence_length=32)
+    shorter, _ = make_probes(NAMES, code.tokenizer_path, counts_V=ALL, sequence_length=32)
     assert all(probe.tokens_NS.shape[1] <= 32 for probe in shorter)
-    longer, _ = make_probes(NAMES, code.tokenizer_path, vocab_size=VOCAB, sequence_length=8192)
+    longer, _ = make_probes(NAMES, code.tokenizer_path, counts_V=ALL, sequence_length=8192)
     assert all(probe.tokens_NS.shape[1] <= 128 for probe in longer), "a whole long context would cost as much as an evaluation"
 
 
-def test_only_ordinary_tokens(code: Manifest) -> None:
+def test_only_ordinary_tokens(code: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer(code.tokenizer_path)
-    made, _ = make_probes(NAMES, code.tokenizer_path, vocab_size=280, sequence_length=LENGTH)
+    made, _ = make_probes(NAMES, code.tokenizer_path, counts_V=ALL[:280], sequence_length=LENGTH)
     for probe in made:
         used = {*probe.tokens_NS.flatten().tolist(), *probe.options_PO.flatten().tolist()}
         assert max(used) < 280 and not used & tokenizer.special_ids, probe.name
-    assert all(tokenizer.decode([number]).isprintable() for number in ordinary_ids(tokenizer, VOCAB))
+    ids = ordinary_ids(tokenizer, ALL)
+    assert all(tokenizer.decode([number]).isprintable() for number in ids)
+    counts_V = np.arange(VOCAB)
+    counts_V[ids[3]] = 0
+    assert ordinary_ids(tokenizer, counts_V).tolist() == [number for number in ids if number != ids[3]], (
+        "never seen, never asked"
+    )
+    monkeypatch.setattr(tasks, "MOST_IDS", 20)
+    assert ordinary_ids(tokenizer, counts_V).tolist() == ids[-20:].tolist(), "the most frequent ones"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -164,7 +177,7 @@ def test_parts_are_the_whole(probes: dict[str, Probe]) -> None:
 def test_what_is_impossible_is_said(make: type, tmp_path: Path) -> None:
     with pytest.raises(NotAvailable, match="needs sequences of 8 tokens, data.sequence_length is 7"):
         make(np.arange(1, 100), 7)
-    with pytest.raises(NotAvailable, match="needs 16 tokens of printable text, the vocabulary has 15"):
+    with pytest.raises(NotAvailable, match="needs 16 tokens of printable text, the held-out text has 15"):
         make(np.arange(15), 64)
 
 
@@ -173,19 +186,19 @@ def test_a_tokenizer_that_merges_a_closer_with_the_word_before(code: Manifest, m
     monkeypatch.setattr(
         Tokenizer, "encode", lambda self, text: original(self, text)[:-2] + [7] if text[-1] in CLOSERS else original(self, text)
     )
-    made, missing = make_probes(NAMES, code.tokenizer_path, vocab_size=VOCAB, sequence_length=LENGTH)
+    made, missing = make_probes(NAMES, code.tokenizer_path, counts_V=ALL, sequence_length=LENGTH)
     assert [probe.name for probe in made] == ["copying", "induction"]
     assert missing == ["brackets: the tokenizer does not keep a closing bracket apart from the word before it"]
 
 
 def test_what_a_run_cannot_have_is_told(code: Manifest, tmp_path: Path) -> None:
-    made, missing = make_probes(("brackets", "copying"), code.tokenizer_path, vocab_size=VOCAB, sequence_length=8)
+    made, missing = make_probes(("brackets", "copying"), code.tokenizer_path, counts_V=ALL, sequence_length=8)
     assert [probe.name for probe in made] == ["copying"]
     assert missing == ["brackets: its texts do not fit into data.sequence_length=8 tokens"]
-    _, missing = make_probes(("brackets",), code.tokenizer_path, vocab_size=100, sequence_length=64)
+    _, missing = make_probes(("brackets",), code.tokenizer_path, counts_V=ALL[:100], sequence_length=64)
     assert missing == ["brackets: its texts need token ids beyond model.vocab_size=100"]
-    _, missing = make_probes(("brackets",), code.tokenizer_path, vocab_size=20, sequence_length=64)
+    _, missing = make_probes(("brackets",), code.tokenizer_path, counts_V=ALL[:20], sequence_length=64)
     assert missing == ["brackets: the tokenizer has no token that begins with ]"]
-    made, missing = make_probes(NAMES, tmp_path, vocab_size=VOCAB, sequence_length=64)
+    made, missing = make_probes(NAMES, tmp_path, counts_V=ALL, sequence_length=64)
     assert made == [] and missing[0].startswith(f"copying, induction, brackets: {tmp_path}: holds no tokenizer.json")
-    assert make_probes((), tmp_path, vocab_size=VOCAB, sequence_length=64) == ([], [])
+    assert make_probes((), tmp_path, counts_V=ALL, sequence_length=64) == ([], [])
