@@ -9,6 +9,9 @@ from conf.errors import ConfigError
 from data_pipeline.task_config import TaskConfig
 from train.config.monitor import WandbConfig
 
+VERBATIM = ("task.prompt", "task.target_prefix")
+"""Fields that hold prose: a command line's words for them are taken as they are."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
@@ -27,7 +30,7 @@ class EvaluationConfig:
     tensor: int = 1
     """Ranks that share the model; for one that a single GPU cannot hold. Must divide processes."""
     batch_tokens: int | None = None
-    """Tokens that a rank runs at a time, padding included; null: 4,096 on a CPU, 65,536 on a GPU."""
+    """Tokens that a rank runs at a time, padding included; null: 1,024 on a CPU, 65,536 on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What to compute on; auto: CUDA when this machine has it."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"

@@ -108,12 +108,19 @@ class CachedDecoder:
 
     @torch.inference_mode()
     def advance(
-        self, tokens_BS: Tensor, cache: KeyValueCache, *, length: int | None = None, positions_BS: Tensor | None = None
+        self,
+        tokens_BS: Tensor,
+        cache: KeyValueCache,
+        *,
+        length: int | None = None,
+        positions_BS: Tensor | None = None,
+        rows_N: Tensor | None = None,
     ) -> Tensor:
         """Run S new positions of every sequence after the cached ones, and cache them; returns hidden [B, S, H].
 
         `length`: positions that the sequences have with what is to be run right after; None: up to the new ones.
         `positions_BS`: of a ragged cache, the position of each token, -1 for padding, whose hidden states mean nothing.
+        `rows_N`: places in B x S whose hidden states are wanted, [N, H] then; the last block does no more than these need.
         """
         num_sequences, num_new = tokens_BS.shape
         start, end = cache.length, cache.length + num_new
@@ -131,7 +138,7 @@ class CachedDecoder:
 
         for layer, block in enumerate(self.blocks):
 
-            def attention(normed_TH: Tensor, layer: int = layer, block: Block = block) -> Tensor:
+            def mix(normed_TH: Tensor, layer: int = layer, block: Block = block) -> Tensor:
                 parts = block.attention.project(normed_TH, rotary[block.attention.window])
                 query_BNSD, key_BKSD, value_BKSD = (
                     part.view(num_sequences, num_new, *part.shape[1:]).transpose(1, 2) for part in parts
@@ -143,11 +150,15 @@ class CachedDecoder:
                     scale=self.model.score_scale,
                     softcap=self.model.attention_softcap,
                 )
-                return block.attention.output(mixed_BNSD.transpose(1, 2).reshape(normed_TH.shape[0], -1))
+                return mixed_BNSD.transpose(1, 2).reshape(normed_TH.shape[0], -1)
 
-            hidden_TH = block.around(hidden_TH, attention)
+            if rows_N is not None and block is self.blocks[-1]:
+                hidden_TH = block.at(hidden_TH, rows_N, mix)
+            else:
+                output = block.attention.output
+                hidden_TH = block.around(hidden_TH, lambda normed_TH: output(mix(normed_TH)))  # noqa: B023
         cache.length = end
-        return hidden_TH.view(num_sequences, num_new, -1)
+        return hidden_TH if rows_N is not None else hidden_TH.view(num_sequences, num_new, -1)
 
     @staticmethod
     def _view(cache: KeyValueCache, positions_BS: Tensor | None, end: int, window: int | None) -> CachedView:

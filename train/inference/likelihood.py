@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from train.config.model import ModelConfig
@@ -74,6 +73,16 @@ class _Unit:
         return len(self.row) + later
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pick:
+    """One token that is scored: which, after which position of which row, and for which request."""
+
+    row: int
+    place: int
+    target: int
+    request: int
+
+
 class _Sums:
     """Losses and hits of the requests, gathered from wherever their tokens were scored."""
 
@@ -81,11 +90,11 @@ class _Sums:
         self.loss = torch.zeros(num_requests, dtype=torch.float64, device=device)
         self.misses = torch.zeros(num_requests, dtype=torch.int64, device=device)
 
-    def add(self, logits_NV: Tensor, targets_N: Tensor, requests_N: Tensor) -> None:
-        """Add the losses of `targets` to the requests that they are of."""
-        loss_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
-        self.loss.index_add_(0, requests_N, loss_N.double())
-        self.misses.index_add_(0, requests_N, (logits_NV.argmax(dim=-1) != targets_N).long())
+    def add(self, logits_NV: Tensor, places_M: Tensor, targets_M: Tensor, requests_M: Tensor) -> None:
+        """Add the losses of M targets, each after one of N positions, to the requests that they are of."""
+        loss_M = torch.logsumexp(logits_NV, dim=-1)[places_M] - logits_NV[places_M, targets_M]
+        self.loss.index_add_(0, requests_M, loss_M.double())
+        self.misses.index_add_(0, requests_M, (logits_NV.argmax(dim=-1)[places_M] != targets_M).long())
 
 
 class LikelihoodScorer:
@@ -155,11 +164,12 @@ class LikelihoodScorer:
 
     def _run(self, batch: Sequence[_Unit], sums: _Sums) -> None:
         shared = self._shared_tokens(batch)
-        if shared == 0 and all(_is_plain(unit) for unit in batch):
-            hidden_BSH = self._plain([unit.row for unit in batch])
-            self._score_rows(batch, hidden_BSH, sums, first=0)
-        else:
+        if shared or not all(_is_plain(unit) for unit in batch):
             self._run_cached(batch, shared, sums)
+            return
+        tokens_BS, positions_BS = self._padded([unit.row for unit in batch])
+        wanted = _Wanted.of(_row_picks(batch, first=0), tokens_BS)
+        self._score(self._plain(tokens_BS, positions_BS, wanted.rows_N), wanted, sums)
 
     def _shared_tokens(self, batch: Sequence[_Unit]) -> int:
         """Tokens with which all rows of the batch begin; 0 where running them once does not pay."""
@@ -173,26 +183,26 @@ class LikelihoodScorer:
         return shared if shared >= LEAST_SHARED else 0
 
     @torch.no_grad()
-    def _plain(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Hidden states [B, S, H] of rows of several lengths, by the kernels of training."""
-        tokens_BS, positions_BS = self._padded(rows)
-        length = tokens_BS.shape[1]
-        starts = torch.arange(len(rows), device=tokens_BS.device, dtype=torch.int32) * length
-        bounds = torch.cat((starts, starts.new_tensor([len(rows) * length])))
+    def _plain(self, tokens_BS: Tensor, positions_BS: Tensor, rows_N: Tensor) -> Tensor:
+        """Hidden states [N, H] at some places of rows of several lengths, by the kernels of training."""
+        num_rows, length = tokens_BS.shape
+        starts = torch.arange(num_rows, device=tokens_BS.device, dtype=torch.int32) * length
+        bounds = torch.cat((starts, starts.new_tensor([num_rows * length])))
         if not self.shares:  # each row apart from its padding, so that its own length decides
             ends = starts + (positions_BS >= 0).sum(dim=1, dtype=torch.int32)
             bounds = torch.cat((torch.stack((starts, ends), dim=1).flatten(), bounds[-1:]))
         self.decoder.read_as(Reading(sequence_length=length, document_mask=not self.shares))
-        tokens_T = tokens_BS.flatten()
-        state = (tokens_T, tokens_T, positions_BS.flatten().clamp(min=0), bounds)
-        for layer in self.decoder.layers[:-2]:  # the final norm and the head run over what is scored
+        tokens_T, positions_T = tokens_BS.flatten(), positions_BS.flatten().clamp(min=0)
+        state = (tokens_T, tokens_T, positions_T, bounds)
+        embedding, *blocks, last, _, _ = self.decoder.layers  # the final norm and the head run over what is scored
+        for layer in (embedding, *blocks):
             state = layer(state)
         self.tokens_run += tokens_T.numel()
-        return state[0].view(*tokens_BS.shape, -1)
+        derived = last.deriver.derive(positions_T, bounds, state[0].dtype)
+        return last.at(state[0], rows_N, lambda normed_TH: last.attention.mix(normed_TH, derived))
 
     def _run_cached(self, batch: Sequence[_Unit], shared: int, sums: _Sums) -> None:
-        rows = [unit.row[shared:] for unit in batch]
-        tokens_BS, positions_BS = self._padded(rows, first=shared)
+        tokens_BS, positions_BS = self._padded([unit.row[shared:] for unit in batch], first=shared)
         capacity = shared + tokens_BS.shape[1]
         device = self.context.device
         if shared:
@@ -202,9 +212,10 @@ class LikelihoodScorer:
             cache = alone.select(everyone, capacity=capacity, ragged=True)
         else:
             cache = self.cached.new_cache(num_sequences=len(batch), capacity=capacity, ragged=True)
-        hidden_BSH = self.cached.advance(tokens_BS, cache, positions_BS=positions_BS)
+        wanted = _Wanted.of(_row_picks(batch, first=shared), tokens_BS)
+        hidden_NH = self.cached.advance(tokens_BS, cache, positions_BS=positions_BS, rows_N=wanted.rows_N)
         self.tokens_run += shared + tokens_BS.numel()
-        self._score_rows(batch, hidden_BSH, sums, first=shared)
+        self._score(hidden_NH, wanted, sums)
         forks = [(place, branch) for place, unit in enumerate(batch) if not _is_plain(unit) for branch in unit.branches]
         longer = [(place, branch) for place, branch in forks if len(branch.tokens) > 1]
         if not longer:
@@ -214,35 +225,22 @@ class LikelihoodScorer:
         tokens_BS, positions_BS = self._padded([branch.tokens[:-1] for _, branch in longer])
         positions_BS = torch.where(positions_BS >= 0, positions_BS + starts_B1, positions_BS)
         grown = cache.select(parents, capacity=capacity + tokens_BS.shape[1])
-        hidden_BSH = self.cached.advance(tokens_BS, grown, positions_BS=positions_BS)
-        self.tokens_run += tokens_BS.numel()
         picks = [
-            (row, place, target, branch.number)
+            _Pick(row=row, place=place, target=target, request=branch.number)
             for row, (_, branch) in enumerate(longer)
             for place, target in enumerate(branch.tokens[1:])
         ]
-        self._score(hidden_BSH, picks, sums)
+        wanted = _Wanted.of(picks, tokens_BS)
+        hidden_NH = self.cached.advance(tokens_BS, grown, positions_BS=positions_BS, rows_N=wanted.rows_N)
+        self.tokens_run += tokens_BS.numel()
+        self._score(hidden_NH, wanted, sums)
 
-    def _score_rows(self, batch: Sequence[_Unit], hidden_BSH: Tensor, sums: _Sums, *, first: int) -> None:
-        """Score what the rows themselves predict: all of a lone continuation, the first token of each of several."""
-        picks = []
-        for row, unit in enumerate(batch):
-            place = len(unit.context) - 1 - first
-            for branch in unit.branches:
-                targets = branch.tokens if _is_plain(unit) else branch.tokens[:1]
-                picks += [(row, place + later, target, branch.number) for later, target in enumerate(targets)]
-        self._score(hidden_BSH, picks, sums)
-
-    @torch.no_grad()
-    def _score(self, hidden_BSH: Tensor, picks: Sequence[tuple[int, int, int, int]], sums: _Sums) -> None:
-        """`picks`: (row, position, target, request) of every token that is scored."""
-        table = torch.from_numpy(np.array(picks, dtype=np.int64)).to(self.context.device)
-        rows_N, places_N, targets_N, requests_N = table.unbind(dim=1)
-        hidden_NH = hidden_BSH[rows_N, places_N]
+    def _score(self, hidden_NH: Tensor, wanted: _Wanted, sums: _Sums) -> None:
         most = max(1, LOGIT_BYTES // (4 * self.model.padded_vocab_size))
-        pieces = zip(hidden_NH.split(most), targets_N.split(most), requests_N.split(most), strict=True)
-        for part_NH, targets, numbers in pieces:
-            sums.add(self.cached.logits(part_NH.unsqueeze(0))[0], targets, numbers)
+        for first in range(0, len(hidden_NH), most):
+            logits_NV = self.cached.logits(hidden_NH[None, first : first + most])[0]
+            inside = (wanted.places_M >= first) & (wanted.places_M < first + most)
+            sums.add(logits_NV, wanted.places_M[inside] - first, wanted.targets_M[inside], wanted.requests_M[inside])
 
     def _padded(self, rows: Sequence[Sequence[int]], *, first: int = 0) -> tuple[Tensor, Tensor]:
         """Tokens and positions [B, S], the positions counted from `first`; padding behind each row has position -1."""
@@ -255,6 +253,47 @@ class LikelihoodScorer:
             positions_BS[number, : len(row)] = np.arange(first, first + len(row))
         device = self.context.device
         return torch.from_numpy(tokens_BS).to(device), torch.from_numpy(positions_BS).to(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """The positions of a batch that are scored, each once, and the tokens that are scored after them."""
+
+    rows_N: Tensor
+    """Places in B x S."""
+    places_M: Tensor
+    """Which of the N positions each of the M targets comes after."""
+    targets_M: Tensor
+    requests_M: Tensor
+
+    @staticmethod
+    def of(picks: Sequence[_Pick], tokens_BS: Tensor) -> _Wanted:
+        """What `picks` ask of a batch."""
+        length, device = tokens_BS.shape[1], tokens_BS.device
+        flat = np.array([pick.row * length + pick.place for pick in picks], dtype=np.int64)
+        rows_N, places_M = np.unique(flat, return_inverse=True)
+        targets = np.array([(pick.target, pick.request) for pick in picks], dtype=np.int64)
+        return _Wanted(
+            rows_N=torch.from_numpy(rows_N).to(device),
+            places_M=torch.from_numpy(places_M).to(device),
+            targets_M=torch.from_numpy(targets[:, 0].copy()).to(device),
+            requests_M=torch.from_numpy(targets[:, 1].copy()).to(device),
+        )
+
+
+def _row_picks(batch: Sequence[_Unit], *, first: int) -> list[_Pick]:
+    """What the rows themselves predict, of which the first `first` tokens ran before: all of a lone continuation, the first
+    token of each of several."""
+    picks = []
+    for row, unit in enumerate(batch):
+        place = len(unit.context) - 1 - first
+        for branch in unit.branches:
+            targets = branch.tokens if _is_plain(unit) else branch.tokens[:1]
+            picks += [
+                _Pick(row=row, place=place + later, target=target, request=branch.number)
+                for later, target in enumerate(targets)
+            ]
+    return picks
 
 
 def _is_plain(unit: _Unit) -> bool:

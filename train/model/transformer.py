@@ -186,11 +186,15 @@ class Attention(nn.Module):
 
     def forward(self, hidden_TH: Tensor, derived: Derived) -> Tensor:
         """[T, H] -> [T, H]."""
+        return self.output(self.mix(hidden_TH, derived))
+
+    def mix(self, hidden_TH: Tensor, derived: Derived) -> Tensor:
+        """The values that each position has gathered, before the output projection: [T, N x D]."""
         query_TND, key_TKD, value_TKD = self.project(hidden_TH, derived.rotary[self.window])
         dropout = self.dropout if self.training else 0.0
         with own_draws(self.tensor, self.name, dropout=dropout):
             mixed_TND = derived.attend[self.window](query_TND, key_TKD, value_TKD, dropout=dropout)
-        return self.output(mixed_TND.flatten(1))
+        return mixed_TND.flatten(1)
 
 
 def _norm_of_heads(name: str, num_heads: int, blueprint: Blueprint) -> nn.Module:
@@ -239,6 +243,14 @@ class Block(nn.Module):
         elif self.residual == "parallel":
             normed_TH = self.mlp_norm(hidden_TH)
         return attended_TH + self._drop(self.mlp_post_norm(self.mlp(normed_TH)))
+
+    def at(self, hidden_TH: Tensor, rows_N: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:
+        """The block's output at some rows alone: [N, H]. Behind attention nothing looks at another row.
+
+        `mix`: normed hidden states [T, H] -> what `Attention.mix` gives of them.
+        """
+        mixed_TX = mix(self.attention_norm(hidden_TH))
+        return self.around(hidden_TH[rows_N], lambda _: self.attention.output(mixed_TX[rows_N]))
 
     def forward(self, state: State) -> State:
         """Advance the hidden states of the tuple by one block."""
