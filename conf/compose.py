@@ -78,7 +78,14 @@ def compose(root: str, overrides: Sequence[str], config_dir: str | None = None, 
         raise ConfigError([*problems, _one_line(error)]) from None
     finally:
         GlobalHydra.instance().clear()
-    return Composition(tree=typing.cast(dict[str, Any], tree) | texts, problems=tuple(problems))
+    composed = typing.cast(dict[str, Any], tree)
+    for name, text in texts.items():
+        *sections, leaf = name.split(".")
+        place = composed
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = text
+    return Composition(tree=composed, problems=tuple(problems))
 
 
 def combinations(overrides: Sequence[str]) -> list[list[str]]:

@@ -45,6 +45,10 @@ class Job:
     ranks_per_node: int
     trains: bool
     """Whether its ranks meet each other, and are worth a check of their nodes."""
+    local_ranks: int = 1
+    """Ranks that one task starts by itself: it has the cores of so many."""
+    gpus: int = 0
+    """GPUs of a job that does not train; one that trains has all of its nodes."""
     throttle: int | None = None
     after: Sequence[str] = ()
     """Folders of runs to wait for, where no scheduler does it."""
@@ -147,10 +151,10 @@ def _options(job: Job, cluster: ClusterConfig, *, is_array: bool) -> list[str]:
     for name in ("account", "partition", "qos", "constraint", "reservation"):
         if (value := getattr(cluster, name)) is not None:
             options.append(f'--{name}="{value}"')
-    if cluster.gpus_per_node and job.trains:
-        options.append(f"--gpus-per-node={cluster.gpus_per_node}")
+    if gpus := cluster.gpus_per_node if job.trains else job.gpus:
+        options.append(f"--gpus-per-node={gpus}")
     if cluster.cpus_per_task:
-        options.append(f"--cpus-per-task={cluster.cpus_per_task}")
+        options.append(f"--cpus-per-task={_cores(job, cluster)}")
     if cluster.memory_gb_per_node:
         options.append(f"--mem={round(cluster.memory_gb_per_node * 1024)}M")
     if is_array:
@@ -190,8 +194,12 @@ def _node_flags(job: Job, cluster: ClusterConfig) -> list[str]:
     wait = f"--wait={math.ceil(cluster.preflight.timeout_seconds)}"
     flags = [f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1", wait]
     if cluster.cpus_per_task:
-        flags.append(f"--cpus-per-task={cluster.cpus_per_task}")
+        flags.append(f"--cpus-per-task={_cores(job, cluster)}")
     return flags
+
+
+def _cores(job: Job, cluster: ClusterConfig) -> int:
+    return (cluster.cpus_per_task or 1) * job.local_ranks
 
 
 def _rank_flags(job: Job, cluster: ClusterConfig) -> list[str]:
@@ -205,10 +213,11 @@ def _rank_flags(job: Job, cluster: ClusterConfig) -> list[str]:
         "--open-mode=append",
     ]
     if cluster.cpus_per_task:
-        flags.append(f"--cpus-per-task={cluster.cpus_per_task}")
+        flags.append(f"--cpus-per-task={_cores(job, cluster)}")
     flags += [f"--cpu-bind={cluster.cpu_bind}"] if cluster.cpu_bind else []
     flags += [f"--mem-bind={cluster.memory_bind}"] if cluster.memory_bind else []
-    return flags + ([f"--gpu-bind={cluster.gpu_bind}"] if cluster.gpu_bind else [])
+    binds_gpus = cluster.gpu_bind and job.local_ranks == 1  # a task of several ranks has to see the GPUs of all
+    return flags + ([f"--gpu-bind={cluster.gpu_bind}"] if binds_gpus else [])
 
 
 def _command(words: Sequence[str]) -> str:

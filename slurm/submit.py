@@ -3,65 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 from conf.compose import compose, validate, write_config
 from conf.errors import UserError
 from conf.schema import nearest, shown
 from conf.sweep import named_combinations
-from data_pipeline.config import PrepareConfig
 from slurm.config import SubmitConfig
 from slurm.history import CANCEL_FILE, Resume, add_event, read_history
 from slurm.lifecycle import CONFIG_FILE, REPORT_FILE, close_lost
 from slurm.scheduler import Scheduler, SlurmScheduler, scheduler_of
-from slurm.script import TASK, UNIT, Job, render
-from slurm.snapshot import OWN_CONFIG, take_snapshot
+from slurm.script import render
+from slurm.snapshot import take_snapshot
 from slurm.submission import SUBMISSION_FILE, Stage, Submission, read_submission
-from train.config.export import ExportConfig
-from train.config.hf_import import ImportConfig
-from train.config.pretrain import PretrainConfig
-from train.initial import configure
-from train.launch import check_elsewhere
+from slurm.work import MAKERS, Order, Work
 from train.outcome import STOP_FILE
 
-VERBS = ("pretrain", "prepare", "import", "export")
-PHASES = ("read", "choose", "encode", "publish")  # of a preparation in parts; the first and the third are arrays
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """What was asked for."""
-
-    verb: str
-    settings: SubmitConfig
-    combinations: Sequence[Sequence[str]]
-    """Words of the verb; several for a sweep."""
-    config_dir: str | None
-    dependencies: Sequence[Submission]
-    """What has to finish first."""
-
-    @property
-    def words(self) -> Sequence[str]:
-        """Words of the verb, where there is no sweep."""
-        return self.combinations[0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What a verb asks of the cluster, checked."""
-
-    name: str
-    root: Path
-    jobs: tuple[Job, ...]
-    """One behind the other."""
-    configs: tuple[PretrainConfig, ...] = ()
-    """Of its units, where they train."""
-    resolved: object = None
-    """The configuration of any other verb."""
-    told: tuple[str, ...] = ()
-    """What would happen, for a person."""
+VERBS = tuple(MAKERS)
 
 
 def submit(words: Sequence[str], config_dir: str | None = None) -> int:
@@ -199,147 +159,6 @@ def refuse_if_active(root: Path) -> None:
             f"run={before.name}: job {', '.join(sorted(active))} waits or runs already; wait for it, or end it first with "
             f"longhaul cancel run={before.name}"
         )
-
-
-# --- what each verb asks of the cluster -------------------------------------------------------------------------------
-
-
-def _pretrain(order: Order) -> Work:
-    settings = order.settings
-    if settings.parts > 1 or settings.name is not None:
-        raise UserError("parts and name are not for pretrain: it is named by run.name=..., and split by nodes=...")
-    configs = []
-    told: list[str] = []
-    for words in order.combinations:
-        config = _placed(configure(words, order.config_dir), settings)
-        if not order.dependencies:  # otherwise what it reads may not be there yet; the job itself checks as well
-            config, lines = check_elsewhere(config)
-            told += lines
-        configs.append(config)
-    folders = [Path(config.run.folder).resolve() / config.run.name for config in configs]
-    is_sweep = len(configs) > 1
-    root = folders[0].parent if is_sweep else folders[0]
-    units = tuple(f"{number:03d}" for number in range(len(configs))) if is_sweep else ("",)
-    if is_sweep and folders != [root / unit for unit in units]:
-        raise UserError("run.name: the runs of a sweep are numbered below one name; give run.name one value")
-    job = Job(
-        stage="pretrain",
-        name=str(Path(configs[0].run.name).parent if is_sweep else configs[0].run.name),
-        root=root,
-        directory=Path.cwd(),
-        units=units,
-        command=["-m", "train.rank", UNIT],
-        local_command=["-m", "train.launch", UNIT],
-        nodes=settings.nodes,
-        ranks_per_node=settings.cluster.ranks_per_node,
-        trains=True,
-        throttle=settings.throttle,
-        after=[str(one.root) for one in order.dependencies],
-    )
-    return Work(name=job.name, root=root, jobs=(job,), configs=tuple(configs), told=tuple(told))
-
-
-def _placed(config: PretrainConfig, settings: SubmitConfig) -> PretrainConfig:
-    """The configuration with what follows from the cluster. Raises UserError where both say something else."""
-    cluster, launch = settings.cluster, config.launch
-    processes = settings.nodes * cluster.ranks_per_node
-    if launch.processes not in (None, processes):
-        raise UserError(
-            f"launch.processes={launch.processes}: nodes={settings.nodes} with {cluster.ranks_per_node} ranks each make "
-            f"{processes}; leave it out, or change nodes or cluster.tasks_per_node"
-        )
-    device = launch.device
-    if cluster.scheduler == "slurm":
-        device = "cuda" if cluster.gpus_per_node else "cpu"
-        if launch.device not in ("auto", device):
-            raise UserError(f"launch.device={launch.device}: cluster.gpus_per_node={cluster.gpus_per_node}; change one of them")
-    limit = launch.time_limit_minutes or (float(cluster.time_limit_minutes) if cluster.scheduler == "slurm" else None)
-    return replace(config, launch=replace(launch, processes=processes, device=device, time_limit_minutes=limit, max_restarts=0))
-
-
-def _prepare(order: Order) -> Work:
-    settings = order.settings
-    config = validate(PrepareConfig, compose("prepare", order.words, order.config_dir))
-    _refuse_fields(order.words, ("phase", "part", "parts"), "submit gives it to each job of the array")
-    _one_node(order)
-    if settings.parts > 1 and settings.cluster.scheduler == "local":
-        raise UserError(f"parts={settings.parts}: on one machine `prepare` uses all cores by itself; use parts=1")
-    name = settings.name or f"prepare-{config.output_folder.name}"
-    if settings.parts == 1:
-        return _plain(order, name, config)
-    jobs = []
-    for phase in PHASES:
-        array = phase in ("read", "encode")
-        units = tuple(f"{phase}/{part:03d}" for part in range(settings.parts)) if array else (phase,)
-        more = [f"phase={phase}", *([f"part={TASK}", f"parts={settings.parts}"] if array else [])]
-        jobs.append(replace(_plain_job(order, name, more), stage=phase, units=units, throttle=settings.throttle))
-    return Work(name=name, root=jobs[0].root, jobs=tuple(jobs), resolved=config)
-
-
-def _import(order: Order) -> Work:
-    config = validate(ImportConfig, compose("import", order.words, order.config_dir))
-    _one_process(order)
-    out = Path(config.out or config.hf).name
-    return _plain(order, order.settings.name or f"import-{out}", config)
-
-
-def _one_process(order: Order) -> None:
-    _one_node(order)
-    if order.settings.parts > 1:
-        raise UserError(f"parts={order.settings.parts}: only prepare is done in parts; leave it out")
-
-
-def _export(order: Order) -> Work:
-    config = validate(ExportConfig, compose("export", order.words, order.config_dir))
-    _one_process(order)
-    if not order.dependencies and not Path(config.checkpoint).exists():
-        raise UserError(f"checkpoint={config.checkpoint}: no such folder; where another run makes it, add after=[NAME]")
-    out = Path(config.out).name if config.out else Path(config.checkpoint).name
-    return _plain(order, order.settings.name or f"export-{out}", config)
-
-
-def _plain(order: Order, name: str, config: object) -> Work:
-    """One process of the command line."""
-    job = _plain_job(order, name)
-    return Work(name=name, root=job.root, jobs=(job,), resolved=config)
-
-
-def _plain_job(order: Order, name: str, more: Sequence[str] = ()) -> Job:
-    root = Path(order.settings.folder).resolve() / name
-    own = [f"--config-dir={root / 'slurm' / OWN_CONFIG}"] if order.config_dir else []
-    command = ["-m", "tools.cli", order.verb, *order.words, *more, *own]
-    return Job(
-        stage=order.verb,
-        name=name,
-        root=root,
-        directory=Path.cwd(),
-        units=("",),
-        command=command,
-        local_command=command,
-        nodes=1,
-        ranks_per_node=1,
-        trains=False,
-        after=[str(one.root) for one in order.dependencies],
-    )
-
-
-MAKERS: dict[str, Callable[[Order], Work]] = {
-    "pretrain": _pretrain,
-    "prepare": _prepare,
-    "import": _import,
-    "export": _export,
-}
-
-
-def _one_node(order: Order) -> None:
-    if order.settings.nodes > 1:
-        raise UserError(f"nodes={order.settings.nodes}: {order.verb} is one process; use nodes=1")
-
-
-def _refuse_fields(words: Sequence[str], names: Sequence[str], why: str) -> None:
-    for word in words:
-        if word.lstrip("+").partition("=")[0] in names:
-            raise UserError(f"{word}: {why}; leave it out")
 
 
 # --- words and names --------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ VERBS: dict[str, Verb] = {
         examples=("longhaul plan model=llama_8b budget.tokens=15e12 batch.sequences=512 launch.processes=64 parallel=zero3",),
     ),
     "submit": Verb(
-        summary="run `pretrain`, `prepare`, `import` or `export` as Slurm jobs until it is done, or on this machine",
+        summary="run `pretrain`, `prepare`, `import`, `export` or `evaluate` as Slurm jobs until it is done, or here",
         function="slurm.submit:submit",
         root="submit",
         schema="slurm.config:SubmitConfig",
@@ -64,6 +64,7 @@ VERBS: dict[str, Verb] = {
             "longhaul submit pretrain experiment=quickstart cluster=slurm_gpu cluster.account=abc nodes=4 dry_run=true",
             "longhaul submit prepare corpus=jsonl 'corpus.paths=[dump/*.jsonl.zst]' parts=16 cluster=slurm_cpu",
             "longhaul submit export checkpoint=runs/first after=[first] cluster=slurm_cpu",
+            "longhaul submit evaluate checkpoint=runs/first after=[first] processes=8 cluster=slurm_gpu",
             "longhaul submit pretrain experiment=quickstart optim.lr=1e-3,3e-3 -m throttle=2 cluster=slurm_gpu",
         ),
         sweep="slurm.submit:sweep",

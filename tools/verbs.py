@@ -50,13 +50,12 @@ def generate(overrides: Sequence[str], config_dir: str | None = None) -> int:
 
 def evaluate(overrides: Sequence[str], config_dir: str | None = None) -> int:
     """`longhaul evaluate`."""
-    from train.config.evaluation import EvaluationConfig
+    from train.config.evaluation import VERBATIM, EvaluationConfig
     from train.evaluate.checks import check
     from train.outcome import ExitCode
     from train.stoppable import Stopped, stoppable
 
-    words = [literal(word) if word.startswith("task.prompt=") else word for word in overrides]
-    config = validate(EvaluationConfig, compose("evaluate", words, config_dir))
+    config = validate(EvaluationConfig, compose("evaluate", overrides, config_dir, verbatim=VERBATIM))
     check(config)
     from train.stages.evaluate import run
 

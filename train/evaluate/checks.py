@@ -15,11 +15,11 @@ from train.scores.settings import ScoreSettings
 from train.scores.sheet import check_libraries
 
 
-def check(config: EvaluationConfig, *, model_is_there: bool = True) -> None:
-    """Raises UserError for settings that do not fit each other, a folder that exists, and data that is missing or whose
-    first row cannot be read. `model_is_there`: whether the checkpoint should exist by now.
+def check(config: EvaluationConfig) -> None:
+    """Raises UserError for settings that do not fit each other, a checkpoint that is not there, a folder that is, and data that
+    is missing or whose first row cannot be read.
     """
-    if config.checkpoint is not None and model_is_there:
+    if config.checkpoint is not None:
         resolve_checkpoint(config.checkpoint)
     score_settings(config.task)
     if config.out is not None and os.path.lexists(config.out):

@@ -106,7 +106,7 @@ def test_every_example_is_valid_as_a_shell_would_give_it(verb: str, example: str
     assert (program, named) == ("longhaul", verb)
     given = [word for word in words if word not in OPTIONS]
     for job in combinations(given) if "-m" in words else [given]:
-        validate(load(VERBS[verb].schema), compose(VERBS[verb].root, job, verbatim=("prompt",)))
+        validate(load(VERBS[verb].schema), compose(VERBS[verb].root, job, verbatim=("prompt", "task.prompt")))
 
 
 def test_version(capsys: pytest.CaptureFixture) -> None:

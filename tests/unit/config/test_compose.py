@@ -145,6 +145,8 @@ def test_quoted_text_arrives_as_it_is() -> None:
 def test_verbatim_field_takes_any_text(text: str) -> None:
     words = ["checkpoint=runs/a", f"prompt={text}"]
     assert compose("generate", words, verbatim=("prompt",)).tree["prompt"] == text
+    composed = compose("evaluate", ["task=translation", f"task.prompt={text}"], verbatim=("task.prompt",))
+    assert composed.tree["task"]["prompt"] == text and composed.tree["task"]["name"] == "translation"
 
 
 @pytest.mark.parametrize(("word", "value"), [("prompt=null", None), ("prompt='5, 6'", "5, 6"), ('prompt="a"', "a")])

@@ -71,10 +71,6 @@ def test_what_does_not(words: list[str], expected: str) -> None:
     assert expected in str(caught.value)
 
 
-def test_a_checkpoint_that_is_made_later() -> None:
-    check(config("checkpoint=runs/later"), model_is_there=False)
-
-
 def test_settings_follow_the_kind() -> None:
     settings = score_settings(config(*LABELS, "task.positive=a", "task.bins=7").task)
     assert (settings.labels, settings.positive, settings.bins) == (("a", "b"), "a", 7)
