@@ -112,7 +112,12 @@ def by_hf(place: Path) -> tuple[dict[str, Any], dict[str, list]]:
 
 
 @pytest.mark.parametrize(
-    "arguments", ["checkpoint={place}/run", "hf={place}/exported,batch_tokens=200", "checkpoint={place}/run,processes=2"]
+    "arguments",
+    [
+        "checkpoint={place}/run,batch_tokens=200",
+        pytest.param("hf={place}/exported", marks=pytest.mark.thorough),
+        pytest.param("checkpoint={place}/run,processes=2", marks=pytest.mark.thorough),
+    ],
 )
 def test_our_model_has_the_scores_of_hf(place, by_hf, arguments):
     results, samples = lm_eval(place, "longhaul", arguments.format(place=place))
