@@ -72,7 +72,7 @@ def test_a_bench_that_is_not_there() -> None:
         [sys.executable, "-P", "-m", "tools.cli", "bench", "speed"], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 93
-    assert "there is: longhaul bench attention | checkpoint | loader | startup | step" in done.stderr
+    assert "there is: longhaul bench attention | checkpoint | likelihood | loader | startup | step" in done.stderr
 
 
 @pytest.mark.parametrize("what", sorted(BENCHES))
