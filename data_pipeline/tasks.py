@@ -68,7 +68,8 @@ def _row(task: TaskConfig, source: TaskSource, place: str, values: Mapping[str, 
     try:
         prompt = task.prompt_text.format_map(_Filled(values))
     except (KeyError, IndexError) as error:
-        raise UserError(f"{place}: task.prompt names {error}, which is no column; there are {_names(values)}") from None
+        hint = _header_hint(task, source)
+        raise UserError(f"{place}: task.prompt names {error}, which is no column; there are {_names(values)}{hint}") from None
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{place}: task.prompt cannot be filled in ({error}); a brace that means itself is doubled") from None
     truths = _truths(task.target, values, place)
@@ -90,6 +91,11 @@ class _Filled(dict[str, Any]):
         if value is None:
             raise ValueError(f"column {name} is null; leave the row out, or give it a text")
         return value
+
+
+def _header_hint(task: TaskConfig, source: TaskSource) -> str:
+    is_table = _format_of(task, source) in ("csv", "tsv") and not task.columns
+    return "; for a file without a header give task.columns=[...]" if is_table else ""
 
 
 def _truths(path: str, values: Mapping[str, Any], place: str) -> tuple[str, ...]:
@@ -114,12 +120,7 @@ def _names(values: Mapping[str, Any]) -> str:
 def _records(task: TaskConfig, source: TaskSource) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """(line or row number from 1, columns) of a source."""
     path = Path(source.path)
-    suffix = next((part for part in reversed(path.suffixes) if part not in COMPRESSED_SUFFIXES), "")
-    kind = FORMATS.get(suffix.lower(), "lines" if source.targets else None) if task.format == "auto" else task.format
-    if kind is None:
-        raise UserError(
-            f"{path}: its ending {suffix or '(none)'} tells no format; give task.format=jsonl, csv, tsv, parquet or lines"
-        )
+    kind = _format_of(task, source)
     if source.targets is not None and kind != "lines":
         raise UserError(f"{path}: targets={source.targets} is for format=lines, this is {kind}; leave it out")
     try:
@@ -136,6 +137,17 @@ def _records(task: TaskConfig, source: TaskSource) -> Iterator[tuple[int, Mappin
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())  # pyarrow's run over lines
         raise UserError(f"{error.filename or path}: cannot be read ({reason})") from None
+
+
+def _format_of(task: TaskConfig, source: TaskSource) -> str:
+    suffix = next((part for part in reversed(Path(source.path).suffixes) if part not in COMPRESSED_SUFFIXES), "")
+    kind = FORMATS.get(suffix.lower(), "lines" if source.targets else None) if task.format == "auto" else task.format
+    if kind is None:
+        raise UserError(
+            f"{source.path}: its ending {suffix or '(none)'} tells no format; give task.format=jsonl, csv, tsv, parquet or "
+            "lines; the truths of line-aligned text are a second file: task.data=[{path: a.de, targets: a.en}]"
+        )
+    return kind
 
 
 def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -196,8 +208,8 @@ def _table(
         if not fields:
             continue
         if len(fields) != len(names):
-            hint = "" if columns else "; for a file without a header give task.columns=[...]"
-            raise UserError(f"{path}:{number}: has {len(fields)} fields, the columns are {', '.join(names)}{hint}")
+            way_out = "" if columns else "; for a file without a header give task.columns=[...]"
+            raise UserError(f"{path}:{number}: has {len(fields)} fields, the columns are {', '.join(names)}{way_out}")
         yield number, dict(zip(names, fields, strict=True))
 
 

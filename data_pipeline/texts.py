@@ -95,8 +95,9 @@ def _open_files(task: TaskConfig, source: TaskSource, *, tokenizer: Tokenizer, e
     try:
         inputs = list_inputs(corpus)
     except UserError as error:
+        reason = str(error).partition(". Check ")[0]  # corpus.paths and others, which are no settings here
         raise UserError(
-            f"task.data: {source.path}: no such corpus, file or pattern, or no text file in it ({error}). .txt, .md, .jsonl "
+            f"task.data: {source.path}: no such corpus, file or pattern, or no text file in it ({reason}). .txt, .md, .jsonl "
             f"and .parquet are read, also as .gz and .zst; of a folder .txt and .md alone, others by a pattern: FOLDER/*.jsonl"
         ) from None
 

@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from conf.errors import UserError
 from train.parallel import ParallelContext, start_rank
 
@@ -39,7 +41,12 @@ def ranks(size: int, device: str, *, tensor_parallel: int = 1, sequence_parallel
         os.environ.update(
             WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.getsockname()[1]), RANK="0", LOCAL_RANK="0"
         )
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // size)))
+        if "OMP_NUM_THREADS" not in os.environ:
+            threads = max(1, len(os.sched_getaffinity(0)) // size)
+            os.environ["OMP_NUM_THREADS"] = str(threads)
+            torch.set_num_threads(
+                threads
+            )  # torch is imported here and took all cores: two ranks of two cores took 204 s, not 35
         companions = [
             subprocess.Popen(
                 sys.orig_argv,

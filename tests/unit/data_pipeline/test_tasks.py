@@ -258,7 +258,7 @@ class TestWhatIsWrongWithAFile:
             ("a.csv", 'text,target\n"a,yes\nb,no\n', ["a.csv:3: is no row of a CSV file (unexpected end of data)"]),
             ("a.csv", 'text,target\n"a"b,yes\n', ["a.csv:2: is no row of a CSV file", "task.format"]),
             ("a.csv", "text,text\na,yes\n", ["a.csv: its header names a column twice (text, text)", "task.columns=[...]"]),
-            ("a.csv", "text\ttarget\na\tyes\n", ["a.csv:2", "there are text\ttarget"]),
+            ("a.csv", "text\ttarget\na\tyes\n", ["a.csv:2", "there are text\ttarget; for a file without a header"]),
         ],
     )
     def test_tables(self, tmp_path: Path, name: str, content: str, expected: list[str]) -> None:
