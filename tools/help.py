@@ -116,4 +116,5 @@ def _value_text(value: Any) -> str:
         return "{" + ", ".join(f"{field.name}: {_value_text(getattr(value, field.name))}" for field in given) + "}"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(_value_text, value)) + "]"
-    return shown(value) or "''"
+    text = shown(value)
+    return text if text.strip() else f"'{text}'"

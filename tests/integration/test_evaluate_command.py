@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conf.errors import UserError
 from conf.schema import leaf_names
 from data_pipeline.corpus import Corpus
 from tests.integration.runs import SEQUENCE, WORDS
@@ -27,6 +28,7 @@ from train.scores.intervals import measure
 from train.scores.record import Evaluation, Example, find_evaluations, read_evaluation
 from train.scores.settings import ScoreSettings
 from train.scores.sheet import tallies
+from train.stoppable import Stopped
 
 PLAIN = ("device=cpu", "wandb.mode=disabled", "resamples=50")
 
@@ -267,6 +269,24 @@ def test_a_second_one_stands_beside_the_first(run_dir: Path, capsys: Any) -> Non
     assert main([*words, f"out={first.folder}"]) == 93
     assert "an evaluation never replaces another" in capsys.readouterr().err
     assert (first.folder / "evaluation.json").read_bytes() == before
+
+
+def test_figures_outlive_a_full_disk_and_files_a_stop(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def stopped(*_: object) -> None:
+        raise Stopped("SIGTERM")
+
+    def full(*_: object, **__: object) -> None:
+        raise UserError("out: cannot be written (No space left on device); nothing was kept")
+
+    monkeypatch.setattr("train.stages.evaluate.send_to_wandb", stopped)
+    evaluated(tmp_path / "out", f"checkpoint={run_dir}", "limit=1")
+    assert "W&B: not told of it, as SIGTERM asked for a stop" in capsys.readouterr().err
+    monkeypatch.setattr("train.stages.evaluate.publish", full)
+    assert main(["evaluate", f"checkpoint={run_dir}", "limit=1", f"out={tmp_path / 'other'}", *PLAIN]) == 93
+    shown = capsys.readouterr()
+    assert "perplexity" in shown.out and "kept in" not in shown.out and "nothing was kept" in shown.err
 
 
 def test_weights_and_biases_without_a_network(run_dir: Path, tmp_path: Path) -> None:

@@ -73,10 +73,10 @@ def run(config: EvaluationConfig) -> int:
     seconds = time.perf_counter() - started
     machine = facts_of_the_machine(device, processes=config.processes, tensor=config.tensor, seconds=seconds)
     evaluation.run.update(machine)
-    folder = publish(evaluation, findings.examples, out, more=findings.files)
     counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in evaluation.counts.items())
     print(f"{evaluation.name} of {subject.identity['path']}: {counts}; {seconds:.1f} s on {device.type}", file=sys.stderr)
-    print("\n".join(table(evaluation)))
+    print("\n".join(table(evaluation)), flush=True)  # before a full disk could take it away
+    folder = publish(evaluation, findings.examples, out, more=findings.files)
     print(f"kept in          {folder}", flush=True)
     _report(config, evaluation, folder)
     return 0
