@@ -34,7 +34,9 @@ setup(
     packages=find_packages(include=["conf*", "train*", "data_pipeline*", "slurm*", "tools*"]),
     package_data={"conf": ["*.yaml", "*/*.yaml"], "slurm": ["*.j2"]},
     install_requires=REQUIREMENTS,
-    extras_require={"dev": ["pytest>=8.3", "pytest-timeout>=2.3", "ruff>=0.9", "scikit-learn>=1.4", "scipy>=1.11", "lm-eval[hf]"]},
+    extras_require={
+        "dev": ["pytest>=8.3", "pytest-timeout>=2.3", "ruff>=0.9", "scikit-learn>=1.4", "scipy>=1.11", "lm-eval[hf]"],
+    },
     entry_points={
         # lm-eval up to 0.4.13 knows no models of other packages: until it does, its command is started by us.
         "console_scripts": ["longhaul=tools.cli:main", "lm_eval=train.harness.command:main"],
