@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
 # Scripts that put no blanks between words; a character is what comes closest to a word without a dictionary. By script
 # extensions, since the long-vowel mark of Katakana and others are shared between scripts.
-_UNSPACED = "".join(
-    rf"\p{{scx={script}}}" for script in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")
-)
+_UNSPACED = "".join(rf"\p{{scx={script}}}" for script in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar"))
 _LANGUAGES = {"zho": "zh", "chi": "zh", "cmn": "zh", "jpn": "ja", "kor": "ko", "eng": "en", "english": "en"}
 
 
