@@ -58,6 +58,8 @@ class TaskConfig:
     stride: int | None = None
     """language: tokens by which the window moves, so that each target sees at least context - stride tokens before it; null:
     half of the context."""
+    end_of_document: bool = True
+    """language: the mark behind each document is a target too, without bytes, as in training; false: only its text is."""
     # --- rows
     format: RowFormat = "auto"
     """Of files with rows; auto: by the ending of their names. lines: a text file, one row a line, as column `text`."""
@@ -140,11 +142,8 @@ class TaskConfig:
             problems.append("data=[]: needs files with rows; give task.data=[{path: dev.jsonl}]")
         if not self.prompt:
             problems.append("prompt='': needs what the model is given, such as 'Review: {text}\\nSentiment:'")
-        try:
-            if self.prompt and not any(name for _, name, _, _ in Formatter().parse(self.prompt)):
-                problems.append(f"prompt={self.prompt!r}: names no column, so all rows would be alike; put one in braces")
-        except ValueError as error:
-            problems.append(f"prompt={self.prompt!r}: {error}; a brace that is meant is doubled: {{{{")
+        else:
+            problems += self._prompt_problems()
         if not self.target:
             problems.append("target='': needs the column of the truth")
         if self.kind == "classification":
@@ -156,6 +155,20 @@ class TaskConfig:
         if "" in self.stop:
             problems.append("stop: holds an empty text, which ends every output at once; remove it")
         return problems
+
+    def _prompt_problems(self) -> list[str]:
+        """Columns are named, and nothing else: Python's formats and attributes would show what is no text of the row."""
+        try:
+            fields = [(name, form, turned) for _, name, form, turned in Formatter().parse(self.prompt) if name is not None]
+        except ValueError as error:
+            return [f"prompt={self.prompt!r}: {error}; a brace that is meant is doubled: {{{{"]
+        if not any(name for name, _, _ in fields):
+            return [f"prompt={self.prompt!r}: names no column, so all rows would be alike; put one in braces"]
+        return [
+            f"prompt={self.prompt!r}: {{{name}}} is more than a column, or a field within one: {{column[field]}}; a brace that is meant is doubled: {{{{"
+            for name, form, turned in fields
+            if form or turned or "." in name
+        ]
 
     def _label_problems(self) -> list[str]:
         problems = []

@@ -14,7 +14,7 @@ from data_pipeline.corpus import Corpus
 from data_pipeline.document import Document, Rejection
 from data_pipeline.inputs import list_inputs
 from data_pipeline.io import COMPRESSED_SUFFIXES, sha256_of, sha256_of_texts
-from data_pipeline.manifest import MANIFEST_FILE, Split, read_manifest
+from data_pipeline.manifest import MANIFEST_FILE, read_manifest
 from data_pipeline.readers import read_unit
 from data_pipeline.task_config import TaskConfig, TaskSource
 from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -55,12 +55,12 @@ def open_texts(
     Raises UserError for a source that is missing, of another format, or of another tokenizer than the model's.
     """
     if (Path(source.path) / MANIFEST_FILE).is_file():
-        return _open_corpus(source, task.split, tokenizer=tokenizer, verify=verify)
+        return _open_corpus(task, source, tokenizer=tokenizer, verify=verify)
     return _open_files(task, source, tokenizer=tokenizer, end_of_document=end_of_document)
 
 
-def _open_corpus(source: TaskSource, split: Split, *, tokenizer: Tokenizer, verify: bool) -> TextSource:
-    manifest = read_manifest(source.path)
+def _open_corpus(task: TaskConfig, source: TaskSource, *, tokenizer: Tokenizer, verify: bool) -> TextSource:
+    manifest, split = read_manifest(source.path), task.split
     if manifest.tokenizer_sha256 != tokenizer.sha256:
         raise UserError(
             f"{source.path}: was encoded by another tokenizer than the model's, so its ids mean other words; give its text "
@@ -76,9 +76,11 @@ def _open_corpus(source: TaskSource, split: Split, *, tokenizer: Tokenizer, veri
         for number, (name, tokens) in enumerate(corpus.documents()):
             if limit is not None and number >= limit:
                 return
-            yield TokenRun(id=name, source=source.label, tokens=tokens.astype(np.int32))
+            without_mark = not task.end_of_document and len(tokens) and tokens[-1] == manifest.eod_id
+            kept = tokens[:-1] if without_mark else tokens
+            yield TokenRun(id=name, source=source.label, tokens=kept.astype(np.int32))
 
-    hash = sha256_of_texts([manifest.fingerprint, split])
+    hash = sha256_of_texts([manifest.fingerprint, split, *_marks(task)])
     return TextSource(name=source.label, path=source.path, hash=hash, runs=runs)
 
 
@@ -113,8 +115,14 @@ def _open_files(task: TaskConfig, source: TaskSource, *, tokenizer: Tokenizer, e
             if limit is not None and number >= limit:
                 return
             ids = tokenizer.encode(item.text)
-            ids += [] if end_of_document is None else [end_of_document]
+            ids += [end_of_document] if end_of_document is not None and task.end_of_document else []
             yield TokenRun(id=item.id, source=source.label, tokens=np.array(ids, dtype=np.int32))
 
-    hash = sha256_of_texts(sha256_of(Path(file.path)) for unit in inputs.units for file in unit.files)
+    digests = [sha256_of(Path(file.path)) for unit in inputs.units for file in unit.files]
+    hash = sha256_of_texts([*digests, *_marks(task)])
     return TextSource(name=source.label, path=source.path, hash=hash, runs=runs)
+
+
+def _marks(task: TaskConfig) -> list[str]:
+    """What else decides which targets there are, beside the text."""
+    return [] if task.end_of_document else ["without end marks"]

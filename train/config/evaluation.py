@@ -62,6 +62,8 @@ class EvaluationConfig:
             problems.append(f"tensor={self.tensor}: must divide processes={self.processes}; give processes={self.tensor}")
         if self.resamples < 0:
             problems.append(f"resamples={self.resamples}: must not be negative; 0 makes no intervals")
+        if self.seed < 0:
+            problems.append(f"seed={self.seed}: must not be negative")
         if not 0 < self.confidence < 1:
             problems.append(f"confidence={self.confidence}: must lie between 0 and 1, such as 0.95")
         if problems:

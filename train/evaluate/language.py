@@ -80,7 +80,8 @@ class Piece:
     """Some windows of a document that count as one example."""
 
     run: TokenRun
-    block: int | None
+    block: str
+    """Which part of its document it is, by bytes of text; '' where it is all of it."""
     windows: list[Window]
     loss: float = 0.0
 
@@ -96,12 +97,12 @@ def cut_texts(sources: Sequence[TextSource], subject: Subject, *, reach: Reach, 
     Raises UserError when a source has no target at all, or an id that the model does not know, and for a tokenizer whose
     tokens have no bytes to count.
     """
-    subject.tokenizer.token_bytes()
+    token_bytes_V, opening = subject.bytes_of_ids(), max(1, len(subject.opening))
     found: list[Piece] = []
     for source in sources:
         runs = [_opened(run, subject) for run in source.runs(limit)]
         few = len(runs) < FEW_DOCUMENTS
-        pieces = [piece for run in runs for piece in _pieces(run, subject, reach, few=few)]
+        pieces = [piece for run in runs for piece in _pieces(run, token_bytes_V, opening, reach, few=few)]
         if not pieces:
             raise UserError(
                 f"{source.path}: holds no token with another before it, so nothing can be predicted; give more text"
@@ -128,7 +129,7 @@ def measure_texts(
         likelihoods = scorer.score(requests, progress=lambda done: progress(round(done * mean_targets)))  # noqa: B023
         for (piece, _), likelihood in zip(part, likelihoods, strict=True):
             piece.loss += likelihood.loss
-    token_bytes_V = subject.tokenizer.token_bytes()
+    token_bytes_V = subject.bytes_of_ids()
     return [_example(piece, subject, token_bytes_V) for piece in pieces]
 
 
@@ -139,30 +140,28 @@ def _opened(run: TokenRun, subject: Subject) -> TokenRun:
     return TokenRun(id=run.id, source=run.source, tokens=tokens)
 
 
-def _pieces(run: TokenRun, subject: Subject, reach: Reach, *, few: bool) -> Iterator[Piece]:
-    first = max(1, len(subject.opening))
+def _pieces(run: TokenRun, token_bytes_V: np.ndarray, first: int, reach: Reach, *, few: bool) -> Iterator[Piece]:
     every = list(windows(len(run.tokens), first=first, context=reach.context, stride=reach.stride))
     if not few:
         if every:
-            yield Piece(run=run, block=None, windows=every)
+            yield Piece(run=run, block="", windows=every)
         return
+    ends = np.cumsum(token_bytes_V[run.tokens], dtype=np.int64)  # of each token, in bytes of text
     held: list[Window] = []
-    block = 0
     for window in every:
         held.append(window)
-        if sum(one.num_targets for one in held) >= BLOCK_TARGETS:
-            yield Piece(run=run, block=block, windows=held)
-            held, block = [], block + 1
-    if held:
-        yield Piece(run=run, block=block, windows=held)
+        if sum(one.num_targets for one in held) >= BLOCK_TARGETS or window is every[-1]:
+            # Under another stride or tokenizer another part, so it must not go by the same name.
+            part = f"@{ends[held[0].first - 1]}-{ends[held[-1].end - 1]}"
+            yield Piece(run=run, block=part, windows=held)
+            held = []
 
 
 def _example(piece: Piece, subject: Subject, token_bytes_V: np.ndarray) -> Example:
     first, end = piece.windows[0].first, piece.windows[-1].end
     targets = piece.run.tokens[first:end]
-    name = piece.run.id if piece.block is None else f"{piece.run.id}@{piece.block}"
     return Example(
-        id=name,
+        id=f"{piece.run.id}{piece.block}",
         source=piece.run.source,
         input=subject.tokenizer.decode(targets[:100].tolist())[:SHOWN_CHARACTERS],
         loss=piece.loss,

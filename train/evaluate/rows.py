@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,6 +25,8 @@ class Encoded:
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
+    num_bytes: int
+    """UTF-8 bytes of what is scored: the text, and what a token that reaches over the border has of the prompt."""
     is_cut: bool
     """Whether the beginning of the prompt was left out, so that the rest fits the model."""
 
@@ -34,45 +36,65 @@ class Encoded:
         return LikelihoodRequest(context=self.context, continuation=self.continuation)
 
 
-def encode_pair(subject: Subject, prompt: str, text: str) -> Encoded:
-    """Tokens of `prompt + text`, parted where they begin to differ from those of the prompt alone.
+def encode_pairs(subject: Subject, prompt: str, texts: Sequence[str]) -> list[Encoded]:
+    """Tokens of `prompt + text` for each text, parted where the first of them begins to differ from those of the prompt alone.
 
-    So a token that reaches over the border counts as part of the text. Raises UserError for a text longer than the model
-    reads, or that is no token.
+    So a token that reaches over the border counts as part of the text, and all texts stand behind the same context, as
+    much of it as leaves room for the longest. Raises UserError for a text longer than the model reads, or that is no token.
     """
-    whole, alone = subject.tokenizer.encode(prompt + text), subject.tokenizer.encode(prompt)
-    same = next((place for place, pair in enumerate(zip(whole, alone, strict=False)) if pair[0] != pair[1]), None)
-    place = min(len(alone), len(whole)) if same is None else same
-    context, continuation = (*subject.opening, *whole[:place]), tuple(whole[place:])
-    context = context or subject.first
-    if not continuation:
-        raise UserError(f"{text!r}: is no token behind {prompt[-40:]!r}; give text of at least one")
-    most = subject.model.max_positions + 1 - len(continuation)
-    if most < 1:
-        raise UserError(f"{text[:40]!r}...: has {len(continuation)} tokens, the model reads {subject.model.max_positions}")
-    return Encoded(context=context[-most:], continuation=continuation, is_cut=len(context) > most)
+    alone = subject.tokenizer.encode(prompt)
+    wholes = [subject.tokenizer.encode(prompt + text) for text in texts]
+    place = min((_common(whole, alone) for whole in wholes), default=0)
+    opened = (*subject.opening, *alone[:place]) or subject.first
+    longest = 0
+    for text, whole in zip(texts, wholes, strict=True):
+        count = len(whole) - place
+        if count < 1:
+            raise UserError(f"{text!r}: is no token behind {prompt[-40:]!r}; give text of at least one")
+        if count > subject.model.max_positions:
+            raise UserError(f"{text[:40]!r}...: has {count} tokens, the model reads {subject.model.max_positions}")
+        longest = max(longest, count)
+    context = opened[-(subject.model.max_positions + 1 - longest) :]
+    over = sum(len(subject.tokenizer.token_table[token_id]) for token_id in alone[place:])
+    return [
+        Encoded(
+            context=context,
+            continuation=tuple(whole[place:]),
+            num_bytes=len(text.encode()) + over,
+            is_cut=len(context) < len(opened),
+        )
+        for text, whole in zip(texts, wholes, strict=True)
+    ]
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    both = min(len(first), len(second))
+    return next((place for place in range(both) if first[place] != second[place]), both)
 
 
 def encode_rows(rows: Sequence[Row], task: TaskConfig, subject: Subject) -> list[list[Encoded]]:
     """What is scored of each row: the text of every label; of a generation the first truth, where there is one.
 
-    Raises UserError, with its place, for a row that does not fit the model, and where no prompt fits.
+    Raises UserError, with its place, for a row that does not fit the model or the metrics, and where no prompt fits.
     """
     if task.kind == "generation":
         _room_for_prompt(task, subject)
+    needs_truth = task.kind == "generation" and set(task.metrics) - {"answers"}
 
     def encode(row: Row) -> list[Encoded]:
         texts = task.texts_of_labels
         if task.kind == "generation":
             texts = (f"{task.prefix_text}{row.truths[0]}",) if any(row.truths[:1]) else ()
+        if needs_truth and not row.truths:
+            raise UserError(
+                f"{row.id}: task.target={task.target} is empty, and {', '.join(sorted(needs_truth))} compare with a reference; "
+                "leave the row out, or score it by task.metrics=[answers]"
+            )
         try:
-            pairs = [encode_pair(subject, row.prompt, text) for text in texts]
+            return encode_pairs(subject, row.prompt, texts)
         except UserError as error:
             raise UserError(f"{row.id}: {error}") from None
-        # As much of the prompt for a short label as for a long one, or the short one would have the better chance.
-        room = subject.model.max_positions + 1 - max((len(pair.continuation) for pair in pairs), default=0)
-        is_cut = any(pair.is_cut for pair in pairs)
-        return [replace(pair, context=pair.context[-room:], is_cut=is_cut) for pair in pairs]
 
     return [encode(row) for row in rows]
 
@@ -117,7 +139,7 @@ def label_rows(
                 loss=likelihoods[truth].loss,
                 input_tokens=len(encoded[truth].context),
                 target_tokens=len(encoded[truth].continuation),
-                target_bytes=len(task.texts_of_labels[truth].encode()),
+                target_bytes=encoded[truth].num_bytes,
             )
         )
     return Outcome(examples=examples, cut_off=sum(of_row[0].is_cut for of_row in pairs))
@@ -179,7 +201,7 @@ def write_rows(
                 loss=None if likelihood is None else likelihood.loss,
                 input_tokens=min(len(context), most),
                 target_tokens=0 if pair is None else len(pair.continuation),
-                target_bytes=0 if pair is None else len(f"{task.prefix_text}{row.truths[0]}".encode()),
+                target_bytes=0 if pair is None else pair.num_bytes,
                 output_tokens=len(ids),
             )
         )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from conf.errors import UserError
 from data_pipeline.task_config import TaskSource
 from data_pipeline.tokenizer import Tokenizer
@@ -80,6 +82,14 @@ class Subject:
         """Ids that both the model and the tokenizer know."""
         return min(self.tokenizer.vocab_size, self.model.vocab_size)
 
+    def bytes_of_ids(self) -> np.ndarray:
+        """UTF-8 bytes of every id of the model, int64 [V]; 0 for those that the tokenizer does not know.
+
+        Raises UserError for a tokenizer whose tokens are not bytes of the text.
+        """
+        known = self.tokenizer.token_bytes()[: self.model.vocab_size]
+        return np.pad(known, (0, self.model.vocab_size - len(known))).astype(np.int64)
+
     def own_sources(self) -> tuple[TaskSource, ...]:
         """The corpora that its run was trained on; none for a model from elsewhere."""
         if self.run is None:
@@ -87,8 +97,9 @@ class Subject:
         return tuple(TaskSource(path=source.path, name=source.label) for source in self.run.data.sources)
 
 
-def open_subject(checkpoint: str | None, hf: str | None, *, verify: bool) -> Subject:
-    """Find the model. `verify`: compare a checkpoint's files with their hashes.
+def open_subject(checkpoint: str | None, hf: str | None, *, verify: bool, hashed: bool = True) -> Subject:
+    """Find the model. `verify`: compare a checkpoint's files with their hashes. `hashed`: read the files of a Hugging Face
+    folder for their hash, which one rank alone needs.
 
     Raises UserError for one that is not there, cannot be trusted, or that our decoder cannot take.
     """
@@ -101,7 +112,12 @@ def open_subject(checkpoint: str | None, hf: str | None, *, verify: bool) -> Sub
     folder, commit = fetch(hf, revision=None, format="safetensors")
     foreign = HuggingFaceReader(folder)
     tokenizer = Tokenizer(folder)
-    identity = {"path": hf, "hash": foreign.hash, "parameters": num_parameters(foreign.model), "revision": commit}
+    identity = {
+        "path": hf,
+        "hash": foreign.hash if hashed else "",
+        "parameters": num_parameters(foreign.model),
+        "revision": commit,
+    }
     identity |= {"tokenizer": tokenizer.sha256, "family": foreign.model.family}
     return Subject(reader=foreign, tokenizer=tokenizer, opening=tuple(tokenizer.opening()), identity=identity, folder=Path())
 

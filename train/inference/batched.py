@@ -13,8 +13,8 @@ from torch import Tensor
 
 from conf.errors import UserError
 from train.config.model import ModelConfig
-from train.inference.cached import CachedDecoder
-from train.inference.generation import Continuation, Request, generate_ids
+from train.inference.cached import CachedDecoder, KeyValueCache
+from train.inference.generation import PREFILL_TOKENS, Continuation, Request, generate_ids
 from train.inference.sampling import Sampling, choose
 from train.model.init import keyed_seed
 from train.model.transformer import Decoder
@@ -129,8 +129,7 @@ class BatchGenerator:
         positions_BS = torch.where(places_S < lengths_B.unsqueeze(1), places_S, -1)
         padded = [(*row.prompt.ids, *[0] * (longest - len(row.prompt.ids))) for row in rows]
         cache = self.decoder.new_cache(num_sequences=len(rows), capacity=longest + newest - 1, ragged=True)
-        hidden_BSH = self.decoder.advance(torch.tensor(padded, device=device), cache, positions_BS=positions_BS)
-        last_B1H = hidden_BSH[torch.arange(len(rows), device=device), lengths_B - 1].unsqueeze(1)
+        last_B1H = self._prefill(torch.tensor(padded, device=device), positions_BS, lengths_B, cache)
         live = list(rows)
         next_B = lengths_B
         while True:
@@ -150,6 +149,19 @@ class BatchGenerator:
             positions_B1 = next_B.clamp(max=self.model.max_positions - 1).unsqueeze(1)
             last_B1H = self.decoder.advance(chosen_B.unsqueeze(1), cache, positions_BS=positions_B1)
             next_B = next_B + 1
+
+    def _prefill(self, tokens_BS: Tensor, positions_BS: Tensor, lengths_B: Tensor, cache: KeyValueCache) -> Tensor:
+        """Run the prompts into the empty cache, piece by piece; hidden states [B, 1, H] of the last token of each."""
+        numbers_B = torch.arange(len(tokens_BS), device=tokens_BS.device)
+        last_B1H = None
+        for first in range(0, tokens_BS.shape[1], PREFILL_TOKENS):
+            piece = slice(first, first + PREFILL_TOKENS)
+            hidden_BSH = self.decoder.advance(tokens_BS[:, piece], cache, positions_BS=positions_BS[:, piece])
+            places_B = lengths_B - 1 - first
+            found_B1H = hidden_BSH[numbers_B, places_B.clamp(0, hidden_BSH.shape[1] - 1)].unsqueeze(1)
+            # A prompt that ended before this piece keeps what it had; one that goes on is looked up again.
+            last_B1H = found_B1H if last_B1H is None else torch.where((places_B >= 0)[:, None, None], found_B1H, last_B1H)
+        return last_B1H
 
     def _choose(self, logits_BV: Tensor, rows: Sequence[_Row]) -> Tensor:
         if not torch.isfinite(logits_BV.amax(dim=-1)).all():

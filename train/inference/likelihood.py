@@ -9,15 +9,18 @@ Shapes: B sequences, S positions, T = B x S, H hidden, V padded vocabulary, N po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from conf.errors import UserError
 from train.config.model import ModelConfig
-from train.inference.cached import CachedDecoder
+from train.inference.cached import CachedDecoder, KeyValueCache
 from train.model.transformer import Decoder, Reading
 from train.parallel import ParallelContext
 
@@ -25,6 +28,8 @@ LOGIT_BYTES = 1 << 26
 """Of the fp32 logits that exist together."""
 LEAST_SHARED = 16
 """Tokens that contexts must have in common before running them apart pays for the copy of the keys."""
+CACHED_FOR_EACH = 4
+"""Cached positions that branches may hold in copies, for each token of a batch."""
 ROUND_ON_GPU = 64
 """Lengths are rounded up to this on a GPU: kernels are tried and tuned for every new shape."""
 
@@ -54,6 +59,9 @@ class _Branch:
     tokens: tuple[int, ...]
 
 
+_Fork: TypeAlias = tuple[int, _Branch]  # a branch, and the place of its context in the batch
+
+
 @dataclass(kw_only=True)
 class _Unit:
     """A row that runs, and the continuations that are scored after it."""
@@ -65,12 +73,6 @@ class _Unit:
     def row(self) -> tuple[int, ...]:
         """What runs first: with one branch all of it but its last token, which is only a target."""
         return self.context if len(self.branches) > 1 else (*self.context, *self.branches[0].tokens[:-1])
-
-    @property
-    def cost(self) -> int:
-        """Tokens that run."""
-        later = sum(len(branch.tokens) - 1 for branch in self.branches) if len(self.branches) > 1 else 0
-        return len(self.row) + later
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +117,11 @@ class LikelihoodScorer:
     ) -> list[Likelihood]:
         """The likelihood of each request, in their order; `progress` is told how many more are done over all ranks.
 
-        Raises ValueError for an empty context or continuation, and for one that is longer than the model reads.
+        Raises ValueError for an empty context or continuation, for one that is longer than the model reads, and for an id that
+        the model does not know; UserError when the model gives no finite logits.
         """
         self._check(requests)
+        self._check_alike(requests)
         sums = _Sums(len(requests), self.context.device)
         ranks, rank = self.context.data_parallel, self.context.data_rank
         batches = self._batches(self._units(requests))
@@ -127,8 +131,11 @@ class LikelihoodScorer:
                 self._run(together[rank], sums)
             progress(sum(len(unit.branches) for batch in together for unit in batch))
         # Each request was scored by one rank; the others add zeros.
-        loss = self.context.sum_over_data(sums.loss).tolist()
+        loss = self.context.sum_over_data(sums.loss)
         misses = self.context.sum_over_data(sums.misses).tolist()
+        if not torch.isfinite(loss).all():
+            raise UserError("the model's logits are not finite: its weights are damaged or it diverged in training")
+        loss = loss.tolist()
         return [Likelihood(loss=nats, is_greedy=missed == 0) for nats, missed in zip(loss, misses, strict=True)]
 
     def _check(self, requests: Sequence[LikelihoodRequest]) -> None:
@@ -138,6 +145,20 @@ class LikelihoodScorer:
             length = len(request.context) + len(request.continuation) - 1
             if length > self.model.max_positions:
                 raise ValueError(f"request {number}: {length} tokens, the model reads {self.model.max_positions}; cut its left")
+
+            if max(max(request.context), max(request.continuation)) >= self.model.vocab_size:
+                raise ValueError(f"request {number}: holds an id beyond the model's vocabulary of {self.model.vocab_size}")
+
+    def _check_alike(self, requests: Sequence[LikelihoodRequest]) -> None:
+        """Ranks that asked for different things would add up what does not belong together."""
+        if self.context.world_size == 1:
+            return
+        digest = hashlib.blake2b(digest_size=16)
+        for request in requests:
+            for ids in (request.context, request.continuation):
+                digest.update(len(ids).to_bytes(8, "little") + np.asarray(ids, dtype=np.int64).tobytes())
+        if len(set(self.context.gather_to_all(digest.hexdigest()))) > 1:
+            raise RuntimeError("the ranks ask for different likelihoods")
 
     def _units(self, requests: Sequence[LikelihoodRequest]) -> list[_Unit]:
         """The rows to run, the longest first: what does not fit into memory is found at once."""
@@ -151,15 +172,10 @@ class LikelihoodScorer:
 
     def _batches(self, units: Sequence[_Unit]) -> list[list[_Unit]]:
         batches: list[list[_Unit]] = []
-        widest = 0
-        for unit in units:
-            branches = len(unit.branches) * max(len(branch.tokens) for branch in unit.branches)
-            width = max(widest, len(unit.row)) + branches * (len(unit.branches) > 1)
-            if not batches or (len(batches[-1]) + 1) * width > self.batch_tokens:
+        for unit in units:  # the first of a batch is its longest
+            if not batches or (len(batches[-1]) + 1) * len(batches[-1][0].row) > self.batch_tokens:
                 batches.append([])
-                width = len(unit.row) + branches * (len(unit.branches) > 1)
             batches[-1].append(unit)
-            widest = width
         return batches
 
     def _run(self, batch: Sequence[_Unit], sums: _Sums) -> None:
@@ -216,18 +232,34 @@ class LikelihoodScorer:
         hidden_NH = self.cached.advance(tokens_BS, cache, positions_BS=positions_BS, rows_N=wanted.rows_N)
         self.tokens_run += shared + tokens_BS.numel()
         self._score(hidden_NH, wanted, sums)
-        forks = [(place, branch) for place, unit in enumerate(batch) if not _is_plain(unit) for branch in unit.branches]
-        longer = [(place, branch) for place, branch in forks if len(branch.tokens) > 1]
-        if not longer:
-            return
-        parents = torch.tensor([place for place, _ in longer], device=device)
-        starts_B1 = torch.tensor([[len(batch[place].row)] for place, _ in longer], device=device)
-        tokens_BS, positions_BS = self._padded([branch.tokens[:-1] for _, branch in longer])
+        forks = [
+            (place, branch)
+            for place, unit in enumerate(batch)
+            if not _is_plain(unit)
+            for branch in unit.branches
+            if len(branch.tokens) > 1
+        ]
+        for part in self._fork_batches(forks, capacity):
+            self._run_forks(batch, part, cache, sums)
+
+    def _fork_batches(self, forks: Sequence[_Fork], capacity: int) -> Iterator[Sequence[_Fork]]:
+        """Parts that run together, so that neither what runs nor the copies of the cached keys grow with the branches."""
+        longest = max((len(branch.tokens) for _, branch in forks), default=1)
+        most = max(1, min(self.batch_tokens // longest, CACHED_FOR_EACH * self.batch_tokens // (capacity + longest)))
+        for first in range(0, len(forks), most):
+            yield forks[first : first + most]
+
+    def _run_forks(self, batch: Sequence[_Unit], forks: Sequence[_Fork], cache: KeyValueCache, sums: _Sums) -> None:
+        """Run the branches behind their contexts, which `cache` holds."""
+        device = self.context.device
+        parents = torch.tensor([place for place, _ in forks], device=device)
+        starts_B1 = torch.tensor([[len(batch[place].row)] for place, _ in forks], device=device)
+        tokens_BS, positions_BS = self._padded([branch.tokens[:-1] for _, branch in forks])
         positions_BS = torch.where(positions_BS >= 0, positions_BS + starts_B1, positions_BS)
-        grown = cache.select(parents, capacity=capacity + tokens_BS.shape[1])
+        grown = cache.select(parents, capacity=cache.capacity + tokens_BS.shape[1])
         picks = [
             _Pick(row=row, place=place, target=target, request=branch.number)
-            for row, (_, branch) in enumerate(longer)
+            for row, (_, branch) in enumerate(forks)
             for place, target in enumerate(branch.tokens[1:])
         ]
         wanted = _Wanted.of(picks, tokens_BS)

@@ -112,13 +112,14 @@ def read_evaluation(folder: Path) -> Evaluation:
         values = json.loads(path.read_bytes())
         version = values.pop("format_version")
         if version != FORMAT_VERSION:
-            raise UserError(f"{path}: format_version={version}, this Longhaul reads {FORMAT_VERSION}; evaluate again")
+            way_out = f"remove {folder} and evaluate again"
+            raise UserError(f"{path}: format_version={version}, this Longhaul reads {FORMAT_VERSION}; {way_out}")
         scores = {name: Score(**score) for name, score in values.pop("scores").items()}
         return Evaluation(**values, scores=scores, folder=folder)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the folder of an evaluation") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); evaluate again") from None
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); remove {folder} and evaluate again") from None
 
 
 def find_evaluations(root: Path) -> list[Evaluation]:

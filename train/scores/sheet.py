@@ -106,9 +106,14 @@ def _parts(kind: Kind, examples: Sequence[Example], settings: ScoreSettings) -> 
     raise UserError(f"kind={kind}: its figures are made elsewhere; language, classification and generation are scored here")
 
 
-def _language(examples: Sequence[Example]) -> Tally:
-    losses = [_loss(example) for example in examples]
-    return language(losses, [item.target_tokens for item in examples], [item.target_bytes for item in examples])
+def _language(examples: Sequence[Example], *, lacking: bool = False) -> Tally:
+    """`lacking`: an example may have no loss, such as a question without an answer; it adds nothing."""
+    there = [not lacking or example.loss is not None for example in examples]
+    losses = [_loss(item) if is_there else 0.0 for item, is_there in zip(examples, there, strict=True)]
+    tokens = [item.target_tokens if is_there else 0 for item, is_there in zip(examples, there, strict=True)]
+    return language(
+        losses, tokens, [item.target_bytes if is_there else 0 for item, is_there in zip(examples, there, strict=True)]
+    )
 
 
 def _classification(examples: Sequence[Example], settings: ScoreSettings) -> list[Tally]:
@@ -130,8 +135,8 @@ def _generation(examples: Sequence[Example], settings: ScoreSettings) -> list[Ta
         parts.append(rouge(outputs, truths, stem=settings.stem, ids=ids))
     if "answers" in settings.metrics:
         parts.append(answers(outputs, truths, normalization=settings.answer_normalization))
-    if all(example.loss is not None for example in examples):
-        parts.append(_language(examples))
+    if any(example.loss is not None for example in examples):
+        parts.append(_language(examples, lacking=True))
     if not parts:
         raise UserError("metrics=[]: examples without loss need at least one metric, such as chrf; choose what to score")
     return parts

@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from conf.compose import to_plain
 from conf.errors import UserError
+from data_pipeline.manifest import read_manifest
+from data_pipeline.task_config import TaskConfig, TaskSource
 from data_pipeline.tasks import hash_of, read_rows
 from data_pipeline.texts import open_texts
 from train.checkpoint.manifest import write_durably
@@ -60,11 +62,12 @@ def run(config: EvaluationConfig) -> int:
     """
     started = time.perf_counter()
     device, settings = resolve_device(config.device), score_settings(config.task)
-    subject = open_subject(config.checkpoint, config.hf, verify=config.verify)
-    check_divisible(subject.model, config.tensor)
-    out = folder_for(config, subject.folder, f"{subject.label}-{config.task.name}")
-    prepared = PREPARERS[config.task.kind](config, subject)  # what is wrong with the data is told before weights are read
-    with _ranks(config, device.type) as context:
+    with _ranks(config, device.type) as context:  # first, so that all of them read the data at the same time
+        config = replace(config, verify=config.verify and context.is_first)
+        subject = open_subject(config.checkpoint, config.hf, verify=config.verify, hashed=context.is_first)
+        check_divisible(subject.model, config.tensor)
+        out = folder_for(config, subject.folder, f"{subject.label}-{config.task.name}") if context.is_first else Path()
+        prepared = PREPARERS[config.task.kind](config, subject)  # what is wrong with the data is told before weights are read
         engines = load_engines(subject, context, dtype=config.dtype, batch_tokens=config.batch_tokens)
         findings = prepared(engines, context)
         if not context.is_first:
@@ -120,9 +123,9 @@ Work = Callable[[Engines, ParallelContext], Findings]
 def _texts(config: EvaluationConfig, subject: Subject) -> Work:
     task = config.task
     reach = reach_of(task, subject)
-    wanted = task.data or subject.own_sources()
+    wanted = task.data or _with_text(subject.own_sources(), task)
     if not wanted:
-        raise UserError("task.data=[]: a model from elsewhere has no held-out text of its own; give task.data=[{path: ...}]")
+        raise UserError("task.data=[]: the model's run has no such text of its own; give task.data=[{path: ...}]")
     how = {"tokenizer": subject.tokenizer, "end_of_document": subject.end_of_document, "verify": config.verify}
     sources = [open_texts(task, source, **how) for source in wanted]
     pieces = cut_texts(sources, subject, reach=reach, limit=config.limit)
@@ -142,6 +145,17 @@ def _texts(config: EvaluationConfig, subject: Subject) -> Work:
         )
 
     return work
+
+
+def _with_text(sources: Sequence[TaskSource], task: TaskConfig) -> list[TaskSource]:
+    """The corpora of a run that have text in the split; the others are told of, as the run itself passed them over."""
+    found = []
+    for source in sources:
+        if read_manifest(source.path).num_tokens(task.split):
+            found.append(source)
+        else:
+            _tell(f"{source.label}: has no {task.split} text, it is left out")
+    return found
 
 
 def _rows(config: EvaluationConfig, subject: Subject) -> Work:

@@ -101,3 +101,9 @@ def test_labels_that_look_like_numbers() -> None:
     assert config.task.labels == ("0", "1")
     with pytest.raises(ConfigError, match=r"task.labels\[0\]=0: must be text; .*: \"task.labels=\['0', ...\]\""):
         validate(EvaluationConfig, compose("evaluate", [*words, "task.labels=[0,1]"]))
+
+
+@pytest.mark.parametrize("field", ["text.__class__", "text[en].upper", "text!r", "text:>9999999"])
+def test_a_prompt_names_columns_and_nothing_else(field: str) -> None:
+    with pytest.raises(ConfigError, match="is more than a column, or a field within one: {column"):
+        TaskConfig(kind="generation", data=(TaskSource(path="a.jsonl"),), prompt=f"{{{field}}}", metrics=("bleu",))

@@ -187,9 +187,7 @@ class TestWhatIsWrongWithARow:
         [
             ("{0} {text}", "task.prompt cannot be filled in"),
             ("{} {text}", "task.prompt cannot be filled in"),
-            ("{text.en}", "task.prompt cannot be filled in"),
             ("{text[en]}", "task.prompt cannot be filled in"),
-            ("{text:d}", "task.prompt cannot be filled in"),
             ("{target[0]} {text[9]}", "task.prompt names"),
             ("{}", "task.prompt cannot be filled in"),
         ],

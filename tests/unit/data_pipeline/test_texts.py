@@ -56,6 +56,11 @@ class TestCorpus:
         ]
         assert [run.id for run in found] == ids and {run.source for run in found} == {corpus.name}
 
+    def test_without_the_marks_of_their_ends(self, corpus: Path, tokenizer: Tokenizer) -> None:
+        with_marks, without = runs(corpus, tokenizer), runs(corpus, tokenizer, end_of_document=False)
+        assert all(np.array_equal(one.tokens[:-1], other.tokens) for one, other in zip(with_marks, without, strict=True))
+        assert opened(corpus, tokenizer).hash != opened(corpus, tokenizer, end_of_document=False).hash, "other targets"
+
     def test_the_split_and_the_limit(self, corpus: Path, tokenizer: Tokenizer) -> None:
         train, held_out = runs(corpus, tokenizer, split="train"), runs(corpus, tokenizer)
         assert len(train) > len(held_out) > 20 and not {run.id for run in train} & {run.id for run in held_out}
@@ -118,6 +123,11 @@ class TestFiles:
         assert run.tokens.tolist() == [*tokenizer.encode(text), END] and run.tokens.dtype == np.int32
         assert tokenizer.decode(run.tokens.tolist()) == text and (run.tokens[:-1] != END).all(), "no text spells the end"
         assert run.source == path.name and run.id.endswith(path.name)
+
+    def test_without_the_mark_of_its_end(self, tmp_path: Path, tokenizer: Tokenizer) -> None:
+        (tmp_path / "a.txt").write_text("some words")
+        (run,) = runs(tmp_path / "a.txt", tokenizer, end_of_document=False)
+        assert run.tokens.tolist() == tokenizer.encode("some words")
 
     def test_a_byte_order_mark_is_no_text(self, tmp_path: Path, tokenizer: Tokenizer) -> None:
         (tmp_path / "a.txt").write_bytes("\ufeffa".encode())

@@ -86,7 +86,7 @@ def test_a_line_leaves_out_what_is_usual(tmp_path: Path) -> None:
         (b"[]", "damaged (TypeError"),
         (b'"a"', "damaged (AttributeError"),
         (b"{}", "damaged (KeyError: 'format_version')"),
-        (b'{"format_version": 2}', "format_version=2, this Longhaul reads 1; evaluate again"),
+        (b'{"format_version": 2}', "format_version=2, this Longhaul reads 1; remove"),
         (b'{"format_version": null}', "format_version=None, this Longhaul reads 1"),
         (b'{"format_version": 1, "scores": {}}', "damaged (TypeError"),
         (b'{"format_version": 1, "scores": {"loss": 3}}', "damaged (TypeError"),

@@ -13,7 +13,7 @@ from data_pipeline.task_config import TaskConfig, TaskSource
 from data_pipeline.tasks import Row
 from tests.unit.convert.checkpoints import GPT2
 from tests.unit.evaluate.subjects import engines_of, subject_in
-from train.evaluate.rows import encode_pair, encode_rows, label_rows, text_until, write_rows
+from train.evaluate.rows import Encoded, encode_pairs, encode_rows, label_rows, text_until, write_rows
 from train.evaluate.subject import Engines, Subject
 
 DATA = (TaskSource(path="dev.jsonl"),)
@@ -42,11 +42,16 @@ def outputs(**changes: object) -> TaskConfig:
     return TaskConfig(**usual | changes)  # type: ignore[arg-type]
 
 
+def encode_one(subject: Subject, prompt: str, text: str) -> Encoded:
+    (pair,) = encode_pairs(subject, prompt, [text])
+    return pair
+
+
 class TestEncoding:
     @pytest.mark.parametrize("prompt", ["def main(argv): ", "", "\u4f60\u597d", "return the text"])
     @pytest.mark.parametrize("text", [" of", "x", "\n\n", "ing", "\u4f60", "then again and again"])
     def test_both_together_are_the_whole(self, subject: Subject, prompt: str, text: str) -> None:
-        pair = encode_pair(subject, prompt, text)
+        pair = encode_one(subject, prompt, text)
         whole = tuple(subject.tokenizer.encode(prompt + text))
         context = pair.context if prompt else ()
         assert context + pair.continuation == whole and not pair.is_cut
@@ -56,32 +61,45 @@ class TestEncoding:
 
     def test_a_token_over_the_border_is_of_the_text(self, subject: Subject) -> None:
         assert len(subject.tokenizer.encode("te")) == len(subject.tokenizer.encode("text")) == 2  # t e, tex t
-        pair = encode_pair(subject, "a te", "xt")
+        pair = encode_one(subject, "a te", "xt")
         assert [subject.tokenizer.decode(ids) for ids in (pair.context, pair.continuation)] == ["a ", "text"]
+        assert pair.num_bytes == len("text"), "its loss is that of the whole token"
+
+    def test_texts_of_one_prompt_stand_behind_the_same_context(self, subject: Subject) -> None:
+        """Else the one that joins the prompt would be scored with a part of it, and the other without."""
+        pairs = encode_pairs(subject, "a te", ["xt", "zz"])
+        assert [subject.tokenizer.decode(pair.context) for pair in pairs] == ["a ", "a "]
+        assert [subject.tokenizer.decode(pair.continuation) for pair in pairs] == ["text", "tezz"]
+        assert [pair.num_bytes for pair in pairs] == [4, 4]
+
+    def test_an_example_that_no_metric_can_score(self, subject: Subject) -> None:
+        with pytest.raises(UserError, match=r"dev.jsonl:1: task.target=target is empty, and bleu compare with a reference"):
+            encode_rows([row("a")], outputs(), subject)
+        assert encode_rows([row("a")], outputs(metrics=("answers",)), subject) == [[]]
 
     def test_nothing_before_the_text(self, subject: Subject) -> None:
-        assert encode_pair(subject, "", "a").context == (0,), "the end of another document"
+        assert encode_one(subject, "", "a").context == (0,), "the end of another document"
         opened = replace(subject, opening=(7,))
-        assert encode_pair(opened, "", "a").context == (7,)
-        assert encode_pair(opened, "b", "a").context == (7, *subject.tokenizer.encode("b"))
+        assert encode_one(opened, "", "a").context == (7,)
+        assert encode_one(opened, "b", "a").context == (7, *subject.tokenizer.encode("b"))
 
     def test_a_tokenizer_that_names_neither_beginning_nor_end(self, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("train.evaluate.subject.special_id", lambda tokenizer, role: None)
         with pytest.raises(UserError, match="names neither a beginning nor an end of texts, so nothing can stand first"):
-            encode_pair(subject, "", "a")
+            encode_one(subject, "", "a")
 
     def test_a_long_prompt_loses_its_beginning(self, subject: Subject) -> None:
-        pair = encode_pair(subject, "x" * 500, "abc")
+        pair = encode_one(subject, "x" * 500, "abc")
         assert pair.is_cut and pair.continuation == tuple(subject.tokenizer.encode("abc"))
         assert len(pair.context) + len(pair.continuation) - 1 == subject.model.max_positions
-        assert not encode_pair(subject, "x" * 158, "abc").is_cut and encode_pair(subject, "x" * 159, "abc").is_cut
+        assert not encode_one(subject, "x" * 158, "abc").is_cut and encode_one(subject, "x" * 159, "abc").is_cut
 
     def test_a_text_that_is_none_or_too_long(self, subject: Subject) -> None:
         with pytest.raises(UserError, match=r"'': is no token behind 'some prompt'; give text of at least one"):
-            encode_pair(subject, "some prompt", "")
-        assert len(encode_pair(subject, "a", "x" * 160).context) == 1
+            encode_one(subject, "some prompt", "")
+        assert len(encode_one(subject, "a", "x" * 160).context) == 1
         with pytest.raises(UserError, match=r"'x{40}'\.\.\.: has 161 tokens, the model reads 160"):
-            encode_pair(subject, "a", "x" * 161)
+            encode_one(subject, "a", "x" * 161)
 
     def test_which_row_it_was(self, subject: Subject) -> None:
         rows = [row("a", "b"), row("a", "x" * 200, number=7)]
@@ -91,7 +109,7 @@ class TestEncoding:
             encode_rows([row("a", "def")], labels(label_texts=("x" * 200, "b")), subject)
 
     def test_what_is_scored_of_a_row(self, subject: Subject) -> None:
-        found = encode_rows([row("a", "b", "c"), row("a"), row("a", "")], outputs(), subject)
+        found = encode_rows([row("a", "b", "c"), row("a"), row("a", "")], outputs(metrics=("answers",)), subject)
         assert [[subject.tokenizer.decode(pair.continuation) for pair in of_row] for of_row in found] == [[" b"], [], []]
         (pair, other), *rest = encode_rows([row("a", "def")] * 2, labels(), subject)
         assert subject.tokenizer.decode(other.continuation) == " return" and len(rest) == 1
@@ -150,7 +168,7 @@ class TestOutputs:
 
     def test_what_is_kept_of_each(self, subject: Subject, engines: Engines) -> None:
         rows = [row("def main(", "argv", "x"), row("x" * 400), row("again", "", number=3)]
-        outcome = self.written(subject, engines, rows, outputs(stop=("never",)))
+        outcome = self.written(subject, engines, rows, outputs(stop=("never",), metrics=("answers",)))
         one, two, three = outcome.examples
         assert one.loss is not None and one.target_bytes == len(" argv") and one.truths == ("argv", "x")
         assert (two.loss, two.target_tokens, two.target_bytes) == (three.loss, three.target_tokens, 0) == (None, 0, 0)

@@ -54,6 +54,10 @@ def attend_cached(
     """Mixed values [B, N, S, D] of S new positions over the cached keys and values."""
     key_BKPD, value_BKPD = (states[:, :, view.first :] for states in cache_BKPD)
     group = query_BNSD.shape[1] // key_BKPD.shape[1]
+    if softcap is None and group > 1 and query_BNSD.is_cuda and view.allowed is not None:
+        # With a mask torch's kernels for CUDA take no grouped heads, but the one that holds all scores.
+        key_BKPD, value_BKPD = (states.repeat_interleave(group, dim=1) for states in (key_BKPD, value_BKPD))
+        group = 1
     if softcap is None:
         return F.scaled_dot_product_attention(
             query_BNSD, key_BKPD, value_BKPD, attn_mask=view.allowed, scale=scale, enable_gqa=group > 1
