@@ -165,7 +165,8 @@ class TaskConfig:
         if not any(name for name, _, _ in fields):
             return [f"prompt={self.prompt!r}: names no column, so all rows would be alike; put one in braces"]
         return [
-            f"prompt={self.prompt!r}: {{{name}}} is more than a column, or a field within one: {{column[field]}}; a brace that is meant is doubled: {{{{"
+            f"prompt={self.prompt!r}: {{{name}}} is more than a column, or a field within one: {{column[field]}}; a brace that "
+            "is meant is doubled"
             for name, form, turned in fields
             if form or turned or "." in name
         ]
