@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -36,6 +37,15 @@ _log = logging.getLogger(__name__)
 TokenRequest = tuple[Any, list[int], list[int]]
 MOST_NEW_TOKENS = 256  # lm-eval's own default where a task does not say
 SAMPLING_WORDS = {"do_sample", "temperature", "top_k", "top_p"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Tokens of one request."""
+
+    input_tokens: int
+    target_tokens: int = 0
+    output_tokens: int = 0
 
 
 def _device_name(asked: Any) -> Literal["auto", "cpu", "cuda"]:
@@ -75,6 +85,10 @@ class LonghaulLM(TemplateLM):
             raise UserError(f"max_length={max_length}: must lie between 2 and the model's {most}")
         self.max_length = max_length or most
         self._device = self.context.device
+        self.lengths: dict[tuple[str, ...], Lengths] = {}
+        """(context, continuation), or (text,) of a rolling request -> what the model read for it."""
+        self.written: dict[tuple[str, str], Lengths] = {}
+        """(context, text that the model wrote) -> what it read and wrote; the text may be no whole tokens any more."""
 
     def _load(self, checkpoint: str | None, hf: str | None, **settings: Any) -> tuple[Subject, Engines, ParallelContext]:
         if (checkpoint is None) == (hf is None):
@@ -141,8 +155,9 @@ class LonghaulLM(TemplateLM):
         with self._bar(len(asked), "loglikelihood", disable_tqdm) as bar:
             found = self.engines.scorer.score(asked, progress=bar.update)
         answers = [(-one.loss, one.is_greedy) for one in found]
-        for (key, _, _), answer in zip(requests, answers, strict=True):
+        for (key, _, _), read, answer in zip(requests, asked, answers, strict=True):
             if key is not None:  # the windows of a rolling request are kept together
+                self.lengths[key] = Lengths(input_tokens=len(read.context), target_tokens=len(read.continuation))
                 self.cache_hook.add_partial("loglikelihood", key, answer)
         return answers
 
@@ -167,10 +182,13 @@ class LonghaulLM(TemplateLM):
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            for window in rolling:
-                context, continuation = make_disjoint_window(window)
-                windows.append((None, context, continuation))
-                owners.append(number)
+            parts = [make_disjoint_window(window) for window in rolling]
+            windows += [(None, context, continuation) for context, continuation in parts]
+            owners += [number] * len(parts)
+            self.lengths[request.args] = Lengths(
+                input_tokens=sum(len(context) + len(continuation) - 1 for context, continuation in parts),
+                target_tokens=sum(len(continuation) for _, continuation in parts),
+            )
         sums = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
             sums[owner] += value
@@ -180,15 +198,11 @@ class LonghaulLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes behind each context, up to a stop."""
-        prompts, stops = [], []
         end_text = self.subject.tokenizer.backend.id_to_token(self.eot_token_id)
-        for request in requests:
-            context, options = request.args
-            kwargs = normalize_gen_kwargs(options, MOST_NEW_TOKENS)
-            until = handle_stop_sequences(kwargs.pop("until", None), eos=end_text)
-            newest = kwargs.pop("max_gen_toks")
-            stops.append([text for text in until if text])
-            prompts.append(self._prompt(context, newest, kwargs))
+        asked = [request.args for request in requests]
+        prompts = [self._prompt(context, options) for context, options in asked]
+        untils = [normalize_gen_kwargs(options, MOST_NEW_TOKENS).pop("until", None) for _, options in asked]
+        stops = [[text for text in handle_stop_sequences(until, eos=end_text) if text] for until in untils]
 
         def watch(number: int) -> Continuation:
             return Continuation(self.subject.tokenizer.stream(), stop=stops[number], end_of_document=self.eot_token_id)
@@ -196,13 +210,17 @@ class LonghaulLM(TemplateLM):
         with self._bar(len(prompts), "generate_until", disable_tqdm) as bar:
             found = self.engines.generator.generate(prompts, watch, progress=bar.update)
         texts = []
-        for request, ids, until in zip(requests, found, stops, strict=True):
+        for request, prompt, ids, until in zip(requests, prompts, found, stops, strict=True):
             text = self.subject.tokenizer.decode(ids)
             texts.append(postprocess_generated_text(generation=text, stop=until, think_end_token=None))
+            self.written[request.args[0], texts[-1]] = Lengths(input_tokens=len(prompt.ids), output_tokens=len(ids))
             self.cache_hook.add_partial("generate_until", request.args, texts[-1])
         return texts
 
-    def _prompt(self, context: str, newest: int, kwargs: dict[str, Any]) -> Prompt:
+    def _prompt(self, context: str, options: dict[str, Any]) -> Prompt:
+        kwargs = normalize_gen_kwargs(options, MOST_NEW_TOKENS)
+        kwargs.pop("until", None)
+        newest = kwargs.pop("max_gen_toks")
         if unknown := sorted(set(kwargs) - SAMPLING_WORDS):
             raise UserError(f"generation_kwargs: {', '.join(unknown)}: not known here; {', '.join(sorted(SAMPLING_WORDS))} are")
         room = self.max_length - newest

@@ -13,14 +13,14 @@ from typing import Any
 
 import lm_eval
 import numpy as np
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 
-from conf.errors import UserError
 from data_pipeline.io import sha256_of_texts
 from train.config.evaluation import EvaluationConfig
 from train.evaluate.subject import Engines, Subject
 from train.harness.model import LonghaulLM
+from train.harness.samples import AGREEMENT, examples_of, source_of
+from train.harness.tasks import fault, is_ours, known_tasks
 from train.parallel import ParallelContext
 from train.scores.intervals import bootstrap_weights, interval
 from train.scores.record import Example, Score
@@ -41,16 +41,14 @@ class Outcome:
 
 
 def run_tasks(config: EvaluationConfig, subject: Subject, engines: Engines, context: ParallelContext) -> Outcome:
-    """Run the tasks; on other ranks than the first the outcome is empty.
+    """Run the tasks. lm-eval sees one process on every rank: all of them score the samples and sum them up, but only the
+    first, by LOCAL_RANK, is given the results; the outcome of the others is empty, and they spare themselves the bootstrap.
 
-    Raises UserError for a task that is not known, or whose data cannot be read.
+    Raises UserError for a task that is not known or damaged, or whose data cannot be read.
     """
     task = config.task
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=task.include, include_defaults=task.own_tasks)
-    if unknown := sorted(set(task.tasks) - set(manager.all_tasks)):
-        some = ", ".join(sorted(manager.all_tasks)[:20])
-        raise UserError(f"task.tasks={', '.join(unknown)}: no such task; there are {len(manager.all_tasks)}: {some}, ...")
+    manager = known_tasks(task)
     model = LonghaulLM(loaded=(subject, engines, context))
     try:
         results = lm_eval.simple_evaluate(
@@ -60,19 +58,22 @@ def run_tasks(config: EvaluationConfig, subject: Subject, engines: Engines, cont
             limit=config.limit,
             task_manager=manager,
             log_samples=True,
-            bootstrap_iters=config.resamples,
+            bootstrap_iters=config.resamples if context.is_first else 0,  # the others' results are thrown away
         )
-    except (FileNotFoundError, ConnectionError) as error:
-        words = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"task.tasks={', '.join(task.tasks)}: its data cannot be read ({words}); lm-eval's own tasks fetch theirs from the "
-            "hub, files of your own are named in the task by dataset_kwargs.data_files"
-        ) from None
+    # A task is a program: its templates, functions and metrics raise whatever they like.
+    except Exception as error:
+        if is_ours(error):
+            raise
+        raise fault(f"task.tasks={', '.join(task.tasks)}", error) from error
     if results is None:
         return Outcome(examples=[], data=[], scores={}, files={})
     samples = results.pop("samples")
     text = json.dumps(results, indent=1, default=handle_non_serializable, ensure_ascii=False)
-    examples = [_example(name, sample) for name, found in samples.items() for sample in found]
+    examples = [
+        example
+        for name, found in samples.items()
+        for example in examples_of(manager.loaded[name], found, results["results"][name], model)
+    ]
     data = [
         {
             "name": name,
@@ -106,7 +107,7 @@ def scores_of(
                 scores[name] = Score(value=None, undefined="lm-eval gives no finite value")
                 continue
             low, high = _bootstrapped(
-                float(value), [one.scores for one in examples if one.source == _source(task, way)], metric, config
+                float(value), [one.scores for one in examples if one.source == source_of(task, way)], metric, config
             )
             error = found.get(f"{metric}_stderr,{way}")
             if low is None and isinstance(error, Real) and math.isfinite(error):
@@ -122,28 +123,9 @@ def _bootstrapped(
     if len(found) < 2 or not config.resamples or any(metric not in scores for scores in found):
         return None, None
     scores_N = np.array([scores[metric] for scores in found])
-    if not math.isclose(scores_N.mean(), value, rel_tol=1e-9, abs_tol=1e-12):
+    if not math.isclose(scores_N.mean(), value, **AGREEMENT):
         return None, None
     weights = bootstrap_weights(len(scores_N), resamples=config.resamples, seed=config.seed)
     return interval(
         np.concatenate([weights_RN @ scores_N / len(scores_N) for weights_RN in weights]), confidence=config.confidence
-    )
-
-
-def _source(task: str, way: str) -> str:
-    return task if way == "none" else f"{task},{way}"
-
-
-def _example(task: str, sample: Mapping[str, Any]) -> Example:
-    arguments, answers = sample["arguments"], sample["filtered_resps"]
-    figures = {name: float(sample[name]) for name in sample["metrics"] if isinstance(sample.get(name), Real)}
-    target = sample["target"]
-    source = _source(task, sample["filter"])
-    return Example(
-        id=f"{source}:{sample['doc_id']}",
-        source=source,
-        input=str(arguments[0][0]),
-        truths=tuple(str(one) for one in (target if isinstance(target, list) else [target])),
-        output=str(answers[0] if len(answers) == 1 else answers),
-        scores=figures,
     )
