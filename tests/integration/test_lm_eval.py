@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import random
 import subprocess
@@ -170,6 +171,9 @@ def test_its_tasks_within_an_evaluation(place, by_hf, tmp_path):
     assert kept["scores"]["tiny_choice/acc"]["low"] >= 0, "the interval of a share stays among shares"
     examples = [json.loads(line) for line in (tmp_path / "found" / "examples.jsonl").read_text().splitlines()]
     assert len(examples) == len({one["id"] for one in examples}) == len(TASKS) * NUM_DOCUMENTS
+    losses = [one["loss"] for one in examples if one["source"] == "tiny_likelihood"]
+    assert math.exp(sum(losses) / NUM_DOCUMENTS) == pytest.approx(found["tiny_likelihood/perplexity"], rel=1e-6)
+    assert not any("perplexity" in one.get("scores", {}) for one in examples), "lm-eval's samples have a log-likelihood there"
     assert {entry["name"] for entry in kept["data"]} == set(TASKS)
     assert "tiny_choice" in (tmp_path / "found" / "lm_eval.txt").read_text()
     assert "Traceback" not in done.stderr
@@ -207,6 +211,13 @@ def _asked(kind: str, *arguments: Any) -> list:
     [
         ({"max_length": 1}, "max_length=1: must lie between 2 and"),
         ({"max_length": 161}, "max_length=161: must lie between 2 and the model's 160"),
+        ({"max_length": "long"}, "max_length=long: must lie between 2 and the model's 160"),
+        ({"dtype": "float16"}, "dtype=float16: must be one of auto, float32, bfloat16, fp32, bf16"),
+        ({"processes": "abc"}, "processes=abc: must be a whole number, at least 1"),
+        ({"processes": 1.5}, "processes=1.5: must be a whole number, at least 1"),
+        ({"tensor": "x"}, "tensor=x: must be a whole number, at least 1"),
+        ({"batch_tokens": 0}, "batch_tokens=0: must be a whole number, at least 1"),
+        ({"verify": "maybe"}, "verify=maybe: must be true or false"),
         ({"size": 3}, "size: no such setting; there are checkpoint, hf"),
         ({"hf": "somewhere"}, "exactly one of"),
         ({"processes": 3, "tensor": 2}, "tensor=2: must divide processes=3"),
@@ -216,6 +227,13 @@ def _asked(kind: str, *arguments: Any) -> list:
 def test_settings_that_do_not_fit(place, settings, words):
     with pytest.raises(UserError, match=words):
         _model(place, **settings)
+
+
+@pytest.mark.parametrize(
+    ("word", "dtype"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bf16", "bfloat16"), ("auto", "float32")]
+)
+def test_dtypes_have_the_names_of_hf_too(place, word, dtype):
+    assert _model(place, dtype=word).get_model_info()["model_dtype"] == f"torch.{dtype}"
 
 
 def test_requests_that_do_not_fit(place):

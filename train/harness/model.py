@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 
 TokenRequest = tuple[Any, list[int], list[int]]
 MOST_NEW_TOKENS = 256  # lm-eval's own default where a task does not say
+DTYPES = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16", "fp32": "fp32", "bf16": "bf16"}
+"""lm-eval's `hf` says float32 and bfloat16."""
 SAMPLING_WORDS = {"do_sample", "temperature", "top_k", "top_p"}
 
 
@@ -54,6 +56,25 @@ def _device_name(asked: Any) -> Literal["auto", "cpu", "cuda"]:
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={asked}: must be auto, cpu or cuda")
     return "auto" if name == "cuda" else name
+
+
+def _dtype_name(asked: Any) -> str:
+    # torch.bfloat16, as a program may hand it over, is written with its module.
+    name = DTYPES.get(str(asked).removeprefix("torch."))
+    if name is None:
+        raise UserError(f"dtype={asked}: must be one of {', '.join(DTYPES)}")
+    return name
+
+
+def _count(name: str, asked: Any) -> int:
+    """A number of something, at least 1; lm-eval makes an int of a word where it can."""
+    try:
+        number = int(str(asked))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UserError(f"{name}={asked}: must be a whole number, at least 1")
+    return number
 
 
 @register_model("longhaul")
@@ -81,7 +102,7 @@ class LonghaulLM(TemplateLM):
             loaded = self._load(checkpoint, hf, **settings)
         self.subject, self.engines, self.context = loaded
         most = self.subject.model.max_positions
-        if max_length is not None and not 2 <= max_length <= most:
+        if max_length is not None and not (isinstance(max_length, int) and 2 <= max_length <= most):
             raise UserError(f"max_length={max_length}: must lie between 2 and the model's {most}")
         self.max_length = max_length or most
         self._device = self.context.device
@@ -97,18 +118,21 @@ class LonghaulLM(TemplateLM):
         settings.pop("max_batch_size", None)
         if size not in (1, "1", "auto"):
             _log.warning("batch_size=%s is not used: batches are of tokens, give model_args batch_tokens=4096, say", size)
-        processes, tensor = int(settings.pop("processes", 1)), int(settings.pop("tensor", 1))
+        processes, tensor = (_count(name, settings.pop(name, 1)) for name in ("processes", "tensor"))
         device = resolve_device(_device_name(settings.pop("device", None)))
-        dtype, verify = settings.pop("dtype", "auto"), settings.pop("verify", True)
-        batch_tokens = settings.pop("batch_tokens", None)
+        dtype, verify = _dtype_name(settings.pop("dtype", "auto")), settings.pop("verify", True)
+        if verify not in (True, False):
+            raise UserError(f"verify={verify}: must be true or false")
+        asked = settings.pop("batch_tokens", None)
+        batch_tokens = None if asked is None else _count("batch_tokens", asked)
         if settings:
             raise UserError(
                 f"model_args: {', '.join(settings)}: no such setting; there are checkpoint, hf, processes, tensor, device, "
                 "dtype, batch_tokens, verify and max_length"
             )
-        if tensor < 1 or processes < 1 or processes % tensor:
+        if processes % tensor:
             raise UserError(f"tensor={tensor}: must divide processes={processes}; give processes={tensor}")
-        subject = open_subject(checkpoint, hf, verify=bool(verify))
+        subject = open_subject(checkpoint, hf, verify=verify)
         check_divisible(subject.model, tensor)
         context = single_process(device.type)
         if processes > 1:
