@@ -7,24 +7,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-
 from conf.errors import UserError
 from conf.schema import shown
+from tools.compare.harness import harness_tallies, task_figure
 from train.config.changes import leaves
+from train.scores import rouge
 from train.scores.comparison import Difference, adjusted, compare
 from train.scores.intervals import measure
 from train.scores.record import Evaluation, Example, Score
 from train.scores.settings import ScoreSettings
 from train.scores.sheet import tallies
-from train.scores.tally import Additive, Tally, ratio
+from train.scores.tally import Tally
 
 LOWER_IS_BETTER = {
     "loss", "perplexity", "bits_per_byte", "ece", "brier", "ter", "word_perplexity", "byte_perplexity",
 }  # fmt: skip
 NEITHER_IS_BETTER = {"support", "length_ratio"}
-SAID_ALREADY = {"precision_micro", "recall_micro", "f1_micro"}
-"""Of a classification these are the accuracy; four names of one test would cost the others their significance."""
+SAID_ALREADY = {"precision_micro", "recall_micro", "f1_micro"} | {
+    name for name in rouge.NAMES if name.endswith(("_precision", "_recall"))
+}
+"""Of a classification these are the accuracy, and of ROUGE its F1 tells both; several names of one test would cost the others
+their significance."""
+OF_LIKELIHOOD = {"loss", "perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity"}
+"""Figures of one sum of losses: different units of one test, which is counted once."""
 OF_TOKENS = {"loss", "perplexity"}
 """Figures of a token, which is another piece of text for another tokenizer."""
 LEVELS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
@@ -53,7 +58,13 @@ class Figure:
     is_detail: bool = False
     """Whether it is of one label alone, or of one source beside a figure of all."""
     corrected: float | None = None
-    """p-value after Holm's correction for the figures of its family; None: no test."""
+    """p-value after Holm's correction for the tests of its family; None: no test."""
+
+    @property
+    def tested_as(self) -> str:
+        """Name of the test; one for all figures of likelihood of the same source."""
+        source, slash, base = self.name.rpartition("/")
+        return f"{source}{slash}likelihood" if base.partition(",")[0] in OF_LIKELIHOOD else self.name
 
     @property
     def direction(self) -> Literal[-1, 0, 1]:
@@ -107,19 +118,24 @@ def compare_examples(one: Evaluation, other: Evaluation, resampling: Resampling)
     second = _in_order_of(first, second)
     notes = [f"evaluated with other settings: {text}" for text in set_otherwise(one, other)]
     incomparable: set[str] = set()
-    if _tokenizers_differ(one, other) and any(example.loss is not None for example in first):
+    # lm-eval's figures are of texts: of an example, a word, a byte.
+    if one.kind != "harness" and _tokenizers_differ(one, other) and any(example.loss is not None for example in first):
         incomparable = OF_TOKENS
         notes.append("different tokenizers: loss and perplexity are of tokens, so not comparable; bits per byte are")
         if any(mine.target_bytes != theirs.target_bytes for mine, theirs in zip(first, second, strict=True)):
             notes.append("the tokenizers cut the examples at other places, so their texts differ by some bytes")
     settings = _score_settings(one, other)
-    mine, theirs = _tallies(one.kind, first, settings), _tallies(one.kind, second, settings)
+    mine, theirs = _tallies(one, first, settings), _tallies(other, second, settings)
     figures: list[Figure] = []
     for source in [source for source in mine if source in theirs]:
-        is_part = bool(source) and "" in mine
+        is_part = bool(source) and "" in mine  # there is a figure of all sources too
         found = _figures(mine[source], theirs[source], resampling, incomparable=incomparable)
-        figures += [_placed(figure, source, is_part=is_part) for figure in found]
-    notes += [*_too_few_resamples(figures, resampling), *_disagreements(figures, one, other)]
+        name = task_figure if one.kind == "harness" else _figure_of
+        figures += [
+            replace(figure, name=name(source, figure.name), is_detail=is_part or "[" in figure.name) for figure in found
+        ]
+    figures, disagreements = _agreeing(figures, one, other)
+    notes += [*_too_few_resamples(figures, resampling), *disagreements]
     return Compared(
         title=title_of(one),
         num_examples=len(first),
@@ -138,7 +154,7 @@ def _in_order_of(first: Sequence[Example], second: Sequence[Example]) -> list[Ex
     if known != set(others) or len(known) < len(keys) or len(found) < len(others):
         raise UserError(
             f"other examples: {len(keys):,} and {len(others):,}, of which {len(known & set(others)):,} are the same; evaluate "
-            "both with the same limit"
+            "both with the same limit, context and stride"
         )
     return [found[key] for key in keys]
 
@@ -176,38 +192,11 @@ def _plain_settings(evaluation: Evaluation) -> dict[str, Any]:
     return dict(found) if isinstance(found, Mapping) else {}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Means:
-    """Figures that are means over the examples, each example's being in its own `scores`."""
-
-    names: tuple[str, ...]
-
-    def __call__(self, sums_RK: np.ndarray) -> dict[str, np.ndarray]:
-        """Each mean [R]."""
-        return {name: ratio(sums_RK[:, place], sums_RK[:, -1]) for place, name in enumerate(self.names)}
-
-    def undefined(self, name: str, sums_K: np.ndarray) -> str:
-        """Only an example that has none makes a mean undefined."""
-        return "an example has no finite score"
-
-
-def _tallies(kind: str, examples: Sequence[Example], settings: ScoreSettings) -> dict[str, Tally]:
-    """Source -> tally. The harness's tasks have figures of their own, which are means over the examples of a task."""
-    if kind != "harness":
-        return tallies(kind, examples, settings)
-    sources: dict[str, list[Example]] = {}
-    for example in examples:
-        sources.setdefault(example.source, []).append(example)
-    return {source: _means(found) for source, found in sources.items()}
-
-
-def _means(examples: Sequence[Example]) -> Tally:
-    """Of the figures that all examples have. Raises UserError where there is none."""
-    names = tuple(name for name in examples[0].scores if all(name in example.scores for example in examples))
-    if not names:
-        raise UserError(f"the examples of {examples[0].source or 'the task'} have no scores of their own to be compared by")
-    rows = [[*(example.scores[name] for name in names), 1.0] for example in examples]
-    return Additive(rows_NK=np.array(rows, dtype=np.float64), function=Means(names=names))
+def _tallies(evaluation: Evaluation, examples: Sequence[Example], settings: ScoreSettings) -> dict[str, Tally]:
+    """Source -> tally. The harness's tasks have figures of their own."""
+    if evaluation.kind == "harness":
+        return harness_tallies(evaluation, examples)
+    return tallies(evaluation.kind, examples, settings)
 
 
 def _figures(first: Tally, second: Tally, resampling: Resampling, *, incomparable: Iterable[str]) -> list[Figure]:
@@ -226,41 +215,62 @@ def _figures(first: Tally, second: Tally, resampling: Resampling, *, incomparabl
     return figures
 
 
-def _placed(figure: Figure, source: str, *, is_part: bool) -> Figure:
-    """The figure of a source under its full name. is_part: there is one of all sources too."""
-    name = f"{source}/{figure.name}" if source else figure.name
-    return replace(figure, name=name, is_detail=is_part or "[" in figure.name)
+def _figure_of(source: str, name: str) -> str:
+    return f"{source}/{name}" if source else name
 
 
 def _corrected(figures: Sequence[Figure]) -> list[Figure]:
-    """With Holm's correction: of the figures of all examples for their number, and of those of single labels or sources for
-    theirs. Together they would drown the few that a task is judged by."""
-    corrected: dict[str, float | None] = {}
+    """With Holm's correction: of the figures of all examples for the number of their tests, and of those of single labels or
+    sources for theirs. Together they would drown the few that a task is judged by."""
+    corrected: dict[tuple[bool, str], float | None] = {}
     for is_detail in (False, True):
-        family = {figure.name: figure.difference.p_value for figure in figures if figure.is_detail == is_detail}
-        corrected |= adjusted(family)
-    return [replace(figure, corrected=corrected[figure.name]) for figure in figures]
+        family: dict[str, float | None] = {}
+        for figure in figures:
+            p_value = figure.difference.p_value
+            if figure.is_detail == is_detail and p_value is not None:
+                # The units of a likelihood differ a little in their p; the highest stands for all.
+                family[figure.tested_as] = max(p_value, family.get(figure.tested_as) or 0.0)
+        corrected |= {(is_detail, test): value for test, value in adjusted(family).items()}
+    return [
+        figure
+        if figure.difference.p_value is None
+        else replace(figure, corrected=corrected[figure.is_detail, figure.tested_as])
+        for figure in figures
+    ]
 
 
 def _too_few_resamples(figures: Sequence[Figure], resampling: Resampling) -> list[str]:
-    """A p-value is never below 1 in the trials, which a correction for many figures may lift above every level."""
-    tested = [figure.is_detail for figure in figures if figure.difference.p_value is not None]
-    most = max(tested.count(True), tested.count(False))
+    """A p-value is never below 1 in the trials, which a correction for many tests may lift above every level."""
+    tested = {(figure.is_detail, figure.tested_as) for figure in figures if figure.difference.p_value is not None}
+    of_details = sum(is_detail for is_detail, _ in tested)
+    most = max(of_details, len(tested) - of_details)
     needed = math.ceil(most / LEVELS[-1][0])
     if not most or resampling.resamples >= needed:
         return []
-    return [f"with {resampling.resamples:,} resamples no difference of {most} figures can be sure; give resamples={needed}"]
+    tests = "1 test" if most == 1 else f"{most} tests"
+    return [f"with {resampling.resamples:,} resamples no difference of {tests} can be sure; give resamples={needed}"]
 
 
-def _disagreements(figures: Sequence[Figure], one: Evaluation, other: Evaluation) -> list[str]:
-    """Scores that examples.jsonl gives otherwise than evaluation.json says: one of the two was changed."""
-    found = []
-    for evaluation in (one, other):
-        for figure in figures:
-            stored = evaluation.scores.get(figure.name)
-            again = (figure.first if evaluation is one else figure.second).value
-            if stored is None or stored.value is None or again is None:
+def _agreeing(figures: Sequence[Figure], one: Evaluation, other: Evaluation) -> tuple[list[Figure], list[str]]:
+    """The figures, those without a difference that the examples give otherwise than evaluation.json says; and a note of each.
+
+    Either one of the files was changed, or the figure is not what is made of the examples: nothing can be said of it then.
+    """
+    kept, notes = [], []
+    for figure in figures:
+        stored = [evaluation.scores.get(figure.name) for evaluation in (one, other)]
+        told = []
+        for evaluation, says, again in zip((one, other), stored, (figure.first.value, figure.second.value), strict=True):
+            if says is None or says.value is None or again is None:
                 continue
-            if not math.isclose(stored.value, again, rel_tol=AGREEMENT, abs_tol=AGREEMENT):
-                found.append(f"{evaluation.folder}: its examples give {figure.name} {again:.6g}, it says {stored.value:.6g}")
-    return found
+            if not math.isclose(says.value, again, rel_tol=AGREEMENT, abs_tol=AGREEMENT):
+                told.append(f"{evaluation.folder}: its examples give {figure.name} {again:.6g}, it says {says.value:.6g}")
+        if told:
+            reason = "the examples do not give what evaluation.json says"
+            first, second = (says or again for says, again in zip(stored, (figure.first, figure.second), strict=True))
+            difference = Difference(first=first.value, second=second.value, difference=None, undefined=reason)
+            figure = replace(figure, first=first, second=second, difference=difference)
+            told = [f"{text}; so they are not compared by it, evaluate again" for text in told]
+        kept.append(figure)
+        notes += told
+    return kept, notes

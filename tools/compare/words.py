@@ -79,7 +79,8 @@ def legend(resampling: Resampling) -> str:
     return (
         f"In brackets: where the figure lies with a confidence of {100 * resampling.confidence:g} %, by a bootstrap over the "
         f"examples. p: chance of a difference as large between models that are alike. Holm: p corrected for the number of "
-        f"figures, those of single labels and sources for theirs; {stars}."
+        f"tests of one evaluation and one pair, those of single labels and sources for theirs, loss, perplexity and bits per "
+        f"byte being one; {stars}."
     )
 
 
@@ -124,11 +125,16 @@ def _against(theirs: HeldOut, mine: HeldOut) -> str:
 def _scored(scores: ScoreComparison | None) -> str:
     if scores is None or not scores.compared:
         return ""
-    figures = [figure for compared in scores.compared for figure in compared.figures if not figure.is_detail]
-    tested = [figure for figure in figures if figure.corrected is not None]
-    better = sum(figure.verdict.startswith("better") for figure in tested)
-    worse = sum(figure.verdict.startswith("worse") for figure in tested)
-    return f"of {len(tested)} tested figures {better} better, {worse} worse, {len(tested) - better - worse} not told apart"
+    tested = {
+        (place, figure.tested_as): figure
+        for place, compared in enumerate(scores.compared)
+        for figure in compared.figures
+        if not figure.is_detail and figure.corrected is not None
+    }
+    better = sum(figure.verdict.startswith("better") for figure in tested.values())
+    worse = sum(figure.verdict.startswith("worse") for figure in tested.values())
+    tests = "1 test" if len(tested) == 1 else f"{len(tested)} tests"
+    return f"of {tests} {better} better, {worse} worse, {len(tested) - better - worse} not told apart"
 
 
 def _paid(costs: tuple[Cost, Cost]) -> str:

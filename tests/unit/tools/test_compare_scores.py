@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,11 +54,12 @@ def test_a_clearly_better_model_is_told_as_better(runs: tuple[Path, Path]) -> No
     assert set(figures) == {"loss", "perplexity", "bits_per_byte"}
     loss = figures["loss"]
     assert loss.difference.difference == pytest.approx(-0.1)
-    assert loss.difference.p_value == pytest.approx(1 / 1001) and loss.corrected == pytest.approx(3 / 1001)
-    assert loss.verdict == "better **", "of a loss the lower one"
+    assert loss.difference.p_value == pytest.approx(1 / 1001) and loss.corrected == pytest.approx(1 / 1001)
+    assert {figure.corrected for figure in figures.values()} == {loss.corrected}, "three units of one test"
+    assert loss.verdict == "better ***", "of a loss the lower one"
     assert loss.first.low < loss.first.value < loss.first.high
     backwards = figures_of(held_against(*reversed(runs)))["loss"]
-    assert backwards.verdict == "worse **" and backwards.difference.difference == pytest.approx(0.1)
+    assert backwards.verdict == "worse ***" and backwards.difference.difference == pytest.approx(0.1)
     (compared,) = scores.compared
     assert compared_line(compared, RESAMPLING, ("A", "B")) == (
         "200 examples; A at step 20, B at step 20; p by paired randomisation, 1,000 resamples"
@@ -113,14 +115,14 @@ def test_without_resamples_there_is_no_test(runs: tuple[Path, Path]) -> None:
     scores = held_against(*runs, resampling=resampling)
     assert figures_of(scores)["loss"].difference.p_value is None
     assert "no test" in compared_line(scores.compared[0], resampling, ("A", "B"))
-    assert "95 %" in legend(RESAMPLING)
+    assert "95 %" in legend(RESAMPLING) and "tests of one evaluation and one pair" in legend(RESAMPLING)
 
 
 def test_too_few_resamples_to_be_sure_of_anything_are_told(runs: tuple[Path, Path]) -> None:
     for folder, mean in zip(runs, (3.0, 2.0), strict=True):
         evaluate(folder / LAST, texts(mean))
-    scores = held_against(*runs, resampling=replace(RESAMPLING, resamples=40))
-    assert scores.compared[0].notes == ("with 40 resamples no difference of 3 figures can be sure; give resamples=60",)
+    scores = held_against(*runs, resampling=replace(RESAMPLING, resamples=10))
+    assert scores.compared[0].notes == ("with 10 resamples no difference of 1 test can be sure; give resamples=20",)
 
 
 def test_different_tokenizers_leave_bits_per_byte(tmp_path: Path) -> None:
@@ -150,6 +152,68 @@ def test_tasks_of_the_harness_are_means_of_their_examples(runs: tuple[Path, Path
     assert figures["arc/acc"].verdict == "better **" and not figures["arc/acc"].is_detail
 
 
+def of_harness(folder: Path, examples: list[Example], figures: dict[str, float]) -> None:
+    """An evaluation of lm-eval's tasks that says these figures."""
+    path = evaluate(folder / LAST, examples, kind="harness", name="harness") / "evaluation.json"
+    values = json.loads(path.read_text())
+    values["scores"] = {name: {"value": value} for name, value in figures.items()}
+    path.write_text(json.dumps(values))
+
+
+def word_predictions(mean: float, *, score: str | None = None) -> tuple[list[Example], dict[str, float]]:
+    """Examples of a task such as LAMBADA with a loss near `mean`, and lm-eval's perplexity of them.
+
+    score: name under which the log-likelihood stands too.
+    """
+    rows = [
+        replace(
+            one, id=f"lambada:{place}", source="lambada", loss=one.loss / 50, scores={score: -one.loss / 50} if score else {}
+        )
+        for place, one in enumerate(texts(mean))
+    ]
+    return rows, {"lambada/perplexity": math.exp(sum(one.loss or 0.0 for one in rows) / len(rows))}
+
+
+def test_the_perplexity_of_a_task_is_made_of_its_losses(tmp_path: Path) -> None:
+    """Lower is better; and it is of an example, so that other tokenizers do not matter."""
+    first, second = run_folder(tmp_path / "first"), run_folder(tmp_path / "second", tokenizer="u" * 64)
+    for folder, mean in zip((first, second), (3.0, 2.5), strict=True):
+        rows, stored = word_predictions(mean)
+        of_harness(folder, rows, stored)
+    scores = held_against(first, second)
+    (perplexity,) = figures_of(scores).values()
+    assert perplexity.name == "lambada/perplexity" and perplexity.verdict == "better ***"
+    assert perplexity.difference.difference < 0 and scores.compared[0].notes == ()
+
+
+def test_a_log_likelihood_that_is_called_a_perplexity_gets_no_verdict(runs: tuple[Path, Path]) -> None:
+    """As evaluations of before have it: -2.5 against -3.0 looked like a worse perplexity."""
+    for folder, mean in zip(runs, (3.0, 2.5), strict=True):
+        rows, stored = word_predictions(mean, score="perplexity")
+        of_harness(folder, rows, stored)
+    scores = held_against(*runs)
+    (perplexity,) = figures_of(scores).values()
+    assert perplexity.first.value == pytest.approx(math.exp(3.0), rel=0.1) and perplexity.verdict == ""
+    assert perplexity.difference.p_value is perplexity.difference.difference is None
+    assert perplexity.difference.undefined == "the examples do not give what evaluation.json says"
+    assert len(scores.compared[0].notes) == 2 and "its examples give lambada/perplexity -" in scores.compared[0].notes[0]
+
+
+def test_figures_of_a_filter_have_their_names_in_the_evaluation(runs: tuple[Path, Path]) -> None:
+    for folder in runs:
+        rows = [Example(id=f"{place}", source="gsm8k,strict", scores={"exact_match": float(place % 2)}) for place in range(10)]
+        of_harness(folder, rows, {"gsm8k/exact_match,strict": 0.25})
+    scores = held_against(*runs)
+    assert set(figures_of(scores)) == {"gsm8k/exact_match,strict"} and len(scores.compared[0].notes) == 2
+
+
+def test_of_rouge_only_f1_is_tested(runs: tuple[Path, Path]) -> None:
+    for folder, word in zip(runs, ("house", "tree"), strict=True):
+        rows = [Example(id=f"{place}", truths=("a house here",), output=f"a {word} here") for place in range(20)]
+        evaluate(folder / LAST, rows, kind="generation", settings=ScoreSettings(metrics=("rouge",)))
+    assert set(figures_of(held_against(*runs))) == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
+
+
 def test_figures_of_sources_stand_behind_those_of_all(runs: tuple[Path, Path]) -> None:
     for folder, mean in zip(runs, (3.0, 2.0), strict=True):
         evaluate(folder / LAST, [replace(one, source="ab"[place % 2]) for place, one in enumerate(texts(mean))])
@@ -157,7 +221,7 @@ def test_figures_of_sources_stand_behind_those_of_all(runs: tuple[Path, Path]) -
     assert [name for name in figures if figures[name].is_detail] == [
         f"{source}/{name}" for source in "ab" for name in ("loss", "perplexity", "bits_per_byte")
     ]
-    assert figures["loss"].corrected == pytest.approx(3 / 1001) and figures["a/loss"].corrected == pytest.approx(6 / 1001)
+    assert figures["loss"].corrected == pytest.approx(1 / 1001) and figures["a/loss"].corrected == pytest.approx(2 / 1001)
 
 
 def test_examples_in_another_order_are_the_same(runs: tuple[Path, Path]) -> None:
@@ -170,7 +234,10 @@ def test_examples_in_another_order_are_the_same(runs: tuple[Path, Path]) -> None
     ("changes", "reason"),
     [
         ({"data": "b" * 64}, "other data: held (aaaaaaaa) and held (bbbbbbbb)"),
-        ({"number": 100}, "other examples: 200 and 100, of which 100 are the same"),
+        (
+            {"number": 100},
+            "other examples: 200 and 100, of which 100 are the same; evaluate both with the same limit, context and stride",
+        ),
         ({"data": f"{'a' * 64}:20"}, "other data: held (aaaaaaaa) and held (aaaaaaaa, the first 20)"),
         ({"kind": "generation", "settings": ScoreSettings(metrics=("chrf",))}, "another kind: language and generation"),
         ({"name": "books"}, "only A was evaluated on held (aaaaaaaa)"),
@@ -212,8 +279,12 @@ def test_a_score_that_its_examples_do_not_give_is_told(runs: tuple[Path, Path]) 
     values = json.loads(path.read_text())
     values["scores"]["loss"]["value"] = 1.0
     path.write_text(json.dumps(values))
-    (note,) = held_against(*runs).compared[0].notes
-    assert f"{path.parent}: its examples give loss" in note and "it says 1" in note
+    scores = held_against(*runs)
+    (note,) = scores.compared[0].notes
+    assert f"{path.parent}: its examples give loss" in note and "it says 1; so they are not compared by it" in note
+    figures = figures_of(scores)
+    assert figures["loss"].second.value == 1.0 and figure_cells(figures["loss"])[3:] == ["-", "-", "-", ""]
+    assert figures["bits_per_byte"].corrected == 1.0, "the others still are"
 
 
 def test_other_settings_of_the_evaluation_are_told(runs: tuple[Path, Path]) -> None:
@@ -269,6 +340,6 @@ def test_a_verdict_counts_what_was_tested(runs: tuple[Path, Path]) -> None:
     first, second = read_subjects([Named(kind="run", path=str(folder)) for folder in runs])
     text = verdict((first, second), (cost_of(first), cost_of(second)), compare_scores(first, second, RESAMPLING))
     assert text == (
-        "B second against A first: best held-out loss 4.2000, the same as 4.2000; of 3 tested figures 3 better, 0 worse, "
+        "B second against A first: best held-out loss 4.2000, the same as 4.2000; of 1 test 1 better, 0 worse, "
         "0 not told apart; it has as many parameters and took as many tokens, as many FLOPs, as many CPU-hours."
     )
