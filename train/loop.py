@@ -12,7 +12,6 @@ from data_pipeline.loader import Loader
 from data_pipeline.prefetcher import Prefetcher
 from train.config.pretrain import PretrainConfig
 from train.engine import Engine, StepResult
-from train.evaluator import Evaluator
 from train.health.garbage import GarbageSchedule
 from train.health.guard import Guard, Verdict
 from train.health.norms import by_layer
@@ -20,6 +19,7 @@ from train.health.requests import Agreement, Requests, Stop
 from train.health.stragglers import Stragglers
 from train.health.watchdog import Silent, Watchdog
 from train.health.windows import ranges_between, sample_at
+from train.held_out import Evaluator
 from train.metrics import Goodput, Metrics, NullMetrics, Value
 from train.optim import lr_at
 from train.parallel import ParallelContext

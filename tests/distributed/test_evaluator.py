@@ -23,7 +23,7 @@ from train.config.pretrain import PretrainConfig
 from train.config.training import BatchConfig, BudgetConfig, EvaluateConfig, ParallelConfig
 from train.convert.keymap import KeyMap
 from train.engine import Engine
-from train.evaluator import Evaluator
+from train.held_out import Evaluator
 from train.metrics import NullMetrics
 from train.metrics.record import Level
 from train.model.init import initial_value

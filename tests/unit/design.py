@@ -34,7 +34,7 @@ ORDER = (
     "train.inference",
     "train.scores",
     "train.probes",
-    "train.evaluator",
+    "train.held_out",
     "train.loop",
     "train.convert",
     "train.evaluate",

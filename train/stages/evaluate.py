@@ -125,7 +125,8 @@ def _texts(config: EvaluationConfig, subject: Subject) -> Work:
     reach = reach_of(task, subject)
     wanted = task.data or _with_text(subject.own_sources(), task)
     if not wanted:
-        raise UserError("task.data=[]: the model's run has no such text of its own; give task.data=[{path: ...}]")
+        whose = "a model from elsewhere has no held-out text" if subject.run is None else f"its run has no {task.split} text"
+        raise UserError(f"task.data=[]: {whose} of its own; give task.data=[{{path: ...}}]")
     how = {"tokenizer": subject.tokenizer, "end_of_document": subject.end_of_document, "verify": config.verify}
     sources = [open_texts(task, source, **how) for source in wanted]
     pieces = cut_texts(sources, subject, reach=reach, limit=config.limit)

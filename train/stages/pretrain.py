@@ -19,9 +19,9 @@ from train.config.changes import check_resume
 from train.config.pretrain import PretrainConfig
 from train.device import peak_flops
 from train.engine import Engine
-from train.evaluator import Evaluator
 from train.health.requests import Deadline, Requests
 from train.health.stragglers import Stragglers
+from train.held_out import Evaluator
 from train.initial import check_initial, initial_folder
 from train.loop import Ending, Trainer
 from train.metrics import Metrics, NullMetrics, RunIdentity, Throughput
