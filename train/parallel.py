@@ -6,6 +6,7 @@ Tensor-parallel ranks are neighbours (0..t-1 hold one model), data-parallel rank
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -166,12 +167,18 @@ def single_process(device: str = "cpu") -> ParallelContext:
 
 
 def start_rank(
-    device: str, timeout_seconds: float, *, tensor_parallel: int = 1, sequence_parallel: bool = False
+    device: str,
+    timeout_seconds: float,
+    *,
+    joining_seconds: float | None = None,
+    tensor_parallel: int = 1,
+    sequence_parallel: bool = False,
 ) -> ParallelContext:
     """Join the group that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
     A rank started by srun has SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID in their place.
-    `device` is "cpu" or "cuda". A collective that takes longer than `timeout_seconds` fails.
+    `device` is "cpu" or "cuda". A collective that takes longer than `timeout_seconds` fails; so does the wait for the other
+    ranks to come, or one that takes longer than `joining_seconds`.
     """
     from train.rendezvous import open_store
 
@@ -186,7 +193,10 @@ def start_rank(
         alone = torch.cuda.device_count() == 1  # each task of a job may be shown nothing but its own
         place = torch.device("cuda", 0 if alone else local_rank)
         torch.cuda.set_device(place)
-    store = open_store(rank, world_size, timeout_seconds=timeout_seconds)
+    store = open_store(rank, world_size, timeout_seconds=joining_seconds or timeout_seconds)
+    store.set_timeout(
+        timedelta(seconds=timeout_seconds)
+    )  # NCCL asks it for a partner's address as late as the first collective
     dist.init_process_group(
         backend="nccl" if device == "cuda" else "gloo",
         store=store,
@@ -199,6 +209,17 @@ def start_rank(
         tensor_parallel=tensor_parallel,
         sequence_parallel=sequence_parallel,
     )
+
+
+def leave_ranks() -> None:
+    """Forget the group that this process has joined, if any, so that it can join another."""
+    if not dist.is_initialized():
+        return
+    if "megatron.core.parallel_state" in sys.modules:  # split_ranks has told it of the groups
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def split_ranks(context: ParallelContext, *, tensor_parallel: int, sequence_parallel: bool = False) -> ParallelContext:
