@@ -7,6 +7,7 @@ evaluation. Runs that save, and go on after a failure, are the supervisor's.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import IO
 
 import torch
@@ -116,14 +117,13 @@ class _Companions:
         self.joined = threading.Event()
         """All ranks have met; until then this one cannot notice that another is gone."""
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._files = ExitStack()
         self._said: list[IO[bytes]] = []
         self._over = threading.Event()
 
     def start(self) -> None:
         """Start the copies of this command, and watch them."""
         for rank in range(1, self.size):
-            self._said.append(self._files.enter_context(tempfile.TemporaryFile()))
+            self._said.append(tempfile.TemporaryFile())  # noqa: SIM115 (`end` closes it)
             self._processes.append(
                 subprocess.Popen(
                     _command(),
@@ -134,6 +134,7 @@ class _Companions:
                 )
             )
         threading.Thread(target=self._watch, name="companions", daemon=True).start()
+        atexit.register(self.end)  # lm-eval has no word for a model's end
 
     def failure(self, *, within_seconds: float = 0.0) -> str | None:
         """What is to be said of the rank that failed, if any does `within_seconds`: one that tells a reason before others."""
@@ -163,11 +164,13 @@ class _Companions:
     def end(self) -> None:
         """None of them is left."""
         self._over.set()
+        atexit.unregister(self.end)
         for process in self._processes:
             process.kill()
         for process in self._processes:
             process.wait()
-        self._files.close()
+        for file in self._said:
+            file.close()
 
     def _watch(self) -> None:
         while not self.failure():
