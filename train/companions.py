@@ -119,6 +119,7 @@ class _Companions:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._said: list[IO[bytes]] = []
         self._over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="companions", daemon=True)
 
     def start(self) -> None:
         """Start the copies of this command, and watch them."""
@@ -133,13 +134,13 @@ class _Companions:
                     env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 )
             )
-        threading.Thread(target=self._watch, name="companions", daemon=True).start()
+        self._watcher.start()
         atexit.register(self.end)  # lm-eval has no word for a model's end
 
     def failure(self, *, within_seconds: float = 0.0) -> str | None:
         """What is to be said of the rank that failed, if any does `within_seconds`: one that tells a reason before others."""
         deadline = time.monotonic() + within_seconds
-        while not (failed := [number for number, process in enumerate(self._processes) if process.poll()]):
+        while not (failed := self._failed()):
             if time.monotonic() >= deadline:
                 return None
             time.sleep(_POLL_SECONDS)
@@ -147,6 +148,9 @@ class _Companions:
         code = self._processes[number].returncode
         how = f"ended with code {code}" if code > 0 else f"was ended by {_signal_name(-code)}"
         return f"rank {number + 1} of {self.size} {how}:\n{self._last_words(number) or '(it said nothing)'}"
+
+    def _failed(self) -> list[int]:
+        return [number for number, process in enumerate(self._processes) if process.poll()]
 
     def _last_words(self, number: int) -> str:
         file = self._said[number].fileno()
@@ -165,6 +169,8 @@ class _Companions:
         """None of them is left."""
         self._over.set()
         atexit.unregister(self.end)
+        if self._watcher.is_alive():
+            self._watcher.join()  # it reads what they said
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -173,7 +179,7 @@ class _Companions:
             file.close()
 
     def _watch(self) -> None:
-        while not self.failure():
+        while not self._failed():
             if self._over.wait(_POLL_SECONDS):
                 return
         # Where this rank can find out by itself it raises, and all that is open is closed as ever.
