@@ -27,12 +27,11 @@ from train.outcome import ExitCode
 from train.parallel import ParallelContext, leave_ranks, start_rank
 
 DAY_SECONDS = 86_400.0
-JOINING_SECONDS = 1800.0  # a copy imports torch, and reads what rank 0 has read, before it joins
+JOINING_SECONDS = 600.0  # from the start of the copies: they import torch, and whatever else the command does first
 _POLL_SECONDS = 0.1
 _LEAVING_SECONDS = 10.0  # a companion that has nothing left to do leaves at once
 _GRACE_SECONDS = 4.0  # gloo raises at once where a partner is gone; NCCL waits for it
-_RANK = "RANK"
-_OURS = (_RANK, "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "LONGHAUL_STORE_FD")
+_OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "LONGHAUL_STORE_FD")
 # Asks the kernel for SIGKILL when the parent dies, then becomes the command: no hook between fork and exec, which could
 # find a lock taken by one of torch's threads.
 _DIE_WITH_PARENT = """
@@ -42,11 +41,6 @@ if os.getppid() != int(sys.argv[1]):
     os._exit(1)
 os.execvp(sys.argv[2], sys.argv[2:])
 """
-
-
-def is_companion() -> bool:
-    """Whether this process is one of the copies: what one rank is to check, or to say, is no work of theirs."""
-    return os.environ.get(_RANK, "0") != "0"
 
 
 @contextmanager
@@ -66,7 +60,7 @@ def ranks(
         leave_ranks()
         return start_rank(device, timeout_seconds, joining_seconds=min(JOINING_SECONDS, timeout_seconds), **layout)
 
-    if _RANK in os.environ:
+    if "RANK" in os.environ:  # one of the copies
         yield join()
         raise SystemExit(0)
     with _environment(size) as store:
