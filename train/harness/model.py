@@ -132,11 +132,13 @@ class LonghaulLM(TemplateLM):
             )
         if processes % tensor:
             raise UserError(f"tensor={tensor}: must divide processes={processes}; give processes={tensor}")
-        subject = open_subject(checkpoint, hf, verify=verify)
+        subject = open_subject(checkpoint, hf, verify=False, hashed=False)
         check_divisible(subject.model, tensor)
         context = single_process(device.type)
         if processes > 1:
             context = self._stack.enter_context(ranks(processes, device.type, tensor_parallel=tensor))
+        if context.is_first:  # the others take the files on its word
+            subject = open_subject(checkpoint, hf, verify=verify)
         return subject, load_engines(subject, context, dtype=dtype, batch_tokens=batch_tokens), context
 
     # --- tokens

@@ -62,11 +62,13 @@ def run(config: EvaluationConfig) -> int:
     """
     started = time.perf_counter()
     device, settings = resolve_device(config.device), score_settings(config.task)
-    with _ranks(config, device.type) as context:  # first, so that all of them read the data at the same time
+    subject = open_subject(config.checkpoint, config.hf, verify=False, hashed=False)
+    check_divisible(subject.model, config.tensor)
+    out = folder_for(config, subject.folder, f"{subject.label}-{config.task.name}")
+    with _ranks(config, device.type) as context:  # before the data is read, so that all of them read it at the same time
         config = replace(config, verify=config.verify and context.is_first)
-        subject = open_subject(config.checkpoint, config.hf, verify=config.verify, hashed=context.is_first)
-        check_divisible(subject.model, config.tensor)
-        out = folder_for(config, subject.folder, f"{subject.label}-{config.task.name}") if context.is_first else Path()
+        if context.is_first:
+            subject = open_subject(config.checkpoint, config.hf, verify=config.verify)
         prepared = PREPARERS[config.task.kind](config, subject)  # what is wrong with the data is told before weights are read
         engines = load_engines(subject, context, dtype=config.dtype, batch_tokens=config.batch_tokens)
         findings = prepared(engines, context)
