@@ -128,6 +128,8 @@ TORCH_FREE = (
     "train.outcome",
     "train.plan",
     "train.supervisor",
+    *(f"train.scores.{path.stem}" for path in sorted((REPOSITORY / "train/scores").glob("[!_]*.py"))),
+    *(f"tools.compare.{path.stem}" for path in sorted((REPOSITORY / "tools/compare").glob("[!_]*.py"))),
     *(f"train.config.{path.stem}" for path in sorted((REPOSITORY / "train/config").glob("[!_]*.py"))),
 )
 # Which environment variables a module touches; "*" hands the whole environment on, to a process or a library.
