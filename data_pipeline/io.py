@@ -116,6 +116,11 @@ class _OwningGzip(gzip.GzipFile):
         self._owned.close()
 
 
+def bare_suffix(path: Path) -> str:
+    """The ending that tells a file's format, in small letters: .jsonl of a.JSONL.gz; '' where there is none."""
+    return next((part for part in reversed(path.suffixes) if part not in COMPRESSED_SUFFIXES), "").lower()
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable: without this a renamed file may be gone after a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from data_pipeline.io import BROKEN_ARCHIVE_ERRORS, COMPRESSED_SUFFIXES, open_input, sha256_of
+from data_pipeline.io import BROKEN_ARCHIVE_ERRORS, bare_suffix, open_input, sha256_of
 from data_pipeline.task_config import TaskConfig, TaskSource
 
 FORMATS = {
@@ -140,8 +140,8 @@ def _records(task: TaskConfig, source: TaskSource) -> Iterator[tuple[int, Mappin
 
 
 def _format_of(task: TaskConfig, source: TaskSource) -> str:
-    suffix = next((part for part in reversed(Path(source.path).suffixes) if part not in COMPRESSED_SUFFIXES), "")
-    kind = FORMATS.get(suffix.lower(), "lines" if source.targets else None) if task.format == "auto" else task.format
+    suffix = bare_suffix(Path(source.path))
+    kind = FORMATS.get(suffix, "lines" if source.targets else None) if task.format == "auto" else task.format
     if kind is None:
         raise UserError(
             f"{source.path}: its ending {suffix or '(none)'} tells no format; give task.format=jsonl, csv, tsv, parquet or "

@@ -13,7 +13,7 @@ from data_pipeline.config import CorpusConfig
 from data_pipeline.corpus import Corpus
 from data_pipeline.document import Document, Rejection
 from data_pipeline.inputs import list_inputs
-from data_pipeline.io import COMPRESSED_SUFFIXES, sha256_of, sha256_of_texts
+from data_pipeline.io import bare_suffix, sha256_of, sha256_of_texts
 from data_pipeline.manifest import MANIFEST_FILE, read_manifest
 from data_pipeline.readers import read_unit
 from data_pipeline.task_config import TaskConfig, TaskSource
@@ -86,9 +86,9 @@ def _open_corpus(task: TaskConfig, source: TaskSource, *, tokenizer: Tokenizer, 
 
 def _open_files(task: TaskConfig, source: TaskSource, *, tokenizer: Tokenizer, end_of_document: int | None) -> TextSource:
     path = Path(source.path)
-    suffix = next((part for part in reversed(path.suffixes) if part not in COMPRESSED_SUFFIXES), "")
-    reader = READERS.get(suffix.lower(), "text")
-    if suffix.lower() in (".bin", ".idx", ".safetensors", ".json", ".csv", ".tsv"):
+    suffix = bare_suffix(path)
+    reader = READERS.get(suffix, "text")
+    if suffix in (".bin", ".idx", ".safetensors", ".json", ".csv", ".tsv"):
         raise UserError(f"{path}: {suffix} holds no running text; give a prepared corpus, .txt, .md, .jsonl or .parquet files")
     if (path / TOKENIZER_FILE).is_file() or (path / "config.json").is_file():
         raise UserError(f"{path}: is the folder of a model or a tokenizer; give a prepared corpus or text files")
