@@ -76,6 +76,14 @@ class Tokenizer:
         finally:
             self.backend.encode_special_tokens = True
 
+    def encode_all(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+        """Ids of each text as `encode` gives them, by all cores."""
+        self.backend.encode_special_tokens = not special
+        try:
+            return [encoded.ids for encoded in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+        finally:
+            self.backend.encode_special_tokens = True
+
     def opening(self) -> list[int]:
         """Ids that the tokenizer puts before a text of its own accord, such as a beginning-of-sequence; often none."""
         bare = self.encode("a")

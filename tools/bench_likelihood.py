@@ -36,6 +36,8 @@ class LikelihoodBenchConfig:
     """Of `hf`: rows of a batch."""
     batch_tokens: int | None = None
     """Of ours: tokens of a batch; null: as `longhaul evaluate` takes."""
+    processes: int = 1
+    """Of ours: processes that share out the requests and the cores, as with `longhaul evaluate`."""
     shots: int = 0
     """Examples before each question, the same before all, of the kind `choices`."""
     seed: int = 0
@@ -44,7 +46,7 @@ class LikelihoodBenchConfig:
     def __post_init__(self) -> None:
         problems = [
             f"{name}={getattr(self, name)}: must be at least 1"
-            for name in ("requests", "choices", "rounds")
+            for name in ("requests", "choices", "rounds", "processes")
             if getattr(self, name) < 1
         ]
         if not self.batch_sizes or min(self.batch_sizes) < 1:
@@ -69,7 +71,8 @@ def run(config: LikelihoodBenchConfig) -> int:
     except ImportError as error:
         raise UserError(f"{error.name}: is missing, without which lm-eval has no `hf`; pip install 'lm-eval[hf]'") from None
     logging.disable(logging.WARNING)
-    ours = LonghaulLM(hf=config.hf, dtype="fp32", device="cpu", batch_tokens=config.batch_tokens)
+    threads = torch.get_num_threads()
+    ours = LonghaulLM(hf=config.hf, dtype="fp32", device="cpu", batch_tokens=config.batch_tokens, processes=config.processes)
     theirs = HFLM(pretrained=config.hf, dtype="float32", device="cpu", batch_size=1)
     report: dict[str, Any] = {}
     for kind, pairs in kinds_of(config).items():
@@ -82,10 +85,19 @@ def run(config: LikelihoodBenchConfig) -> int:
 
         def by_hf(size: int, asked: list[Instance] = asked) -> list[tuple[float, bool]]:
             theirs.batch_size_per_gpu = size
-            return theirs.loglikelihood(asked, disable_tqdm=True)
+            shared = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                return theirs.loglikelihood(asked, disable_tqdm=True)
+            finally:
+                torch.set_num_threads(shared)
 
-        report[kind] = _measure(config, kind, by_us, by_hf)
-    report |= {"requests": config.requests, "threads": torch.get_num_threads()}
+        if ours.context.is_first:
+            report[kind] = _measure(config, kind, by_us, by_hf)
+        else:  # a copy of this command, which does its part of ours alone
+            for _ in range(config.rounds + 1):
+                by_us()
+    report |= {"requests": config.requests, "threads": threads, "processes": config.processes}
     print(json.dumps(report))
     return 0
 

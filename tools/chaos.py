@@ -33,7 +33,7 @@ from tools.chaos_faults import (
     plan_data_faults,
     plan_moments,
 )
-from tools.exactness import differences, num_records
+from tools.exactness import differences, num_records, summary
 from tools.fault_injection import Faults
 from tools.faulty_run import FAULTS_FILE, MODULE
 from tools.watched_run import UnexpectedEnd, WatchedRun
@@ -209,11 +209,7 @@ def judge(struck: Struck, calm: WatchedRun, hunted: WatchedRun) -> list[str]:
     failures += _unexplained_attempts({strike.attempt for strike in ended}, hunted)
     failures += [f"{folder}: left behind without a manifest" for folder in unpublished(hunted.run_dir / "checkpoints")]
     failures += _lost_too_much(ended, hunted)
-    found = differences(calm.run_dir, hunted.run_dir)
-    failures += found[:SHOWN_DIFFERENCES]
-    if len(found) > SHOWN_DIFFERENCES:
-        failures.append(f"and {len(found) - SHOWN_DIFFERENCES:,} more differences")
-    return failures
+    return failures + summary(differences(calm.run_dir, hunted.run_dir), most=SHOWN_DIFFERENCES)
 
 
 def _unexplained_attempts(ended: Collection[int], hunted: WatchedRun) -> list[str]:

@@ -6,7 +6,7 @@ What a clock or a machine decides is left out; everything else has to be equal, 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,15 @@ def differences(reference: Path, other: Path) -> list[str]:
         except UserError as error:
             found.append(str(error))
     return found
+
+
+def summary(found: Sequence[str], *, most: int) -> list[str]:
+    """The first `most` of what `differences` found among the records, the first `most` of the rest, and how many more."""
+    records = [line for line in found if line.startswith(f"{FILE_NAME}: ")]
+    others = [line for line in found if not line.startswith(f"{FILE_NAME}: ")]
+    lines = records[:most] + others[:most]
+    left = len(found) - len(lines)
+    return [*lines, f"and {left:,} more differences"] if left else lines
 
 
 def metrics_differences(reference: Path, other: Path) -> list[str]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from conf.compose import compose, validate
 from conf.errors import ConfigError, UserError
-from tools.exactness import differences, num_records
+from tools.exactness import differences, num_records, summary
 from tools.fault_injection import Faults, Once
 from tools.faulty_run import FAULTS_FILE, MODULE
 from tools.watched_run import UnexpectedEnd, WatchedRun
@@ -113,7 +113,7 @@ def judge(first: Path, second: Path, resumed: Path) -> int:
             print("VERIFIED: the resumed run is the undisturbed run, to the bit")
             return 0
         print("FAILED: the resumed run is not the undisturbed run, though this machine repeats itself to the bit:")
-        print("\n".join(f"  {line}" for line in found[:SHOWN]))
+        print("\n".join(f"  {line}" for line in summary(found, most=SHOWN)))
         return 1
     expected, met = spread(first, second), spread(first, resumed)
     print(f"undisturbed runs differ in {len(noise)} places: this machine does not repeat itself to the bit")

@@ -88,7 +88,10 @@ def test_yarn_in_plain_numbers(turns: float, kept: float) -> None:
 
 def _tables(rope: RopeConfig, positions_T: torch.Tensor, last: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     model: ModelConfig = replace(CASES["llama-gqa"], family="custom", head_size=HEAD, rope=rope)
-    return Rotary(model).tables(positions_T, torch.float32, last_position=last)[None]
+    cosine_T1R, sine_T1R = Rotary(model).tables(positions_T, torch.float32, last_position=last)[None]
+    first, second = sine_T1R.chunk(2, dim=-1)
+    assert torch.equal(first, -second)  # ours has the sign that their rotate_half gives the states
+    return cosine_T1R, torch.cat((second, second), dim=-1)
 
 
 @pytest.mark.parametrize("end", [LIMIT - 1, LIMIT, LIMIT + 1, 150])

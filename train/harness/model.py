@@ -106,6 +106,7 @@ class LonghaulLM(TemplateLM):
             raise UserError(f"max_length={max_length}: must lie between 2 and the model's {most}")
         self.max_length = max_length or most
         self._device = self.context.device
+        self._encoded: dict[str, list[int]] = {}
         self.lengths: dict[tuple[str, ...], Lengths] = {}
         """(context, continuation), or (text,) of a rolling request -> what the model read for it."""
         self.written: dict[tuple[str, str], Lengths] = {}
@@ -165,13 +166,28 @@ class LonghaulLM(TemplateLM):
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self._prefix_text)
         opening = self._opening if add_special_tokens else []
-        return [*opening, *tokenizer.encode(string, special=True)]
+        ids = self._encoded.get(string)
+        return [*opening, *(tokenizer.encode(string, special=True) if ids is None else ids)]
 
     @cached_property
     def _opening(self) -> list[int]:
         return self.subject.tokenizer.opening()
 
     # --- what lm-eval asks for
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether it is what greedy decoding gives) of each continuation after its context."""
+        # lm-eval asks for the ids of one text at a time: of each context without the space behind it, and of both together.
+        texts = {
+            text
+            for context, continuation in (one.args for one in requests)
+            for text in (context + continuation, context.rstrip())
+        }
+        self._encoded = dict(zip(texts, self.subject.tokenizer.encode_all(list(texts), special=True), strict=True))
+        try:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._encoded = {}
 
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **_: Any

@@ -60,12 +60,13 @@ def _kept_by_yarn(rotated: int, rope: RopeConfig) -> Tensor:
 def rotary_tables(
     positions_T: Tensor, frequency: Tensor, dtype: torch.dtype, *, amplitude: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position, times `amplitude`: each [T, 1, R], both halves of R alike.
+    """Cosine and sine of every position, times `amplitude`: each [T, 1, R], both halves of R alike but for the sine's sign.
 
-    `frequency`: [R/2], or of every token its own [T, R/2].
+    `frequency`: [R/2], or of every token its own [T, R/2]. The sine is negative in the first half, as `rotate` wants it.
     """
-    angle_TD = (positions_T.float().unsqueeze(1) * frequency).repeat(1, 2).unsqueeze(1)
-    cosine, sine = angle_TD.cos(), angle_TD.sin()
+    angle_TD = (positions_T.float().unsqueeze(1) * frequency).unsqueeze(1)
+    cosine, sine = angle_TD.cos().repeat(1, 1, 2), angle_TD.sin()
+    sine = torch.cat((-sine, sine), dim=-1)
     if amplitude != 1:
         cosine, sine = cosine * amplitude, sine * amplitude
     return cosine.to(dtype), sine.to(dtype)
@@ -112,6 +113,6 @@ def rotate(states_TND: Tensor, cosine_T1R: Tensor, sine_T1R: Tensor) -> Tensor:
     """
     rotated = cosine_T1R.shape[-1]
     turned = states_TND[..., :rotated]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cosine_T1R + torch.cat((-second, first), dim=-1) * sine_T1R
+    partners = turned.roll(rotated // 2, dims=-1)
+    turned = partners.mul_(sine_T1R).add_(turned * cosine_T1R)  # in place: on a CPU fresh memory costs as much as the sums
     return turned if rotated == states_TND.shape[-1] else torch.cat((turned, states_TND[..., rotated:]), dim=-1)

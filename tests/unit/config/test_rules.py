@@ -314,6 +314,7 @@ CASES: list[tuple[str, list[str], str]] = [
     ("evaluate", ["tensor=2"], "tensor=2: must divide processes=1; give processes=2"),
     ("evaluate", ["tensor=3", "processes=4"], "tensor=3: must divide processes=4; give processes=3"),
     ("evaluate", ["resamples=-1"], "resamples=-1: must not be negative; 0 makes no intervals"),
+    ("evaluate", ["seed=-1"], "seed=-1: must not be negative"),
     ("evaluate", ["confidence=1"], "confidence=1.0: must lie between 0 and 1, such as 0.95"),
     ("evaluate", ["task.stride=0"], "task.stride=0: the window must move by at least 1 token"),
 ]

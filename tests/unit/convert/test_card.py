@@ -91,6 +91,6 @@ def test_without_an_evaluation_the_card_says_so(tmp_path):
 def test_a_damaged_evaluation_is_told_before_anything_is_written(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "run", LLAMA)
     (evaluate(checkpoint, texts(3.0)) / "evaluation.json").write_text("{")
-    with pytest.raises(UserError, match=r"evaluation\.json: damaged .*; evaluate again"):
+    with pytest.raises(UserError, match=r"evaluation\.json: damaged .*; remove .* and evaluate again"):
         card_of(tmp_path)
     assert not list(tmp_path.glob("hf*"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,16 @@ def test_it_times_both_and_finds_them_equal(exported: Path, capsys: pytest.Captu
         found = report[kind]
         assert found["times_as_fast"] == pytest.approx(found["hf_seconds"] / found["longhaul_seconds"], rel=0.2)
         assert 0 <= found["largest_difference"] < 1e-4
+
+
+@pytest.mark.thorough
+def test_two_processes_share_the_requests(exported: Path) -> None:
+    # A command of its own: the second process is a copy of its command line.
+    command = [sys.executable, "-P", "-m", "tools.cli", "bench", "likelihood", f"hf={exported}", "requests=8", "rounds=1"]
+    done = subprocess.run([*command, "batch_sizes=[2]", "processes=2"], capture_output=True, text=True, timeout=300, check=True)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["processes"] == 2
+    assert all(0 <= report[kind]["largest_difference"] < 1e-4 for kind in ("lone", "choices"))
 
 
 def test_texts_of_each_kind() -> None:
