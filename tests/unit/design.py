@@ -10,6 +10,7 @@ ORDER = (
     "data_pipeline",
     "train.config",
     "train.model.cost",
+    "train.model.adapters",
     "train.plan",
     "train.host",
     "train.provenance",
@@ -51,7 +52,7 @@ ONLY = {
     "conf": ("conf",),
     "data_pipeline": ("conf.errors", "data_pipeline"),
     "train.config": ("conf", "data_pipeline.config", "data_pipeline.task_config", "train.config"),
-    "train.plan": ("conf", "train.config", "train.model.cost"),
+    "train.plan": ("conf", "train.config", "train.model.adapters", "train.model.cost"),
     "train.supervisor": ("conf.errors", "train.outcome", "train.supervisor"),
     # What a job does is run by the command line; what decides about it reads what the run has written.
     "slurm": (
@@ -122,6 +123,7 @@ TORCH_FREE = (
     "train.checkpoint.writer",
     "train.evaluate.checks",
     "train.launch",
+    "train.model.adapters",
     "train.model.cost",
     "train.host",
     "train.initial",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from train.config.adapter import LoraConfig
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
 from train.model.float8 import Scaling
@@ -25,3 +26,7 @@ class Blueprint:
     """What the layers will compute in."""
     float8: Scaling | None = None
     """How the products of linear layers are scaled into 8-bit floats; None: they are computed in `dtype`."""
+    lora: LoraConfig | None = None
+    """Adapters beside linear layers, which then train alone; None: the layers themselves train."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of the logical names of tensors that keep their values."""

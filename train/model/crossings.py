@@ -59,6 +59,13 @@ def sum_of_parts(values: Tensor, tensor: TensorRanks) -> Tensor:
     return _mappings().reduce_from_tensor_model_parallel_region(values.contiguous(), group=tensor.group)
 
 
+def own_rows_of_sum(parts_TX: Tensor, tensor: TensorRanks) -> Tensor:
+    """The sum of [T, ...] over the tensor-parallel ranks; under sequence parallelism the rank's own rows of it."""
+    if tensor.sequence_parallel:
+        return _mappings().reduce_scatter_to_sequence_parallel_region(parts_TX.contiguous(), group=tensor.group)
+    return sum_of_parts(parts_TX, tensor)
+
+
 def sum_for_parts(values: Tensor, tensor: TensorRanks) -> Tensor:
     """Sum over the tensor-parallel ranks, each of which will use it for its part: the gradient is summed over the ranks."""
     if tensor.size == 1:

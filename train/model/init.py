@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from train.config.model import ModelConfig
+from train.model.adapters import MAGNITUDE, WEIGHT, A, B
+from train.model.cost import parameter_shapes
 from train.model.logical import LogicalTensor
 
 
@@ -44,11 +46,12 @@ SPREADS: dict[str, Callable[[ModelConfig], float]] = {
     r"embedding\.(tokens|positions)\.weight": _plain,
     r"blocks\.\d+\.(attention\.qkv|mlp\.gate_up|mlp\.up)\.weight": _inner,
     r"blocks\.\d+\.(attention\.output|mlp\.down)\.weight": _to_residual,
-    r"head\.weight": _plain,
+    r"(head|score)\.weight": _plain,
 }
 CONSTANTS: dict[str, Callable[[ModelConfig], float]] = {
     r".*_norm\.weight": _neutral_weight,
     r".*\.bias": lambda model: 0.0,
+    r".*" + re.escape(B): lambda model: 0.0,
 }
 
 
@@ -65,7 +68,20 @@ def initial_value(model: ModelConfig, logical: LogicalTensor, seed: int) -> Tens
             generator = torch.Generator().manual_seed(keyed_seed(seed, logical.name))
             whole = torch.empty(logical.shape).normal_(0.0, std_of(model), generator=generator)
             return logical.cut(whole).contiguous()
+    if logical.name.endswith((A, MAGNITUDE)):
+        return logical.cut(_adapter_value(model, logical, seed)).contiguous()
     for pattern, value_of in CONSTANTS.items():
         if re.fullmatch(pattern, logical.name):
             return torch.full(logical.local_shape, value_of(model))
     raise AssertionError(f"{logical.name} has no line in the table of initial values")
+
+
+def _adapter_value(model: ModelConfig, logical: LogicalTensor, seed: int) -> Tensor:
+    """The whole value of an adapter's tensor, as PEFT's: uniform below 1 / sqrt(inputs), or the lengths of a weight's rows."""
+    if logical.name.endswith(A):
+        generator = torch.Generator().manual_seed(keyed_seed(seed, logical.name))
+        limit = 1 / sqrt(logical.shape[-1])
+        return torch.empty(logical.shape).uniform_(-limit, limit, generator=generator)
+    weight = logical.name.removesuffix(MAGNITUDE) + WEIGHT
+    whole = LogicalTensor(name=weight, shape=parameter_shapes(model)[weight])
+    return torch.linalg.vector_norm(initial_value(model, whole, seed), dim=-1)

@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.errors import ConfigError
 from train.config.model import ModelConfig
+from train.model.adapters import problems_of
 from train.model.attention import Attend, Needs, choose
 from train.model.attention.layout import sequence_bounds
 from train.model.blueprint import Blueprint
@@ -29,6 +31,7 @@ from train.model.heads import LossHead
 from train.model.init import initial_value
 from train.model.layers import GatedMLP, Norm, NormAcrossHeads, PlainMLP
 from train.model.logical import LogicalTensor, logical_of, tag
+from train.model.lora import freeze
 from train.model.recompute import trained
 from train.model.rotary import Rotary, last_positions, rotate
 from train.model.tensor_parallel import expand_linear, reduce_linear, vocab_embedding
@@ -285,15 +288,18 @@ def build_layers(blueprint: Blueprint, reading: Reading, *, seed: int | None) ->
     """THE model: its layers in order, each built and initialised when asked, so that a stage builds only its own.
 
     `seed` None leaves the values unset, for a caller that puts others in their place. Products in 8-bit floats are of the
-    blocks between the first and the last. Raises UserError when the device has none.
+    blocks between the first and the last. Raises UserError when the device has none, and ConfigError when a pattern of
+    adapters or of frozen tensors fits nothing.
     """
     model = blueprint.model
+    if problems := problems_of(model, lora=blueprint.lora, frozen=blueprint.frozen):
+        raise ConfigError(problems)
     if blueprint.float8 is not None:
         check_device(blueprint.device, blueprint.float8)
     deriver = Deriver(blueprint, reading)
 
     def made(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-        return make if seed is None else lambda: initialise(make(), model, seed)
+        return lambda: freeze(make() if seed is None else initialise(make(), model, seed), blueprint)
 
     tied = "embedding" if model.tied_head else None
     layers = [
