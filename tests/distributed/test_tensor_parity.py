@@ -23,6 +23,7 @@ MODELS = {
     "gemma": uneven.TINY_GEMMA,
     "olmo2": uneven.TINY_OLMO2,
     "parallel": uneven.TINY_PARALLEL,
+    "labels": uneven.TINY_LABELS,
 }
 LAYOUTS = [(2, data, zero, rows) for data in (1, 2) for zero in (1, 2, 3) for rows in (False, True)]
 FEW_LAYOUTS = [(2, 1, 1, False), (2, 1, 1, True), (2, 2, 3, True)]
@@ -37,7 +38,8 @@ def train(
     start = uneven.logical_state(engine, context)
     curve = []
     for step in range(uneven.STEPS):
-        result = engine.train_step(uneven.batches_of_step(step, context), lr=uneven.lr_of(step), step=step)
+        batches = uneven.batches_of_step(step, context, len(model.labels))
+        result = engine.train_step(batches, lr=uneven.lr_of(step), step=step)
         curve.append((result.loss, result.grad_norm))
     return start, curve, uneven.logical_state(engine, context)
 
@@ -60,7 +62,8 @@ def test_fp32_equals_one_process(tensor: int, data: int, zero: int, rows: bool, 
         if kind == "weight":
             whole = uneven.whole(logical_name, model)
             assert torch.equal(value, initial_value(model, whole, 7)), f"{logical_name} does not start from the same bits"
-    torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected_curve), rtol=0, atol=1e-5)
+    rtol = 1e-5 if model.labels else 0  # gradients of a few labelled rows are larger than those of many tokens
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected_curve), rtol=rtol, atol=1e-5)
     assert set(state) == set(expected)
     for key, value in expected.items():
         torch.testing.assert_close(state[key], value, rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")

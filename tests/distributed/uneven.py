@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from train.config.adapter import LoraConfig
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig, RopeConfig
 from train.config.training import OptimConfig, ParallelConfig
@@ -35,6 +36,7 @@ TINY_GPT2 = ModelConfig(
     vocab_size=61, vocab_multiple=16, positions="learned", norm="layer", mlp="gelu", bias=True, tied_head=True,
 )  # fmt: skip
 TINY_QWEN3 = replace(TINY, family="qwen3", head_size=12, qk_norm=True)
+TINY_LABELS = replace(TINY_QWEN3, labels=("no", "maybe", "yes"))
 # Everything that a block can have besides, of the order of Gemma 3; and a block with its sublayers side by side.
 TINY_GEMMA = replace(
     TINY, family="custom", head_size=12, qk_norm=True, qkv_bias=True, norm_placement="both", norm_one_plus=True, mlp="geglu",
@@ -80,13 +82,25 @@ def sample(sample_id: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     return tokens[:-1], labels, positions, [0, cut]
 
 
-def micro_batch(sample_ids: list[int]) -> Batch:
-    """Several samples as one packed micro-batch."""
+def label_ends(sample_id: int, tokens: Tensor, num_labels: int) -> Tensor:
+    """Labels of one sequence for a model that tells labels apart: two documents have one at their ends, or one, or none has."""
+    labels = torch.full((SEQUENCE,), -100)
+    ends = (sample_id % (SEQUENCE - 1), SEQUENCE - 1)
+    for end in ends[: sample_id % 5 % 3]:
+        labels[end] = tokens[: end + 1].sum() % num_labels
+    return labels
+
+
+def micro_batch(sample_ids: list[int], num_labels: int = 0) -> Batch:
+    """Several samples as one packed micro-batch; with `num_labels` for a model that tells so many apart."""
     rows = [sample(sample_id) for sample_id in sample_ids]
     starts = [SEQUENCE * row + start for row, (_, _, _, cuts) in enumerate(rows) for start in cuts]
     total = SEQUENCE * len(rows)
     bounds = torch.tensor(starts + [total] * (3 * len(rows) + 1 - len(starts)), dtype=torch.int32)
     labels = torch.cat([row[1] for row in rows])
+    if num_labels:
+        pairs = zip(sample_ids, rows, strict=True)
+        labels = torch.cat([label_ends(sample_id, row[0], num_labels) for sample_id, row in pairs])
     return Batch(
         tokens=torch.cat([row[0] for row in rows]),
         labels=labels,
@@ -96,12 +110,13 @@ def micro_batch(sample_ids: list[int]) -> Batch:
     )
 
 
-def batches_of_step(step: int, context: ParallelContext) -> list[Batch]:
+def batches_of_step(step: int, context: ParallelContext, num_labels: int = 0) -> list[Batch]:
     """This rank's micro-batches of `step`: the same samples whatever the number of ranks."""
     ids = range(step * SEQUENCES, (step + 1) * SEQUENCES)
     passes = SEQUENCES // (MICRO * context.data_parallel)
     chunks = [list(ids[k * MICRO : (k + 1) * MICRO]) for k in range(SEQUENCES // MICRO)]
-    return [micro_batch(chunks[index * context.data_parallel + context.data_rank]) for index in range(passes)]
+    mine = [chunks[index * context.data_parallel + context.data_rank] for index in range(passes)]
+    return [micro_batch(sample_ids, num_labels) for sample_ids in mine]
 
 
 def make_engine(
@@ -113,9 +128,11 @@ def make_engine(
     kernels: KernelsConfig = PLAIN,
     optim: OptimConfig = ADAMW,
     float8: str | None = None,
+    lora: LoraConfig | None = None,
+    frozen: tuple[str, ...] = (),
 ) -> Engine:
     """A fresh engine for `model`."""
-    blueprint = Blueprint(model=model, kernels=kernels, tensor=context.tensor, float8=float8)
+    blueprint = Blueprint(model=model, kernels=kernels, tensor=context.tensor, float8=float8, lora=lora, frozen=frozen)
     reading = Reading(sequence_length=SEQUENCE, document_mask=True)
     return Engine(
         build_layers(blueprint, reading, seed=7),
@@ -128,11 +145,14 @@ def make_engine(
     )
 
 
-def logical_state(engine: Engine, context: ParallelContext) -> dict[str, Tensor]:
-    """Every weight and moment, whole, by 'kind/logical name', on every rank; copies on several ranks are compared."""
+def logical_state(engine: Engine, context: ParallelContext, *, frozen: bool = False) -> dict[str, Tensor]:
+    """Every weight and moment, whole, by 'kind/logical name', on every rank; copies on several ranks are compared.
+
+    `frozen`: of what does not train, in the place of what does.
+    """
     pieces = [
-        (kind, piece.logical, piece.start, tensor.clone())
-        for piece in engine.fragments()
+        (kind, piece.logical, piece.start, tensor.float().clone())
+        for piece in (engine.frozen_fragments() if frozen else engine.fragments())
         for kind, tensor in piece.tensors.items()
     ]
     whole: dict[str, Tensor] = {}

@@ -15,6 +15,11 @@ from train.config.model import ModelConfig, RopeConfig
 def build(model: ModelConfig) -> PreTrainedModel:
     """The family's class with the sizes of `model`; attention is computed by plain products."""
     config, make = FAMILIES[model.family](model)
+    if model.labels:
+        config.id2label = dict(enumerate(model.labels))
+        config.label2id = {label: number for number, label in config.id2label.items()}
+        config.pad_token_id = None
+        make = CLASSIFIERS[model.family]
     config._attn_implementation = "eager"
     return make(config)
 
@@ -200,4 +205,19 @@ FAMILIES: dict[str, Callable[[ModelConfig], tuple[PreTrainedConfig, Callable[...
     "gpt_neox": _gpt_neox,
     "stablelm": _stablelm,
     "exaone4": _exaone4,
+}
+CLASSIFIERS: dict[str, Callable[..., PreTrainedModel]] = {
+    "gpt2": transformers.GPT2ForSequenceClassification,
+    "llama": transformers.LlamaForSequenceClassification,
+    "mistral": transformers.MistralForSequenceClassification,
+    "qwen2": transformers.Qwen2ForSequenceClassification,
+    "qwen3": transformers.Qwen3ForSequenceClassification,
+    "gemma": transformers.GemmaForSequenceClassification,
+    "gemma2": transformers.Gemma2ForSequenceClassification,
+    "phi3": transformers.Phi3ForSequenceClassification,
+    "olmo2": transformers.Olmo2ForSequenceClassification,
+    "gemma3": transformers.Gemma3TextForSequenceClassification,
+    "gpt_neox": transformers.GPTNeoXForSequenceClassification,
+    "stablelm": transformers.StableLmForSequenceClassification,
+    "exaone4": transformers.Exaone4ForSequenceClassification,
 }

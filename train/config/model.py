@@ -116,6 +116,9 @@ class ModelConfig:
     """Number of token ids; null: that of the corpus's tokenizer."""
     vocab_multiple: int = 64
     """The embedding has rows up to the next multiple of this; the added ones are masked out of the logits."""
+    labels: tuple[str, ...] = ()
+    """Labels that the head tells apart, from the last token of a row; empty: a language model. With labels tied_head and
+    logit_softcap, which are of the output matrix, change nothing."""
     positions: Literal["learned", "rotary"]
     """How a token knows its place: a learned table added to the embedding, or rotation of queries and keys."""
     rope: RopeConfig = field(default_factory=RopeConfig)
@@ -241,6 +244,7 @@ class ModelConfig:
             problems.append(f"z_loss={self.z_loss}: must not be negative; 0 turns it off")
         problems += self._attention_problems()
         problems += self._block_problems()
+        problems += self._label_problems()
         problems = problems or family_problems(self)
         if problems:
             raise ConfigError(problems)
@@ -300,4 +304,14 @@ class ModelConfig:
                 f"norm_placement={self.norm_placement}: residual={self.residual} has norms before its sublayers only; "
                 f"take norm_placement=pre or residual=sequential"
             )
+        return problems
+
+    def _label_problems(self) -> list[str]:
+        problems = []
+        if len(self.labels) == 1:
+            problems.append(f"labels={list(self.labels)}: a head tells at least 2 apart; give more, or none: a language model")
+        if doubles := sorted({label for label in self.labels if self.labels.count(label) > 1}):
+            problems.append(f"labels: hold {', '.join(doubles)} more than once; give each label one name of its own")
+        if "" in self.labels:
+            problems.append("labels: hold an empty name; give each label one that a report can show")
         return problems

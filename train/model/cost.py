@@ -14,6 +14,8 @@ from train.config.model import ModelConfig
 
 GIB = 1024**3
 BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(attention\.(qkv|output)|mlp\.(gate_up|up|down))\.weight")
+OUTPUT_HEAD, LABEL_HEAD = "head.weight", "score.weight"
+"""Logical names of the matrices behind the final norm: of a language model, and of one that tells labels apart."""
 
 
 def is_block_matrix(name: str) -> bool:
@@ -22,7 +24,7 @@ def is_block_matrix(name: str) -> bool:
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Logical name -> logical shape of every parameter, in layer order; the tied head is not a parameter.
+    """Logical name -> logical shape of every parameter, in layer order: last the head, where it has a matrix of its own.
 
     Fused matrices keep the axis along which tensor-parallel ranks cut: query-key-value is
     [kv heads, queries per kv head + 2, head size, hidden], gate and up are [2, ffn, hidden].
@@ -64,9 +66,19 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear(f"{block}.mlp.down", (hidden,), ffn)
         norm(f"{block}.mlp_post_norm", after)
     norm("final_norm")
-    if not model.tied_head:
-        shapes["head.weight"] = (model.padded_vocab_size, hidden)
+    if model.labels or not model.tied_head:
+        shapes[LABEL_HEAD if model.labels else OUTPUT_HEAD] = (head_width(model), hidden)
     return shapes
+
+
+def head_width(model: ModelConfig) -> int:
+    """Numbers that the head gives for a position: one for each label, or for each row of the embedding."""
+    return len(model.labels) or model.padded_vocab_size
+
+
+def body_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """`parameter_shapes` without the head: what a model with labels takes over from one without, or with others."""
+    return {name: shape for name, shape in parameter_shapes(model).items() if name not in (OUTPUT_HEAD, LABEL_HEAD)}
 
 
 def num_parameters(model: ModelConfig) -> int:
@@ -75,11 +87,11 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 def parameters_per_rank(model: ModelConfig, tensor_parallel: int) -> int:
-    """Number of parameters that one of `tensor_parallel` ranks holds: norms, positions and reduced biases whole.
+    """Number of parameters that one of `tensor_parallel` ranks holds: norms, positions, reduced biases, labels' head whole.
 
     Of norms across heads each rank has what belongs to its heads.
     """
-    whole = ("norm.weight", "norm.bias", "positions.weight", "attention.output.bias", "mlp.down.bias")
+    whole = ("norm.weight", "norm.bias", "positions.weight", "attention.output.bias", "mlp.down.bias", LABEL_HEAD)
     cut = ("query_norm.weight", "key_norm.weight") if model.qk_norm_across_heads else ()
     counts = {name: prod(shape) for name, shape in parameter_shapes(model).items()}
     return sum(
@@ -91,7 +103,7 @@ def num_matmul_parameters(model: ModelConfig) -> int:
     """Number of parameters that every token is multiplied with: all matrices but the lookup tables, the head always."""
     shapes = parameter_shapes(model)
     blocks = sum(prod(s) for n, s in shapes.items() if n.startswith("blocks.") and n.endswith("weight") and len(s) > 1)
-    return blocks + model.padded_vocab_size * model.hidden_size
+    return blocks + head_width(model) * model.hidden_size
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> tuple[int, int]:
@@ -111,6 +123,8 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> tuple[int, int]
 
 def _logits_bytes(model: ModelConfig, tokens: int, tensor_parallel: int, limit: int) -> int:
     """Bytes of fp32 logits that exist together on a rank."""
+    if model.labels:  # every rank has those of all labels
+        return 4 * tokens * len(model.labels)
     return min(limit, 4 * tokens * model.padded_vocab_size // tensor_parallel)
 
 

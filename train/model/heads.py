@@ -1,6 +1,7 @@
-"""The loss head: logits of the padded vocabulary, cross-entropy summed over the targets.
+"""The heads with their losses: logits of the padded vocabulary, or scores of labels; cross-entropy summed over the targets.
 
-Shapes: T tokens, C tokens of a chunk, H hidden, V padded vocabulary (on several tensor ranks: this rank's rows of it).
+Shapes: T tokens, C tokens of a chunk, P places among the tokens, H hidden, V padded vocabulary (on several tensor ranks: this
+rank's rows of it), N labels.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.model.blueprint import Blueprint
-from train.model.crossings import all_columns, all_rows, sum_of_parts, vocab_parallel_loss
+from train.model.cost import LABEL_HEAD
+from train.model.crossings import all_columns, all_rows, own_rows, replicated, sum_of_parts, vocab_parallel_loss
+from train.model.logical import LogicalTensor, tag
 from train.model.tensor_parallel import vocab_embedding, vocab_linear
 
 IGNORE = -100  # label of a position without a target; torch's and the loader's
@@ -109,6 +112,55 @@ class LossHead(nn.Module):
         here_C = (local_C >= 0) & (local_C < logits_CV.shape[1]) & (labels_C != IGNORE)
         found_C = logits_CV.gather(1, local_C.where(here_C, 0).unsqueeze(1)).squeeze(1)
         return sum_of_parts(found_C.where(here_C, 0.0), self.tensor)
+
+
+class ClassificationHead(nn.Module):
+    """Scores of the model's labels at every token, and the loss of those tokens that have a label: the last of each row.
+
+    All tensor ranks hold the whole matrix. Scores are taken at every token, not at the labelled ones alone: there are few
+    labels, so they cost nothing beside a block, and neither a shape nor the CPU waits for where the labels lie.
+    """
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        super().__init__()
+        model = blueprint.model
+        self.vocab_size = model.vocab_size
+        self.z_loss, self.shrink = model.z_loss, 1.0 / model.width_ratio
+        self.tensor = blueprint.tensor
+        shape = (len(model.labels), model.hidden_size)
+        self.score = nn.Linear(model.hidden_size, len(model.labels), bias=False)
+        tag(self.score.weight, LogicalTensor(name=LABEL_HEAD, shape=shape))
+
+    def logits(self, hidden_TH: Tensor) -> Tensor:
+        """[T, N] in the model's dtype, the same on every tensor rank; no gradient is right across the ranks."""
+        return all_rows(self._scores(hidden_TH, self.score.weight), self.tensor)
+
+    def scores(self, hidden_TH: Tensor, places_P: Tensor) -> Tensor:
+        """Log-probabilities of the labels at some places, fp32 [P, N]; every rank has them."""
+        return self.logits(hidden_TH)[places_P].float().log_softmax(dim=-1)
+
+    def answers(self, hidden_TH: Tensor, places_P: Tensor, options_PO: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities at some places of the labels with the numbers `options_PO`, fp32 [P, O], and the likeliest [P]."""
+        scores_PN = self.scores(hidden_TH, places_P)
+        return scores_PN.gather(1, options_PO), scores_PN.argmax(dim=-1)
+
+    def forward(self, state: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(objective, loss, targets): as of `LossHead`; a label is the number of one of the model's, IGNORE between them."""
+        hidden_TH, labels_T, _, _ = state
+        # Under sequence parallelism each rank has the loss of its own rows; otherwise all of them compute the same.
+        weight_NH = replicated(self.score.weight, self.tensor, partial=False)
+        scores_TN, own_T = self._scores(hidden_TH, weight_NH).float(), own_rows(labels_T, self.tensor)
+        loss = F.cross_entropy(scores_TN, own_T, ignore_index=IGNORE, reduction="sum")
+        objective = loss
+        if self.z_loss:
+            normaliser_T = torch.logsumexp(scores_TN, dim=-1)
+            objective = loss + self.z_loss * (normaliser_T.square() * (own_T != IGNORE)).sum()
+        if self.tensor.sequence_parallel:
+            objective, loss = sum_of_parts(torch.stack((objective, loss)), self.tensor).unbind()
+        return objective, loss.detach(), (labels_T != IGNORE).sum()
+
+    def _scores(self, hidden_TH: Tensor, weight_NH: Tensor) -> Tensor:
+        return F.linear(hidden_TH * self.shrink if self.shrink != 1.0 else hidden_TH, weight_NH)
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The model definition: embedding, blocks, final norm, loss head, as a list of layers.
+"""The model definition: embedding, blocks, final norm, head with its loss, as a list of layers.
 
 Every layer takes and returns one tuple of fixed-shape tensors, so that the same list runs in one process, under ZeRO, or
 cut into pipeline stages:
@@ -27,7 +27,7 @@ from train.model.attention.layout import sequence_bounds
 from train.model.blueprint import Blueprint
 from train.model.crossings import own_draws, own_rows, replicated
 from train.model.float8 import check_device
-from train.model.heads import LossHead
+from train.model.heads import ClassificationHead, LossHead
 from train.model.init import initial_value
 from train.model.layers import GatedMLP, Norm, NormAcrossHeads, PlainMLP
 from train.model.logical import LogicalTensor, logical_of, tag
@@ -301,7 +301,7 @@ def build_layers(blueprint: Blueprint, reading: Reading, *, seed: int | None) ->
     def made(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         return lambda: freeze(make() if seed is None else initialise(make(), model, seed), blueprint)
 
-    tied = "embedding" if model.tied_head else None
+    tied = "embedding" if model.tied_head and not model.labels else None
     layers = [
         Layer(name="embedding", build=made(lambda: Embedding(blueprint)), tied_key=tied, tied_weight=tied and "tokens.weight")
     ]
@@ -310,9 +310,8 @@ def build_layers(blueprint: Blueprint, reading: Reading, *, seed: int | None) ->
         plan = blueprint if inner else replace(blueprint, float8=None)
         layers.append(Layer(name=f"blocks.{number}", build=made(partial(Block, number, plan, deriver))))
     layers.append(Layer(name="final_norm", build=made(lambda: FinalNorm("final_norm", blueprint))))
-    layers.append(
-        Layer(name="head", build=made(lambda: LossHead(blueprint)), tied_key=tied, tied_weight=tied and "output.weight")
-    )
+    head = ClassificationHead if model.labels else LossHead
+    layers.append(Layer(name="head", build=made(lambda: head(blueprint)), tied_key=tied, tied_weight=tied and "output.weight"))
     return layers
 
 
@@ -362,7 +361,7 @@ class Decoder(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """Ids that are real; the head may have more columns."""
+        """Ids that are real; the head of a language model may have more columns."""
         return self.layers[-1].vocab_size
 
     def read_as(self, reading: Reading) -> None:
@@ -371,14 +370,14 @@ class Decoder(nn.Module):
             block.deriver.read_as(reading)
 
     def forward(self, tokens_T: Tensor, labels_T: Tensor, positions_T: Tensor, bounds: Tensor) -> tuple:
-        """(objective, loss, targets) of a micro-batch: see `LossHead.forward`."""
+        """(objective, loss, targets) of a micro-batch: see the heads' `forward`."""
         state = (tokens_T, labels_T, positions_T, bounds)
         for layer in self.layers:
             state = layer(state)
         return state
 
     def logits(self, tokens_T: Tensor, positions_T: Tensor, bounds: Tensor) -> Tensor:
-        """[T, V] of a micro-batch, in the model's dtype."""
+        """[T, V], or one for each label, of a micro-batch, in the model's dtype."""
         state = (tokens_T, tokens_T, positions_T, bounds)
         for layer in self.layers[:-1]:
             state = layer(state)

@@ -16,6 +16,7 @@ ENDS: tuple[Rule, ...] = (
     pair("embedding.tokens.weight", "model.embed_tokens.weight", VOCABULARY),
     pair("final_norm.weight", "model.norm.weight"),
     pair("head.weight", "lm_head.weight", VOCABULARY),
+    pair("score.weight", "score.weight"),
 )
 OUTPUTS: tuple[Rule, ...] = (
     pair(f"{_BLOCK}.attention.output.weight", f"{_LAYER}.self_attn.o_proj.weight"),

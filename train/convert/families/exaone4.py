@@ -28,6 +28,7 @@ def _read(fields: Fields) -> Json:
 EXAONE4 = Family(
     model_type="exaone4",
     architecture="Exaone4ForCausalLM",
+    classifier="Exaone4ForSequenceClassification",
     rules=DECODER + POST_NORMS + QK_NORMS,
     write=_write,
     read=_read,

@@ -67,6 +67,8 @@ class Family:
     """Of config.json."""
     architecture: str
     """Class of transformers that trains and generates."""
+    classifier: str | None = None
+    """Class of transformers that tells labels apart from the last token of a row; None: there is none."""
     rules: tuple[Rule, ...]
     """The key map."""
     write: Callable[[ModelConfig], Json]
@@ -79,6 +81,17 @@ class Family:
     """Other names that files are known to have, and the rules' names."""
     buffers: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     """Patterns of names that hold no weights: older releases saved what they could compute."""
+
+    def class_of(self, model: ModelConfig) -> str:
+        """Class of transformers that computes what `model` does. Raises UserError when there is none."""
+        if not model.labels:
+            return self.architecture
+        if self.classifier is None:
+            raise UserError(
+                f"model.labels={list(model.labels)}: transformers has no class of {self.model_type} that tells labels apart; "
+                "it can be exported as a model of another family, where its fields are those of one"
+            )
+        return self.classifier
 
     @property
     def head(self) -> str:

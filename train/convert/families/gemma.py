@@ -94,12 +94,25 @@ def _read_gemma3(fields: Fields) -> Json:
 
 
 GEMMA = Family(
-    model_type="gemma", architecture="GemmaForCausalLM", rules=DECODER + PRE_NORMS, write=_write_gemma, read=_read_gemma
+    model_type="gemma",
+    architecture="GemmaForCausalLM",
+    classifier="GemmaForSequenceClassification",
+    rules=DECODER + PRE_NORMS,
+    write=_write_gemma,
+    read=_read_gemma,
 )
-GEMMA2 = Family(model_type="gemma2", architecture="Gemma2ForCausalLM", rules=FOUR_NORMS, write=_write_gemma2, read=_read_gemma2)
+GEMMA2 = Family(
+    model_type="gemma2",
+    architecture="Gemma2ForCausalLM",
+    classifier="Gemma2ForSequenceClassification",
+    rules=FOUR_NORMS,
+    write=_write_gemma2,
+    read=_read_gemma2,
+)
 GEMMA3 = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
+    classifier="Gemma3TextForSequenceClassification",
     rules=FOUR_NORMS + QK_NORMS,
     write=_write_gemma3,
     read=_read_gemma3,

@@ -24,6 +24,7 @@ RULES = (
     pair("final_norm.weight", "transformer.ln_f.weight"),
     pair("final_norm.bias", "transformer.ln_f.bias"),
     pair("head.weight", "lm_head.weight", VOCABULARY),
+    pair("score.weight", "score.weight"),
 )
 ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
 
@@ -69,6 +70,7 @@ def _read(fields: Fields) -> Json:
 GPT2 = Family(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
+    classifier="GPT2ForSequenceClassification",
     rules=RULES,
     write=_write,
     read=_read,

@@ -25,6 +25,7 @@ RULES = (
     pair("final_norm.bias", "gpt_neox.final_layer_norm.bias"),
     # The published name; transformers 5 calls it lm_head and reads both.
     pair("head.weight", "embed_out.weight", VOCABULARY),
+    pair("score.weight", "score.weight"),
 )
 ACTIVATIONS = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_fast": "gelu", "gelu_pytorch_tanh": "gelu"}
 
@@ -72,6 +73,7 @@ def _read(fields: Fields) -> Json:
 GPT_NEOX = Family(
     model_type="gpt_neox",
     architecture="GPTNeoXForCausalLM",
+    classifier="GPTNeoXForSequenceClassification",
     rules=RULES,
     write=_write,
     read=_read,

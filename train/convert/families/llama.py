@@ -25,6 +25,7 @@ def _read(fields: Fields) -> Json:
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
+    classifier="LlamaForSequenceClassification",
     rules=DECODER + PRE_NORMS,
     write=_write,
     read=_read,

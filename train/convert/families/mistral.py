@@ -16,4 +16,11 @@ def _read(fields: Fields) -> Json:
     return read_decoder(fields) | {"window": fields["sliding_window"]}
 
 
-MISTRAL = Family(model_type="mistral", architecture="MistralForCausalLM", rules=DECODER + PRE_NORMS, write=_write, read=_read)
+MISTRAL = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    classifier="MistralForSequenceClassification",
+    rules=DECODER + PRE_NORMS,
+    write=_write,
+    read=_read,
+)

@@ -20,6 +20,7 @@ def _read(fields: Fields) -> Json:
 OLMO2 = Family(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
+    classifier="Olmo2ForSequenceClassification",
     rules=DECODER + POST_NORMS + QK_NORMS,
     write=_write,
     read=_read,

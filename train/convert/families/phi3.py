@@ -40,4 +40,11 @@ def _read(fields: Fields) -> Json:
     return read_decoder(fields) | {"window": fields["sliding_window"], "dropout": dropout}
 
 
-PHI3 = Family(model_type="phi3", architecture="Phi3ForCausalLM", rules=RULES, write=_write, read=_read)
+PHI3 = Family(
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    classifier="Phi3ForSequenceClassification",
+    rules=RULES,
+    write=_write,
+    read=_read,
+)

@@ -47,11 +47,17 @@ def _read_qwen3(fields: Fields) -> Json:
 
 
 QWEN2 = Family(
-    model_type="qwen2", architecture="Qwen2ForCausalLM", rules=DECODER + PRE_NORMS, write=_write_qwen2, read=_read_qwen2
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    classifier="Qwen2ForSequenceClassification",
+    rules=DECODER + PRE_NORMS,
+    write=_write_qwen2,
+    read=_read_qwen2,
 )
 QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
+    classifier="Qwen3ForSequenceClassification",
     rules=DECODER + PRE_NORMS + QK_NORMS,
     write=_write_qwen3,
     read=_read_qwen3,

@@ -39,4 +39,11 @@ def _read(fields: Fields) -> Json:
     }
 
 
-STABLELM = Family(model_type="stablelm", architecture="StableLmForCausalLM", rules=RULES, write=_write, read=_read)
+STABLELM = Family(
+    model_type="stablelm",
+    architecture="StableLmForCausalLM",
+    classifier="StableLmForSequenceClassification",
+    rules=RULES,
+    write=_write,
+    read=_read,
+)
