@@ -8,7 +8,9 @@ from math import cos, pi, sqrt
 
 from torch import nn
 
+from conf.errors import UserError
 from train.config.training import OptimConfig, ScheduleConfig
+from train.model.adapters import MAGNITUDE
 from train.model.cost import is_block_matrix
 from train.model.logical import logical_parameters
 from train.plan import RunPlan
@@ -28,14 +30,18 @@ class OptimizerSpec:
 def parameter_groups(module: nn.Module, spec: OptimizerSpec) -> list[dict]:
     """The optimizer's groups, each with `weight_decay`, `use_muon` and `lr_scale`, the multiple of the run's learning rate.
 
-    Matrices and embeddings decay, norms and biases do not, unless a rule says otherwise. A fused bias has more than one
-    logical axis and still is a bias, so the name decides, not the number of axes. muP divides the rate of the blocks'
-    matrices by how much their input has grown; not Muon's, whose updates have the same spectral norm at every width.
+    What is frozen is in none. Matrices and embeddings decay, norms, biases and the lengths of rows do not, unless a rule
+    says otherwise. A fused bias has more than one logical axis and still is a bias, so the name decides. muP divides the
+    rate of the blocks' matrices by how much their input has grown; not Muon's, whose updates have the same spectral norm
+    at every width.
+    Raises UserError when nothing trains.
     """
     optim = spec.settings
     groups: dict[tuple[bool, bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in logical_parameters(module).items():
-        is_matrix = name.endswith(".weight") and not name.endswith("_norm.weight")
+        if not parameter.requires_grad:
+            continue
+        is_matrix = name.endswith(".weight") and not name.endswith(("_norm.weight", MAGNITUDE))
         use_muon = optim.kind == "muon" and is_block_matrix(name)
         scale = 1.0 / spec.width_ratio if is_block_matrix(name) else 1.0
         if use_muon:
@@ -46,6 +52,8 @@ def parameter_groups(module: nn.Module, spec: OptimizerSpec) -> list[dict]:
             scale *= rule.lr_scale
             decay = decay if rule.weight_decay is None else rule.weight_decay
         groups.setdefault((not is_matrix, use_muon, decay, scale), []).append(parameter)
+    if not groups:
+        raise UserError("nothing trains: all tensors of the model are frozen; freeze fewer")
     return [
         {"params": parameters, "weight_decay": decay, "lr_scale": scale, "use_muon": use_muon}
         for (_, use_muon, decay, scale), parameters in sorted(groups.items(), key=lambda item: item[0][0])

@@ -20,11 +20,14 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from train.config.adapter import LoraConfig
 from train.config.training import OptimConfig, ParallelConfig, Precision
 from train.engine import fragments
 from train.engine.optimizers import make_optimizer, update_stance
 from train.model.heads import LossHead
 from train.model.init import keyed_seed
+from train.model.logical import logical_of, logical_parameters
+from train.model.lora import settings_of
 from train.model.transformer import Decoder, Layer
 from train.optim import OptimizerSpec
 from train.parallel import ParallelContext
@@ -107,7 +110,7 @@ class _Clock:
 
 
 class Engine:
-    """A model under DeepSpeed ZeRO 1, 2 or 3."""
+    """A model under DeepSpeed ZeRO 1, 2 or 3; what of it needs no gradient is frozen, and has no optimizer state."""
 
     def __init__(
         self,
@@ -242,8 +245,27 @@ class Engine:
         return seen[0]
 
     def fragments(self) -> list[fragments.Fragment]:
-        """This rank's part of the fp32 weights and of the optimizer's state, as live views."""
+        """This rank's part of the fp32 weights that train and of the optimizer's state, as live views."""
         return fragments.fragments_of(self.module, self._optimizer, self.zero)
+
+    def frozen_fragments(self) -> list[fragments.Fragment]:
+        """This rank's part of the weights that do not train, as live views in the dtype of the model."""
+        return fragments.frozen_fragments(self.module, self.zero)
+
+    @property
+    def logical_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Logical name -> logical shape of all that the model has, adapters included, in the order of the layers."""
+        return {name: logical_of(value).shape for name, value in logical_parameters(self.module).items()}
+
+    @property
+    def frozen_names(self) -> tuple[str, ...]:
+        """Logical names of what does not train, in the order of the layers."""
+        return tuple(name for name, value in logical_parameters(self.module).items() if not value.requires_grad)
+
+    @property
+    def adapter(self) -> LoraConfig | None:
+        """The settings of the model's adapters; None: it has none."""
+        return settings_of(self.module)
 
     def norms(self) -> dict[str, float]:
         """Norm of every weight and of what the optimizer keeps of it, by `kind/logical name`; all ranks together."""
@@ -257,7 +279,7 @@ class Engine:
         return {name: math.sqrt(sum(part.get(name, 0.0) for part in parts)) for name in names}
 
     def loaded(self, updates: int) -> None:
-        """Take over what was written into the fragments: `updates` optimizer updates had been applied."""
+        """Take over what was written into fragments of either kind: `updates` optimizer updates had been applied."""
         fragments.set_update_count(self._optimizer, self.zero, updates)
         fragments.publish_weights(self._optimizer, self.zero)
 

@@ -1,7 +1,8 @@
 """Where ZeRO keeps the fp32 weight and the optimizer's state of a logical tensor on this rank, as flat views.
 
 DeepSpeed's own maps are used: `_hp_mapping` under stages 1 and 2, `grad_position` under stage 3. Writing into the views
-and then calling `publish_weights` is how a checkpoint comes back.
+and then calling `publish_weights` is how a checkpoint comes back. What is frozen has no fp32 weight and no state: its
+fragments are the weights that the model computes with.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from train.model.logical import LogicalTensor, logical_of, logical_parameters
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """The part [start, start + length) of this rank's flattened slice of one logical tensor, with live fp32 views."""
+    """The part [start, start + length) of this rank's flattened slice of one logical tensor, with live views.
+
+    They are fp32; of a frozen tensor there is the weight alone, in the dtype that the model computes in.
+    """
 
     logical: LogicalTensor
     start: int
@@ -66,11 +70,13 @@ def _buffers(optimizer: Any, zero: int) -> list[tuple[dict, Tensor]]:
 
 
 def fragments_of(module: nn.Module, optimizer: Any, zero: int) -> list[Fragment]:
-    """Every fragment that this rank owns, in the order of the layers."""
+    """Every fragment of what trains that this rank owns, in the order of the layers."""
     find = _place_under_stage_3 if zero == 3 else _place_under_stages_1_and_2
     buffers = _buffers(optimizer, zero)
     found = []
     for parameter in logical_parameters(module).values():
+        if not parameter.requires_grad:
+            continue
         place = find(parameter, optimizer)
         if place is None:
             continue
@@ -83,8 +89,29 @@ def fragments_of(module: nn.Module, optimizer: Any, zero: int) -> list[Fragment]
     return found
 
 
+def frozen_fragments(module: nn.Module, zero: int) -> list[Fragment]:
+    """Every fragment of what is frozen that this rank holds; under stages 1 and 2 that is all of its slices."""
+    found = []
+    for parameter in logical_parameters(module).values():
+        if parameter.requires_grad:
+            continue
+        logical = logical_of(parameter)
+        if zero == 3:
+            start, length = _part_under_stage_3(parameter)
+            flat = parameter.ds_tensor.data.view(-1)
+        else:
+            start, length = 0, logical.local_numel
+            flat = parameter.data.view(-1)
+        if length > 0:
+            found.append(Fragment(logical=logical, start=start, length=length, tensors={"weight": flat.narrow(0, 0, length)}))
+    return found
+
+
 def publish_weights(optimizer: Any, zero: int) -> None:
-    """Copy the fp32 weights into the weights that the model computes with, on all ranks together."""
+    """Copy the fp32 weights into the weights that the model computes with, on all ranks together.
+
+    Of what is frozen too stage 3 keeps small weights whole on every rank, which are put together anew.
+    """
     if zero != 3:
         optimizer.update_lp_params()
         return
@@ -105,8 +132,14 @@ def _place_under_stages_1_and_2(parameter: nn.Parameter, optimizer: Any) -> tupl
 
 
 def _place_under_stage_3(parameter: nn.Parameter, optimizer: Any) -> tuple[int, int, int, int] | None:
-    """As above. Stage 3 cuts each parameter into equal parts, the last of them padded."""
-    buffer_index, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    start = part * dist.get_rank(group=parameter.ds_process_group)
-    length = min(part, parameter.ds_numel - start)
+    """As above."""
+    buffer_index, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    start, length = _part_under_stage_3(parameter)
     return None if length <= 0 else (buffer_index, offset, start, length)
+
+
+def _part_under_stage_3(parameter: nn.Parameter) -> tuple[int, int]:
+    """(start, length) of this rank's part. Stage 3 cuts each parameter into equal parts, the last of them padded."""
+    part = parameter.ds_tensor.ds_numel
+    start = part * dist.get_rank(group=parameter.ds_process_group)
+    return start, min(part, parameter.ds_numel - start)
