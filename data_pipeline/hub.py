@@ -32,24 +32,45 @@ def dataset_rows(corpus: CorpusConfig, unit: Unit) -> Iterator[dict[str, Any]]:
     yield from dataset.shard(num_shards=unit.dataset_shards, index=unit.dataset_shard, contiguous=True)
 
 
+def named_rows(name: str, *, config: str | None, split: str, revision: str | None) -> Iterator[dict[str, Any]]:
+    """The rows of one split of a data set, all columns, in order. Raises UserError when it cannot be opened."""
+    yield from _load(name, config=config, split=split, revision=revision, streaming=False)
+
+
+def dataset_identity(name: str, *, config: str | None, split: str, revision: str | None) -> str:
+    """What tells the contents of a data set from others, as the library sees them."""
+    return str(_load(name, config=config, split=split, revision=revision, streaming=False)._fingerprint)
+
+
+def saved_folder(name: str) -> bool:
+    """Whether save_to_disk made this folder."""
+    return any(Path(name, file).is_file() for file in SAVED_DATASET_FILES)
+
+
 def _open(corpus: CorpusConfig, name: str) -> Any:
+    try:
+        return _load(
+            name, config=corpus.hf_config, split=corpus.hf_split, revision=corpus.hf_revision, streaming=corpus.hf_streaming
+        )
+    except UserError as error:
+        raise UserError(f"corpus.paths: {error}") from error.__cause__
+
+
+def _load(name: str, *, config: str | None, split: str, revision: str | None, streaming: bool) -> Any:
     """load_dataset, or load_from_disk for a folder that save_to_disk made."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        if any(Path(name, file).is_file() for file in SAVED_DATASET_FILES):
+        if saved_folder(name):
             dataset = datasets.load_from_disk(name)
             if isinstance(dataset, datasets.DatasetDict):
-                dataset = dataset[corpus.hf_split]
-            return dataset.to_iterable_dataset() if corpus.hf_streaming else dataset
-        return datasets.load_dataset(
-            name, corpus.hf_config, split=corpus.hf_split, revision=corpus.hf_revision, streaming=corpus.hf_streaming
-        )
+                dataset = dataset[split]
+            return dataset.to_iterable_dataset() if streaming else dataset
+        return datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
     # The library and the network below it raise errors of many families here; each of them means the same to the user.
     except Exception as error:  # noqa: BLE001
         words = " ".join(str(error).split())
         raise UserError(
-            f"corpus.paths: the data set {name} (config {corpus.hf_config}, split {corpus.hf_split}) cannot be opened: "
-            f"{type(error).__name__}: {words[:300]}"
+            f"the data set {name} (config {config}, split {split}) cannot be opened: {type(error).__name__}: {words[:300]}"
         ) from error

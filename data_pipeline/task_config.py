@@ -1,17 +1,20 @@
-"""What a model is asked to do, and on which data: texts whose likelihood is measured, or rows with a prompt and a truth."""
+"""What a model is asked to do, or taught, and on which data: texts whose likelihood is measured, rows with a prompt and a
+truth, dialogues.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
 from typing import Literal
 
 from conf.errors import ConfigError
 
-TaskKind = Literal["language", "classification", "generation", "harness"]
+TaskKind = Literal["language", "classification", "generation", "dialogue", "harness"]
+ROW_KINDS = ("classification", "generation", "dialogue")
 TaskMetric = Literal["bleu", "chrf", "ter", "rouge", "answers"]
-RowFormat = Literal["auto", "jsonl", "csv", "tsv", "parquet", "lines"]
+RowFormat = Literal["auto", "jsonl", "csv", "tsv", "parquet", "lines", "dataset"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,12 @@ class TaskSource:
     """Name in the results; null: the last part of the path."""
     targets: str | None = None
     """format=lines: file whose lines are the truths of the lines of `path`."""
+    split: str = "train"
+    """format=dataset: part of the data set that is read."""
+    config: str | None = None
+    """format=dataset: configuration of a data set of the hub; null: its default."""
+    revision: str | None = None
+    """format=dataset: commit or tag of a data set of the hub; null: the newest."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -42,11 +51,13 @@ class TaskSource:
 class TaskConfig:
     kind: TaskKind = "language"
     """language: the likelihood of texts; classification: the likeliest of some labels; generation: what the model writes;
-    harness: tasks of lm-eval."""
+    dialogue: what an assistant says, for finetune; harness: tasks of lm-eval."""
     name: str = "language"
     """Name of the task in folders and tables."""
     data: tuple[TaskSource, ...] = ()
     """Where the examples are; empty, for language: the held-out text of the run's own corpora."""
+    validation: tuple[TaskSource, ...] = ()
+    """finetune: where the held-out rows are; empty: data.validation_fraction of the rows of `data` are held out."""
     # --- language
     split: Literal["validation", "train"] = "validation"
     """language: which part of a prepared corpus is read."""
@@ -62,17 +73,29 @@ class TaskConfig:
     """language: the mark behind each document is a target too, without bytes, as in training; false: only its text is."""
     # --- rows
     format: RowFormat = "auto"
-    """Of files with rows; auto: by the ending of their names. lines: a text file, one row a line, as column `text`."""
+    """Of files with rows; auto: by the ending of their names. lines: a text file, one row a line, as column `text`;
+    dataset: a folder that `datasets` saved (found by itself), or a name on the hub."""
     columns: tuple[str, ...] = ()
     """csv, tsv: names of the columns of files without a header; empty: the first line has them."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Columns under other names than the usual: {document: body, summary: abstract}; a dot goes into nested fields."""
     prompt: str = ""
-    """What the model is given of a row, with its columns in braces: 'Review: {sentence}\\nSentiment:'."""
-    target_prefix: str = " "
-    """What stands between the prompt and what the model is to write."""
+    """What the model is given of a row, with its columns in braces: 'Review: {sentence}\\nSentiment:'; empty: what is usual
+    for the columns that the rows have."""
+    target_prefix: str | None = None
+    """What stands between the prompt and what the model is to write; null: a space, or what is usual where the prompt is
+    found by the columns."""
     target: str = "target"
-    """Column of the truth; a dot goes into nested fields: answers.text. A list holds several truths, all of them right."""
+    """Column of the truth; a dot goes into nested fields: answers.text. A list holds several truths, all of them right.
+    Of rows without a column `target` the usual names are tried."""
+    source_language: str | None = None
+    """generation, of rows such as {translation: {en: ..., de: ...}}: language of the prompt; null: the other of two."""
+    target_language: str | None = None
+    """generation, of such rows: language to translate into; null: the other of two."""
+    no_answer: str = "unanswerable"
+    """generation, finetune: what the model learns to write for an empty list of answers."""
     labels: tuple[str, ...] = ()
-    """classification: all labels, as the target column has them; see positive."""
+    """classification: all labels, as the target column has them; see positive. Empty, for finetune: those of the rows."""
     label_texts: tuple[str, ...] = ()
     """classification: what the model would write for each label, behind target_prefix; empty: the label."""
     label_scores: Literal["sum", "mean_per_token", "mean_per_byte"] = "sum"
@@ -136,24 +159,44 @@ class TaskConfig:
 
     def _row_problems(self) -> list[str]:
         problems = []
-        if self.kind not in ("classification", "generation"):
+        if self.kind not in ROW_KINDS:
             return problems
         if not self.data:
             problems.append("data=[]: needs files with rows; give task.data=[{path: dev.jsonl}]")
-        if not self.prompt:
-            problems.append("prompt='': needs what the model is given, such as 'Review: {text}\\nSentiment:'")
-        else:
+        if self.prompt:
             problems += self._prompt_problems()
         if not self.target:
             problems.append("target='': needs the column of the truth")
+        if self.kind == "dialogue" and self.target not in ("", "target"):
+            problems.append(f"target={self.target}: a dialogue has its answers; name columns by task.fields={{output: ...}}")
+        for name in ("prompt", "target_prefix", "labels", "label_texts"):
+            if self.kind == "dialogue" and getattr(self, name):
+                problems.append(f"{name}: a chat template writes dialogues out; leave {name} out, or give task.kind=generation")
         if self.kind == "classification":
             problems += self._label_problems()
-        elif not self.metrics:
-            problems.append("metrics=[]: needs at least one of bleu, chrf, ter, rouge, answers")
+        if any(not name or not column for name, column in self.fields.items()):
+            problems.append(f"fields={self.fields}: holds an empty name; give task.fields={{document: body}}")
+        if self.source_language is not None and self.source_language == self.target_language:
+            problems.append(f"target_language={self.target_language}: is source_language as well; give two languages")
+        if not self.no_answer:
+            problems.append("no_answer='': the model needs something to write; give a text such as unanswerable")
         if self.max_new_tokens < 1:
             problems.append(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
         if "" in self.stop:
             problems.append("stop: holds an empty text, which ends every output at once; remove it")
+        return problems
+
+    def evaluation_problems(self) -> list[str]:
+        """What `longhaul evaluate` needs beyond what fine-tuning does."""
+        problems = []
+        if self.kind == "dialogue":
+            problems.append("kind=dialogue: is for finetune; score what a model writes by task=generation, with a prompt")
+        if self.kind == "classification" and not self.prompt:
+            problems.append("prompt='': needs what the model is given, such as 'Review: {text}\\nSentiment:'")
+        if self.kind == "classification" and not self.labels:
+            problems.append("labels=[]: needs at least two; give task.labels=[negative,positive]")
+        if self.kind == "generation" and not self.metrics:
+            problems.append("metrics=[]: needs at least one of bleu, chrf, ter, rouge, answers")
         return problems
 
     def _prompt_problems(self) -> list[str]:
@@ -173,7 +216,10 @@ class TaskConfig:
 
     def _label_problems(self) -> list[str]:
         problems = []
-        if len(self.labels) < 2:
+        if not self.labels and self.label_texts:
+            problems.append(f"label_texts={list(self.label_texts)}: need their labels; give task.labels=[negative,positive]")
+            return problems
+        if len(self.labels) == 1:
             problems.append(f"labels={list(self.labels)}: needs at least two; give task.labels=[negative,positive]")
         if len(set(self.labels)) < len(self.labels):
             problems.append(f"labels={list(self.labels)}: holds a label twice")
@@ -192,7 +238,7 @@ class TaskConfig:
     @property
     def prefix_text(self) -> str:
         """The target's prefix, line ends as such."""
-        return _spelled_in(self.target_prefix)
+        return " " if self.target_prefix is None else _spelled_in(self.target_prefix)
 
     @property
     def stop_texts(self) -> tuple[str, ...]:

@@ -1,28 +1,21 @@
-"""Labelled rows: read from JSONL, CSV, TSV, Parquet or line-aligned text, each made a prompt and its truths."""
+"""Labelled rows: of any file, each made a prompt and its truths, or a dialogue."""
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from conf.errors import UserError
-from data_pipeline.io import BROKEN_ARCHIVE_ERRORS, bare_suffix, open_input, sha256_of
+from conf.errors import ConfigError, UserError
+from data_pipeline.dialogues import Message, dialogue_of, tools_of
+from data_pipeline.layouts import MISSING, Layout, layout_of, lookup, names_of
+from data_pipeline.records import BadRow, Fault, OnBytes, Record, RecordReader
 from data_pipeline.task_config import TaskConfig, TaskSource
 
-FORMATS = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".txt": "lines",
-}  # fmt: skip
-LINE_COLUMN, TARGET_COLUMN = "text", "target"
-PREVIEW = 20
-MOST_FIELD_CHARACTERS = 2**31 - 1
-"""Of a CSV; the module's own bound of 131,072 is less than a book."""
-ONE_A_LINE = "write one object a line, as by: jq -c '.[]' FILE"
+FIRST_ROWS = 100
+"""Of these the first whose columns are known tells what the file's columns are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +27,15 @@ class Row:
     source: str
     """Name of its data."""
     prompt: str
-    """What the model is given."""
+    """What the model is given; of a dialogue the turns before the last answer, as its chat template writes them."""
     truths: tuple[str, ...]
     """What is right; none: there is no answer."""
+    prefix: str = " "
+    """What stands between the prompt and the truth."""
+    messages: tuple[Message, ...] = ()
+    """Of a dialogue: its turns, in the form that chat templates take."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Of a dialogue: the functions that the assistant may call, as JSON schemas."""
 
 
 def read_rows(task: TaskConfig, *, limit: int | None = None) -> list[Row]:
@@ -45,42 +44,65 @@ def read_rows(task: TaskConfig, *, limit: int | None = None) -> list[Row]:
     Raises UserError for a file that cannot be read or is of another format, a column that is missing, a label outside the
     set, and a source without rows.
     """
+    if problems := task.evaluation_problems():
+        raise ConfigError(problems)
     rows: list[Row] = []
     for source in task.data:
         before = len(rows)
-        for place, values in itertools.islice(_records(task, source), limit):
-            rows.append(_row(task, source, f"{Path(source.path).name}:{place}", values))
+        for row in itertools.islice(labelled_rows(task, source), limit):
+            if isinstance(row, BadRow):
+                raise row
+            rows.append(row)
         if len(rows) == before:
             raise UserError(f"{source.path}: holds no row, so there is nothing to evaluate; give another file")
     return rows
 
 
-def hash_of(source: TaskSource) -> str:
+def labelled_rows(
+    task: TaskConfig,
+    source: TaskSource,
+    *,
+    tell: Callable[[str], None] | None = None,
+    on_bytes: OnBytes | None = None,
+) -> Iterator[Row | BadRow]:
+    """The rows of one source, in order, with those that are of no use. `tell` is given what was found out of its columns.
+
+    Raises UserError for a file that cannot be read, is of another format, or whose columns are not clear.
+    """
+    reader = RecordReader(format=task.format, columns=task.columns, on_bytes=on_bytes)
+    records = reader.read(source)
+    first = list(itertools.islice(records, FIRST_ROWS))
+    layout = _layout(task, [record for record in first if isinstance(record, Record)])
+    if layout is None:
+        yield from (record for record in (*first, *records) if isinstance(record, BadRow))
+        return
+    if layout.name and tell is not None:
+        tell(f"{source.label}: rows of {layout.words()}")
+    is_table = reader.kind_of(source) in ("csv", "tsv") and not task.columns
+    maker = _RowMaker(task, source, layout, hint="; for a file without a header give task.columns=[...]" if is_table else "")
+    for record in itertools.chain(first, records):
+        try:
+            yield record if isinstance(record, BadRow) else maker.row(record)
+        except BadRow as bad:
+            yield bad
+
+
+def hash_of(source: TaskSource, *, format: str = "auto") -> str:
     """SHA-256 of the source's files. Raises UserError when one cannot be read."""
-    try:
-        digests = [sha256_of(Path(path)) for path in (source.path, source.targets) if path is not None]
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    return "-".join(digests)
+    return RecordReader(format=format).hash_of(source)
 
 
-def _row(task: TaskConfig, source: TaskSource, place: str, values: Mapping[str, Any]) -> Row:
-    try:
-        prompt = task.prompt_text.format_map(_Filled(values))
-    except (KeyError, IndexError) as error:
-        hint = _header_hint(task, source)
-        raise UserError(f"{place}: task.prompt names {error}, which is no column; there are {_names(values)}{hint}") from None
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{place}: task.prompt cannot be filled in ({error}); a brace that means itself is doubled") from None
-    truths = _truths(task.target, values, place)
-    if task.kind == "classification":
-        if len(truths) != 1:
-            raise UserError(f"{place}: column {task.target} holds {len(truths)} labels; a row has exactly one")
-        if truths[0] not in task.labels:
-            raise UserError(
-                f"{place}: label {truths[0]!r} is not among task.labels=[{', '.join(task.labels)}]; add it, or mend the row"
-            )
-    return Row(id=place, source=source.label, prompt=prompt, truths=truths)
+def _layout(task: TaskConfig, records: Sequence[Record]) -> Layout | None:
+    """Of the first row that has one; None without rows. Raises UserError, with the first row's place, where none has."""
+    wrong: UserError | None = None
+    for record in records:
+        try:
+            return layout_of(task, record.values)
+        except UserError as error:
+            wrong = wrong or UserError(f"{record.id}: {error}")
+    if wrong is not None:
+        raise wrong
+    return None
 
 
 class _Filled(dict[str, Any]):
@@ -93,139 +115,85 @@ class _Filled(dict[str, Any]):
         return value
 
 
-def _header_hint(task: TaskConfig, source: TaskSource) -> str:
-    is_table = _format_of(task, source) in ("csv", "tsv") and not task.columns
-    return "; for a file without a header give task.columns=[...]" if is_table else ""
+@dataclass(frozen=True)
+class _RowMaker:
+    """Makes rows of one source; what is wrong with one is raised as a BadRow."""
 
+    task: TaskConfig
+    source: TaskSource
+    layout: Layout
+    hint: str
 
-def _truths(path: str, values: Mapping[str, Any], place: str) -> tuple[str, ...]:
-    found: Any = values
-    for part in [path] if path in values else path.split("."):
-        if not isinstance(found, Mapping) or part not in found:
-            raise UserError(f"{place}: task.target={path} is no column; there are {_names(values)}")
-        found = found[part]
-    if found is None:
-        return ()
-    several = found if isinstance(found, list | tuple) else [found]
-    if any(isinstance(one, list | dict) for one in several):
-        kind = type(several[0]).__name__
-        raise UserError(f"{place}: task.target={path} holds {kind}, not text; name a field inside: {path}.text")
-    return tuple(str(one) for one in several)
-
-
-def _names(values: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, list(values)[:PREVIEW])) or "none"
-
-
-def _records(task: TaskConfig, source: TaskSource) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(line or row number from 1, columns) of a source."""
-    path = Path(source.path)
-    kind = _format_of(task, source)
-    if source.targets is not None and kind != "lines":
-        raise UserError(f"{path}: targets={source.targets} is for format=lines, this is {kind}; leave it out")
-    try:
-        if kind == "parquet":
-            yield from _parquet(path)
-        elif kind == "lines":
-            yield from _lines(path, source.targets)
-        elif kind == "jsonl":
-            yield from _jsonl(path)
+    def row(self, record: Record) -> Row:
+        if self.task.kind == "dialogue":
+            made = self._dialogue(record)
         else:
-            yield from _table(path, _tsv_fields(path) if kind == "tsv" else _csv_fields(path), task.columns)
-    except BROKEN_ARCHIVE_ERRORS as error:  # gzip's own is an OSError as well
-        raise UserError(f"{path}: is a damaged archive ({error})") from None
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())  # pyarrow's run over lines
-        raise UserError(f"{error.filename or path}: cannot be read ({reason})") from None
-
-
-def _format_of(task: TaskConfig, source: TaskSource) -> str:
-    suffix = bare_suffix(Path(source.path))
-    kind = FORMATS.get(suffix, "lines" if source.targets else None) if task.format == "auto" else task.format
-    if kind is None:
-        raise UserError(
-            f"{source.path}: its ending {suffix or '(none)'} tells no format; give task.format=jsonl, csv, tsv, parquet or "
-            "lines; the truths of line-aligned text are a second file: task.data=[{path: a.de, targets: a.en}]"
-        )
-    return kind
-
-
-def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    with open_input(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{number}: is not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
-            if "\0" in text:
-                raise UserError(f"{path}:{number}: holds NUL bytes, so it is no text file; task.format tells another format")
-            yield number, text.removesuffix("\n").removesuffix("\r")
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, line in _text_lines(path):
-        if not line.strip():
-            continue
+            prompt, truths = self._prompt(record), self._truths(record)
+            if self.task.kind == "classification":
+                self._check_label(truths, record)
+            made = Row(id=record.id, source=self.source.label, prompt=prompt, truths=truths, prefix=self.layout.prefix)
         try:
-            values = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            way_out = ONE_A_LINE if line.strip() in ("[", "{") else "task.format tells another format"
-            raise UserError(f"{path}:{number}: is not JSON ({error}); {way_out}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}:{number}: is {type(values).__name__}, not an object with columns; {ONE_A_LINE}")
-        yield number, values
+            "".join((made.prompt, *made.truths, json.dumps(made.messages, ensure_ascii=False))).encode()
+        except UnicodeEncodeError:
+            text = f"{record.id}: holds half of a surrogate pair, which is no character; mend its escapes"
+            raise BadRow(Fault.ENCODING, text) from None
+        return made
 
+    def _dialogue(self, record: Record) -> Row:
+        try:
+            messages = dialogue_of(self.layout, record.values)
+            tools = tools_of(self.layout.get(record.values, "tools"))
+        except BadRow as bad:
+            raise BadRow(bad.fault, f"{record.id}: {bad}; there are {names_of(record.values)}") from None
+        last = next(message for message in reversed(messages) if message["role"] == "assistant")
+        return Row(
+            id=record.id,
+            source=self.source.label,
+            prompt="",
+            truths=(last["content"],),
+            messages=tuple(messages),
+            tools=tuple(tools),
+        )
 
-def _csv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line on which it ends, fields) of each row; a quoted field may run over several lines."""
-    csv.field_size_limit(MOST_FIELD_CHARACTERS)
-    reader = csv.reader((f"{line}\n" for _, line in _text_lines(path)), strict=True)
-    try:
-        for fields in reader:
-            yield reader.line_num, fields
-    except csv.Error as error:
-        raise UserError(
-            f"{path}:{reader.line_num}: is no row of a CSV file ({error}); task.format tells another format"
-        ) from None
+    def _prompt(self, record: Record) -> str:
+        values = record.values
+        try:
+            return self.layout.prompt.format_map(_Filled(self.layout.filled(values)))
+        except (KeyError, IndexError) as error:
+            there = f"there are {names_of(values)}{self.hint}"
+            text = f"{record.id}: task.prompt names {error}, which is no column; {there}"
+            raise BadRow(Fault.COLUMN, text) from None
+        except (ValueError, AttributeError, TypeError) as error:
+            text = f"{record.id}: task.prompt cannot be filled in ({error}); a brace that means itself is doubled"
+            raise BadRow(Fault.VALUE, text) from None
 
+    def _truths(self, record: Record) -> tuple[str, ...]:
+        path = self.layout.target
+        found = lookup(record.values, path)
+        if found is MISSING:
+            there = f"there are {names_of(record.values)}"
+            raise BadRow(Fault.COLUMN, f"{record.id}: task.target={path} is no column; {there}")
+        if found is None:
+            return ()
+        several = found if isinstance(found, list | tuple) else [found]
+        if any(isinstance(one, list | dict) for one in several):
+            kind = type(several[0]).__name__
+            text = f"{record.id}: task.target={path} holds {kind}, not text; name a field inside: {path}.text"
+            raise BadRow(Fault.VALUE, text)
+        return tuple(str(one) for one in several)
 
-def _tsv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line, fields) of each row; quotes are letters like others."""
-    for number, line in _text_lines(path):
-        yield number, line.split("\t") if line else []
-
-
-def _table(
-    path: Path, rows: Iterator[tuple[int, list[str]]], columns: tuple[str, ...]
-) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    names = list(columns)
-    for number, fields in rows:
-        if not names:
-            names = fields
-            if len(set(names)) < len(names):
-                raise UserError(f"{path}: its header names a column twice ({', '.join(names)}); give task.columns=[...]")
-            continue
-        if not fields:
-            continue
-        if len(fields) != len(names):
-            way_out = "" if columns else "; for a file without a header give task.columns=[...]"
-            raise UserError(f"{path}:{number}: has {len(fields)} fields, the columns are {', '.join(names)}{way_out}")
-        yield number, dict(zip(names, fields, strict=True))
-
-
-def _lines(path: Path, targets: str | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    if targets is None:
-        for number, line in _text_lines(path):
-            yield number, {LINE_COLUMN: line}
-        return
-    left, right = list(_text_lines(path)), list(_text_lines(Path(targets)))
-    if len(left) != len(right):
-        raise UserError(f"{path}: has {len(left)} lines, {targets} has {len(right)}; line-aligned files have as many")
-    for (number, line), (_, target) in zip(left, right, strict=True):
-        yield number, {LINE_COLUMN: line, TARGET_COLUMN: target}
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    from data_pipeline.readers import parquet_rows
-
-    yield from enumerate(parquet_rows(path), start=1)
+    def _check_label(self, truths: tuple[str, ...], record: Record) -> None:
+        task, path = self.task, self.layout.target
+        if len(truths) != 1:
+            text = f"{record.id}: column {path} holds {len(truths)} labels; a row has exactly one"
+            raise BadRow(Fault.VALUE if truths else Fault.EMPTY, text)
+        if task.labels and truths[0] not in task.labels:
+            text = f"label {truths[0]!r} is not among task.labels=[{', '.join(task.labels)}]; add it, or mend the row"
+            raise BadRow(Fault.LABEL, f"{record.id}: {text}")
+        if not task.labels:
+            found = lookup(record.values, path)
+            if isinstance(found, float):
+                text = f"{record.id}: column {path} holds {found}, a number with a fraction; labels are texts or whole numbers"
+                raise BadRow(Fault.VALUE, text)
+            if found in ("", -1):  # -1: how data sets mark the rows of a test whose labels are kept back
+                raise BadRow(Fault.EMPTY, f"{record.id}: column {path} holds {found!r}, which is no label; leave the row out")

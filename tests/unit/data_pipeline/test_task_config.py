@@ -12,11 +12,14 @@ from train.config.evaluation import EvaluationConfig
 ROWS = {"data": (TaskSource(path="dev.jsonl"),), "prompt": "{text}"}
 GENERATION = ROWS | {"kind": "generation", "metrics": ("bleu",)}
 CLASSIFICATION = ROWS | {"kind": "classification", "labels": ("yes", "no")}
+DIALOGUE = {"kind": "dialogue", "data": (TaskSource(path="chat.jsonl"),)}
 
 
 def problems(settings: dict[str, object], **changes: object) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        TaskConfig(**settings | changes)  # type: ignore[arg-type]
+        task = TaskConfig(**settings | changes)  # type: ignore[arg-type]
+        if found := task.evaluation_problems():
+            raise ConfigError(found)
     return list(caught.value.problems)
 
 
@@ -37,11 +40,14 @@ def problems(settings: dict[str, object], **changes: object) -> list[str]:
         ({}, {"data": (TaskSource(path="a/x.txt"), TaskSource(path="b/x.txt"))}, "data: the name x.txt occurs more than once"),
         ({"kind": "harness"}, {}, "tasks=[]: task=harness needs the names of tasks"),
         (GENERATION, {"data": ()}, "data=[]: needs files with rows"),
-        (GENERATION, {"prompt": ""}, "prompt='': needs what the model is given"),
+        (CLASSIFICATION, {"prompt": ""}, "prompt='': needs what the model is given"),
         (GENERATION, {"prompt": "Translate:"}, "prompt='Translate:': names no column"),
         (GENERATION, {"prompt": "{{text}}"}, "names no column"),
         (GENERATION, {"prompt": "{text"}, "a brace that is meant is doubled: {{"),
         (GENERATION, {"target": ""}, "target='': needs the column of the truth"),
+        (GENERATION, {"fields": {"document": ""}}, "fields={'document': ''}: holds an empty name"),
+        (GENERATION, {"source_language": "en", "target_language": "en"}, "target_language=en: is source_language as well"),
+        (GENERATION, {"no_answer": ""}, "no_answer='': the model needs something to write"),
         (GENERATION, {"metrics": ()}, "metrics=[]: needs at least one of bleu, chrf"),
         (GENERATION, {"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
         (GENERATION, {"stop": ("a", "")}, "stop: holds an empty text"),
@@ -52,6 +58,12 @@ def problems(settings: dict[str, object], **changes: object) -> list[str]:
         (CLASSIFICATION, {"label_texts": ("a",)}, "label_texts=['a']: needs one for each of the 2 labels"),
         (CLASSIFICATION, {"label_texts": ("a", "a")}, "label_texts=['a', 'a']: what the model would write must be different"),
         (CLASSIFICATION, {"label_texts": ("a", "")}, "none of them ''"),
+        (CLASSIFICATION, {"labels": (), "label_texts": ("a", "b")}, "label_texts=['a', 'b']: need their labels"),
+        (DIALOGUE, {"prompt": "{text}"}, "prompt: a chat template writes dialogues out; leave prompt out"),
+        (DIALOGUE, {"target": "text"}, "target=text: a dialogue has its answers"),
+        (DIALOGUE, {"labels": ("a", "b")}, "labels: a chat template"),
+        (DIALOGUE, {"data": ()}, "data=[]: needs files with rows"),
+        (DIALOGUE, {}, "kind=dialogue: is for finetune"),
     ],
     ids=lambda value: next(iter(value), "none") if isinstance(value, dict) else None,
 )  # fmt: skip
@@ -61,7 +73,7 @@ def test_what_is_refused(settings: dict[str, object], changes: dict[str, object]
 
 
 def test_all_is_told_at_once() -> None:
-    assert len(problems({}, kind="classification", name="", stop=("",), context=1, stride=0)) == 7
+    assert len(problems({}, kind="classification", name="", stop=("",), context=1, stride=0)) == 5
 
 
 @pytest.mark.parametrize(
@@ -93,6 +105,14 @@ def test_what_a_model_would_write() -> None:
     assert TaskConfig(**CLASSIFICATION).texts_of_labels == (" yes", " no")  # type: ignore[arg-type]
     task = TaskConfig(**CLASSIFICATION | {"label_texts": ("good", "bad"), "target_prefix": ""})  # type: ignore[arg-type]
     assert task.texts_of_labels == ("good", "bad")
+
+
+def test_what_finetune_finds_out_by_itself() -> None:
+    for settings in (CLASSIFICATION | {"labels": (), "prompt": ""}, GENERATION | {"prompt": "", "metrics": ()}, DIALOGUE):
+        TaskConfig(**settings)  # type: ignore[arg-type]
+    task = validate(EvaluationConfig, compose("evaluate", ["task=summarisation", "checkpoint=a", "task.data=[{path: a}]",
+        "task.fields={document: body.text}"])).task  # fmt: skip
+    assert task.fields == {"document": "body.text"}
 
 
 def test_labels_that_look_like_numbers() -> None:

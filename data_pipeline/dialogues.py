@@ -1,0 +1,171 @@
+"""Dialogues in the forms that people keep them in, as the messages that chat templates take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data_pipeline.layouts import MISSING, Layout, Values
+from data_pipeline.records import BadRow, Fault
+
+Message = dict[str, Any]
+"""role, content and, of an assistant that calls functions, tool_calls: JSON, as templates want it."""
+ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "system": "system",
+    "observation": "tool", "tool": "tool", "function_call": "function_call",
+}  # fmt: skip
+
+
+def dialogue_of(layout: Layout, values: Values) -> list[Message]:
+    """The messages of a row. Raises BadRow, without a place, for one that is none."""
+    parts = _PARTS[layout.name]
+    messages = parts(layout, values)
+    system = layout.get(values, "system")
+    if layout.name != "messages" and system not in (MISSING, None, "") and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": _text(system, "system")})
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise BadRow(Fault.EMPTY, "holds no turn of the assistant, so there is nothing to learn")
+    if any(not message["content"].strip() and not message.get("tool_calls") for message in answers):
+        raise BadRow(Fault.EMPTY, "an answer of the assistant is empty")
+    return messages
+
+
+def tools_of(found: Any) -> list[Mapping[str, Any]]:
+    """The functions of a row, from a list or its JSON text."""
+    if isinstance(found, str) and found.strip():
+        try:
+            found = json.loads(found)
+        except ValueError as error:
+            raise BadRow(Fault.VALUE, f"tools is not JSON ({error})") from None
+    if found in (MISSING, None, "", []) or (isinstance(found, str) and not found.strip()):
+        return []
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise BadRow(Fault.VALUE, "tools holds no list of functions")
+    return found
+
+
+def _alpaca(layout: Layout, values: Values) -> list[Message]:
+    messages = []
+    for turn in _list(layout.get(values, "history"), "history", optional=True):
+        if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
+            raise BadRow(Fault.VALUE, "history holds something else than pairs of an instruction and its answer")
+        messages += [_turn("user", turn[0], "history"), _turn("assistant", turn[1], "history")]
+    asked = [_text(_needed(layout, values, "instruction"), "instruction")]
+    more = layout.get(values, "input")
+    if more not in (MISSING, None, ""):
+        asked.append(_text(more, "input"))
+    answer = _turn("assistant", _needed(layout, values, "output"), "output")
+    return [*messages, _turn("user", "\n".join(asked), "instruction"), answer]
+
+
+def _sharegpt(layout: Layout, values: Values) -> list[Message]:
+    turns = _list(_needed(layout, values, "conversations"), "conversations")
+    if turns and isinstance(turns[0], Mapping) and "role" in turns[0]:
+        return _checked(turns, "conversations")
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
+            raise BadRow(Fault.VALUE, "conversations holds a turn without from and value")
+        role = ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
+        if role is None:
+            raise BadRow(Fault.VALUE, f"conversations holds a turn from {turn['from']!r}; there are {', '.join(ROLES)}")
+        messages.append(_called(turn["value"]) if role == "function_call" else _turn(role, turn["value"], "conversations"))
+    return messages
+
+
+def _called(value: Any) -> Message:
+    """The assistant's call of one function, or of several."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise BadRow(Fault.VALUE, f"a function_call is not JSON ({error})") from None
+    calls = found if isinstance(found, list) else [found]
+    return {"role": "assistant", "content": "", "tool_calls": [_tool_call(call) for call in calls]}
+
+
+def _tool_call(call: Any) -> dict[str, Any]:
+    """In the form of the chat templates: arguments are an object, not its text, which they would quote once more."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise BadRow(Fault.VALUE, "a call of a function has no name")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except ValueError as error:
+            raise BadRow(Fault.VALUE, f"the arguments of {function['name']} are not JSON ({error})") from None
+    kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _messages(layout: Layout, values: Values) -> list[Message]:
+    return _checked(_list(_needed(layout, values, "messages"), "messages"), "messages")
+
+
+def _completion(layout: Layout, values: Values) -> list[Message]:
+    prompt, completion = _needed(layout, values, "prompt"), _needed(layout, values, "completion")
+    asked = _checked(prompt, "prompt") if isinstance(prompt, list) else [_turn("user", prompt, "prompt")]
+    answer = _checked(completion, "completion") if isinstance(completion, list) else None
+    return [*asked, *(answer or [_turn("assistant", completion, "completion")])]
+
+
+def _checked(turns: Sequence[Any], name: str) -> list[Message]:
+    """Messages as they are given, in plain form: text for content, objects for arguments, no null among the rest."""
+    if not turns:
+        raise BadRow(Fault.EMPTY, f"{name} holds no turn")
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+            raise BadRow(Fault.VALUE, f"{name} holds a turn without a role")
+        calls = turn.get("tool_calls") or []
+        message = {key: value for key, value in turn.items() if value is not None and key != "tool_calls"}
+        message["content"] = _content(turn.get("content"), name, may_be_none=bool(calls))
+        if calls:
+            message["tool_calls"] = [_tool_call(call) for call in _list(calls, "tool_calls")]
+        messages.append(message)
+    return messages
+
+
+def _content(found: Any, name: str, *, may_be_none: bool) -> str:
+    if found is None and may_be_none:
+        return ""
+    if isinstance(found, list) and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in found):
+        return "".join(part["text"] for part in found)
+    return _text(found, f"the content of a turn in {name}")
+
+
+def _turn(role: str, found: Any, name: str) -> Message:
+    return {"role": role, "content": _text(found, name)}
+
+
+def _text(found: Any, name: str) -> str:
+    if found is None:
+        raise BadRow(Fault.EMPTY, f"{name} is null")
+    if not isinstance(found, str):
+        raise BadRow(Fault.VALUE, f"{name} holds {type(found).__name__}, not text")
+    return found
+
+
+def _needed(layout: Layout, values: Values, name: str) -> Any:
+    found = layout.get(values, name)
+    if found is MISSING:
+        raise BadRow(Fault.COLUMN, f"{layout.columns.get(name, name)} is no column")
+    return found
+
+
+def _list(found: Any, name: str, *, optional: bool = False) -> Sequence[Any]:
+    if optional and found in (MISSING, None, ""):
+        return []
+    if isinstance(found, str) and found.lstrip().startswith("["):  # what a CSV makes of a list
+        try:
+            found = json.loads(found)
+        except ValueError as error:
+            raise BadRow(Fault.VALUE, f"{name} is not JSON ({error})") from None
+    if not isinstance(found, list | tuple):
+        raise BadRow(Fault.VALUE, f"{name} holds {type(found).__name__}, not a list")
+    return found
+
+
+_PARTS = {"alpaca": _alpaca, "sharegpt": _sharegpt, "messages": _messages, "prompt and completion": _completion}
