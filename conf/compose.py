@@ -246,11 +246,25 @@ def write_config(config: Any, path: Path) -> None:
     temporary.replace(path)
 
 
-def read_config(schema: type[ConfigT], path: Path) -> ConfigT:
-    """Read a `config.yaml` that `write_config` wrote.
+def read_config(schema: type[ConfigT] | Mapping[str, type[ConfigT]], path: Path) -> ConfigT:
+    """Read a `config.yaml` that `write_config` wrote. Of several schemas it is of the one that its `stage` names,
+    or, older than that, of the first.
 
     Raises UserError when the file is missing, is no YAML or does not fit `schema`.
     """
+    tree = _read_tree(path)
+    if isinstance(schema, Mapping):
+        stage = tree.get("stage", next(iter(schema)))
+        if stage not in schema:
+            raise UserError(f"{path}: is of `{stage}`; here it must be of {' or '.join(schema)}")
+        schema = schema[stage]
+    try:
+        return validate(schema, tree)
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
@@ -261,10 +275,7 @@ def read_config(schema: type[ConfigT], path: Path) -> ConfigT:
         raise UserError(f"{path}: damaged, it is not YAML ({_one_line(error)}); put back what the run wrote") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: damaged, it holds no settings; put back what the run wrote")
-    try:
-        return validate(schema, tree)
-    except ConfigError as error:
-        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+    return tree
 
 
 def options(group: str, config_dir: str | None = None) -> list[str]:

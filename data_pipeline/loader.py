@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -52,6 +53,19 @@ class MicroBatch:
         """The same batch in page-locked memory, from where a GPU copies without making the CPU wait."""
         pinned = {name: getattr(self, name).pin_memory() for name in ("tokens", "labels", "positions", "document_bounds")}
         return dataclasses.replace(self, **pinned)
+
+
+class SampleSource(Protocol):
+    """Training samples by their numbers; it holds no position."""
+
+    def micro_batch(self, sample_ids: Sequence[int]) -> MicroBatch:
+        """The samples with these numbers, as one packed batch."""
+
+    def source_of(self, sample_id: int) -> str:
+        """Name of the source that a sample comes from."""
+
+    def describe(self, sample_id: int) -> list[str]:
+        """What is in a sample, for a person."""
 
 
 class Loader:

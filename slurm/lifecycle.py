@@ -22,7 +22,7 @@ from slurm.preflight import TOKEN_FILE
 from slurm.submission import Submission, read_submission, root_of
 from slurm.verdict import PREFLIGHT_FOLDER, judge, read_reports
 from train.checkpoint.manifest import published, step_of
-from train.config.pretrain import PretrainConfig
+from train.config.runs import RUNS
 from train.launch import get_ready
 from train.outcome import (
     ExitCode,
@@ -71,7 +71,7 @@ def begin(unit: Path, *, job: str, restarts: int, nodes: Sequence[str]) -> int |
     if not problem and _is_training(unit):
         with contextlib.redirect_stdout(sys.stderr):
             try:
-                ready = get_ready(read_config(PretrainConfig, unit / CONFIG_FILE), elsewhere=submission.scheduler == "slurm")
+                ready = get_ready(read_config(RUNS, unit / CONFIG_FILE), elsewhere=submission.scheduler == "slurm")
             except UserError as error:
                 attempt = _start(unit, job=job, restarts=restarts, nodes=nodes)
                 _refuse(unit, attempt, str(error))

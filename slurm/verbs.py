@@ -20,7 +20,7 @@ from slurm.submission import SUBMISSION_FILE, Submission, read_submission
 from slurm.submit import refuse_if_active, reopen, send
 from slurm.watch import Progress, Queue, Standing, find_run, find_runs, is_active, newest_log, standings
 from train.config.changes import leaves
-from train.config.pretrain import PretrainConfig
+from train.config.runs import RUNS
 from train.metrics.console import duration
 from train.outcome import STOP_FILE, attempt_folder, last_attempt
 
@@ -147,7 +147,7 @@ def _summed(name: str, units: Sequence[Standing]) -> tuple[str, ...]:
 
 def results(units: Sequence[Standing]) -> str:
     """What the runs of a sweep were given that the others were not, and what came out, the best first."""
-    settings = [leaves(to_plain(read_config(PretrainConfig, one.unit / CONFIG_FILE))) for one in units]
+    settings = [leaves(to_plain(read_config(RUNS, one.unit / CONFIG_FILE))) for one in units]
     names = [
         name
         for name in settings[0]

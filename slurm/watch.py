@@ -15,7 +15,7 @@ from conf.schema import nearest
 from slurm.history import CANCEL_FILE, Begin, History, listed, read_history
 from slurm.scheduler import Job, LocalScheduler, SlurmScheduler, scheduler_of
 from slurm.submission import SUBMISSION_FILE, Stage, Submission, read_submission
-from train.config.pretrain import PretrainConfig
+from train.config.runs import RUNS
 from train.metrics.jsonl import FILE_NAME
 from train.metrics.record import Value, decode
 from train.outcome import attempt_folder, last_attempt, read_outcome
@@ -250,7 +250,7 @@ def _tail(path: Path) -> Iterator[Mapping[str, Value]]:
 
 def _total_steps(unit: Path) -> int | None:
     try:
-        config = read_config(PretrainConfig, unit / "config.yaml")
+        config = read_config(RUNS, unit / "config.yaml")
     except UserError:
         return None
     return make_plan(config, config.launch.processes or 1).total_steps

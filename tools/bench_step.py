@@ -273,7 +273,7 @@ def _ways(
     from train.engine import BareEngine
     from train.metrics import Metrics, NullMetrics, RunIdentity
     from train.model.transformer import Reading, build_layers
-    from train.stages.pretrain import blueprint_of, build, optimizer_of
+    from train.stages.training import blueprint_of, build, optimizer_of
 
     facts = inspect_sources(settings.data)
     if facts.vocab_size > config.model.vocab_size:

@@ -131,14 +131,13 @@ def shape_of(words: Sequence[str], config_dir: str | None, *, patience_seconds: 
     The final save is left out: a fault behind it would meet a run that is finished.
     Raises UserError where the watchdog would notice a hang only after the campaign has given up.
     """
-    from data_pipeline.facts import inspect_sources
     from train.initial import configure
     from train.launch import settle
     from train.plan import make_plan
 
     settings = configure(words, config_dir)
     _check_deadlines(settings.watchdog, patience_seconds)
-    settings = settle(settings, inspect_sources(settings.data))
+    settings = settle(settings).config
     processes = settings.launch.processes
     assert processes is not None, "settle fills it in"
     plan = make_plan(settings, processes)

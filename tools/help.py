@@ -71,10 +71,18 @@ def _field_lines(schema: type, prefix: str) -> list[str]:
 
 @cache
 def field_documents(schema: type) -> dict[str, str]:
-    """The line under each field of a dataclass."""
+    """The line under each field of a dataclass, those that it has from others included."""
+    found: dict[str, str] = {}
+    for base in reversed(schema.__mro__):
+        if is_dataclass(base):
+            found |= _own_documents(base)
+    return found
+
+
+def _own_documents(schema: type) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
     assert isinstance(tree, ast.ClassDef)
-    found = {}
+    found: dict[str, str] = {}
     for statement, following in zip(tree.body, tree.body[1:], strict=False):
         text = following.value if isinstance(following, ast.Expr) else None
         is_document = isinstance(text, ast.Constant) and isinstance(text.value, str)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 import torch
 
 from data_pipeline.loader import Loader, MicroBatch
-from train.config.pretrain import PretrainConfig
+from train.config.settings import RunSettings
 from train.engine import Engine
 from train.metrics import Value
 from train.parallel import ParallelContext
@@ -32,7 +32,7 @@ BeforeBatch = Callable[[int], None]
 class Evaluator:
     """Measures the model of `engine`; all ranks together. It draws no random number and leaves nothing changed."""
 
-    def __init__(self, config: PretrainConfig, *, context: ParallelContext, engine: Engine, loader: Loader) -> None:
+    def __init__(self, config: RunSettings, *, context: ParallelContext, engine: Engine, loader: Loader) -> None:
         """loader: of the held-out text. `missing` says which probes cannot be had, and why."""
         self.config, self.context, self.engine, self.loader = config, context, engine, loader
         self.micro_batch = config.evaluate.micro_batch or config.batch.micro_batch
@@ -40,7 +40,7 @@ class Evaluator:
             config.evaluate.probes,
             loader.tokenizer_folder,
             counts_V=self._count_ids() if config.evaluate.probes else np.empty(0),
-            sequence_length=config.data.sequence_length,
+            sequence_length=config.sequence_length,
         )
 
     def run(self, before_batch: BeforeBatch) -> list[dict[str, Value]]:
@@ -67,9 +67,13 @@ class Evaluator:
         parts = [{"name": name, **_figures(*part)} for name, part in zip(sources, sums.tolist(), strict=True) if part[1]]
         return [whole, *parts] if len(self.loader.names) > 1 else [whole]
 
+    def criterion(self, records: Sequence[Mapping[str, Value]]) -> float:
+        """The loss on all the held-out text."""
+        return float(records[0]["loss"])
+
     def _count_ids(self) -> np.ndarray:
         """[V] how often each id occurs in some of the held-out text, of all sources."""
-        most = -(-COUNTED_TOKENS // self.config.data.sequence_length)
+        most = -(-COUNTED_TOKENS // self.config.sequence_length)
         counts_V = np.zeros(self.config.model.vocab_size, dtype=np.int64)
         for numbers in self.loader.held_out_samples(most).values():
             for first in range(0, len(numbers), ROWS):
@@ -126,7 +130,7 @@ class Evaluator:
         """Sequences of a batch: as many tokens as of the held-out text, no more than there are, and even over tensor ranks."""
         total, length = probe.tokens_NS.shape
         step = math.lcm(ROWS, self.context.tensor.size)
-        tokens = max(LEAST_TOKENS, self.micro_batch * self.config.data.sequence_length)
+        tokens = max(LEAST_TOKENS, self.micro_batch * self.config.sequence_length)
         return step * min(max(1, tokens // (length * step)), -(-total // step))
 
     def _shared_out(self, groups: Sequence[Group]) -> Iterator[tuple[Group, bool]]:

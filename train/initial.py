@@ -14,23 +14,25 @@ from train.checkpoint.manifest import DamagedCheckpoint, published, read_manifes
 from train.checkpoint.settings import read_settings
 from train.config.model import ModelConfig
 from train.config.pretrain import PretrainConfig
+from train.config.runs import RUNS
+from train.config.settings import RunSettings
 from train.config.training import RunConfig
 from train.model.cost import parameter_shapes
 
 TOKENIZER = "tokenizer/tokenizer.json"
 
 
-def configure(overrides: Sequence[str], config_dir: str | None = None) -> PretrainConfig:
-    """The configuration that the words of `longhaul pretrain` make; with initial_checkpoint its model is that checkpoint's.
+def configure(overrides: Sequence[str], config_dir: str | None = None, *, stage: str = "pretrain") -> RunSettings:
+    """The configuration that the words of a verb make; with initial_checkpoint its model is that checkpoint's.
 
     Single settings of the model may be given beside it, such as model.dropout=0.1.
     Raises ConfigError with all that is wrong, and UserError when the checkpoint cannot be read.
     """
-    composed = compose("pretrain", overrides, config_dir)
+    composed = compose(stage, overrides, config_dir)
     places = [composed.tree.get("initial_checkpoint"), *_run_of(composed.tree)]
     if all(isinstance(place, str) for place in places):  # else validation says what is wrong
-        composed = _with_its_model(composed, overrides, config_dir)
-    return validate(PretrainConfig, composed)
+        composed = _with_its_model(composed, overrides, config_dir, stage)
+    return validate(RUNS[stage], composed)
 
 
 def _run_of(tree: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -39,7 +41,7 @@ def _run_of(tree: Mapping[str, Any]) -> tuple[Any, Any]:
     return run.get("folder", usual.folder), run.get("name", usual.name)
 
 
-def _with_its_model(composed: Composition, overrides: Sequence[str], config_dir: str | None) -> Composition:
+def _with_its_model(composed: Composition, overrides: Sequence[str], config_dir: str | None, stage: str) -> Composition:
     first, base = _beginning(composed.tree)
     model = to_plain(base)
     problems = list(composed.problems)
@@ -58,7 +60,7 @@ def _with_its_model(composed: Composition, overrides: Sequence[str], config_dir:
             else:
                 _put(model, name.split(".")[1:], given)
         elif name == "experiment" and value != "null":
-            usual, theirs = (compose("pretrain", words, config_dir).tree.get("model") for words in ([], [word]))
+            usual, theirs = (compose(stage, words, config_dir).tree.get("model") for words in ([], [word]))
             if usual != theirs:
                 problems.append(f"experiment={value}: sets a model, and {rule}; give an experiment without one")
     return replace(composed, tree=composed.tree | {"initial_checkpoint": first, "model": model}, problems=tuple(problems))

@@ -1,4 +1,4 @@
-"""`longhaul pretrain`: compose and check once, write the run's folder, start the ranks. Torch-free."""
+"""`longhaul pretrain` and `longhaul finetune`: compose and check once, write the run's folder, start the ranks. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from conf.compose import as_yaml, read_config, write_config
 from conf.errors import UserError
 from conf.schema import shown
-from data_pipeline.facts import CorpusFacts, check_epochs, inspect_sources, verify_sources
 from train.checkpoint.manifest import DamagedCheckpoint, check_files, published, read_manifest, write_durably
 from train.config.changes import check_resume
-from train.config.pretrain import PretrainConfig
-from train.initial import check_initial, configure
+from train.config.runs import RUNS
+from train.config.settings import RunSettings
+from train.groundwork import pretraining
+from train.groundwork.findings import Findings
+from train.initial import configure
 from train.outcome import ExitCode, last_attempt, read_outcome
 from train.plan import RunPlan, describe, make_plan
 from train.provenance import git_commit, versions
@@ -28,14 +31,22 @@ from train.supervisor import Restarts, run_attempt, supervise
 RANK_COMMAND = (sys.executable, "-P", "-m", "train.rank")
 
 
+LOOK_INTO: dict[str, Callable[[Any], Findings]] = {"pretrain": pretraining.look_into}
+
+
 def pretrain(overrides: Sequence[str], config_dir: str | None = None, rank_command: Sequence[str] = RANK_COMMAND) -> int:
+    """`longhaul pretrain`; see `start`."""
+    return start("pretrain", overrides, config_dir, rank_command)
+
+
+def start(stage: str, overrides: Sequence[str], config_dir: str | None, rank_command: Sequence[str] = RANK_COMMAND) -> int:
     """Check everything, then start or resume the run; returns the exit code of the run. A rank is `rank_command RUN_FOLDER`.
 
     Raises UserError before anything is written when the configuration, the corpus or the newest checkpoint do not fit.
     """
     try:
         with stoppable():
-            config = configure(overrides, config_dir)
+            config = configure(overrides, config_dir, stage=stage)
             if config.launch.dry_run:
                 show(config)
                 return ExitCode.FINISHED
@@ -62,62 +73,62 @@ def pretrain(overrides: Sequence[str], config_dir: str | None = None, rank_comma
     return code
 
 
-def show(config: PretrainConfig) -> None:
+def show(config: RunSettings) -> None:
     """Print the resolved configuration and what would be done with it, on whatever machine."""
-    facts = inspect_sources(config.data)
-    config = settle(config, facts, elsewhere=True)
-    print(as_yaml(config), end="")
-    print(*plan_lines(_planned(config, facts), config, facts), sep="\n", flush=True)
+    findings = settle(config, elsewhere=True)
+    print(as_yaml(findings.config), end="")
+    print(*plan_lines(_planned(findings), findings), sep="\n", flush=True)
 
 
-def check_elsewhere(config: PretrainConfig) -> tuple[PretrainConfig, list[str]]:
+def check_elsewhere(config: RunSettings) -> tuple[RunSettings, list[str]]:
     """Check a run for other machines against its corpus and its folder, and write nothing; the settled configuration, and
     lines that tell what would happen.
 
     Raises UserError when something does not fit, or the run is finished.
     """
-    config, _, is_done, lines = _check(config, elsewhere=True)
+    findings, _, is_done, lines = _check(config, elsewhere=True)
     if is_done:
-        raise UserError(f"{run_folder(config)}: is finished; a longer budget or another run.name=... is needed for more")
-    return config, lines
+        folder = run_folder(findings.config)
+        raise UserError(f"{folder}: is finished; a longer budget or another run.name=... is needed for more")
+    return findings.config, lines
 
 
-def get_ready(config: PretrainConfig, *, elsewhere: bool = False) -> tuple[PretrainConfig, Path] | None:
+def get_ready(config: RunSettings, *, elsewhere: bool = False) -> tuple[RunSettings, Path] | None:
     """Check everything and make the run's folder; the settled configuration and the folder, None when the run is finished.
 
     `elsewhere`: the ranks are started on other machines than this one.
     Raises UserError when the corpus, the newest checkpoint or the machine do not fit.
     """
-    config, plan, is_done, lines = _check(config, elsewhere=elsewhere)
-    run_dir = run_folder(config)
+    findings, plan, is_done, lines = _check(config, elsewhere=elsewhere)
+    run_dir = run_folder(findings.config)
     print(*lines, sep="\n", flush=True)
     if is_done:
         print(f"{run_dir} is finished: its budget of {plan.total_steps:,} steps is used up; nothing to do")
         return None
-    verify_sources(config.data)
-    prepare_folder(run_dir, config)
-    return config, run_dir
+    findings.make_ready(run_dir)
+    prepare_folder(run_dir, findings.config)
+    return findings.config, run_dir
 
 
-def _check(config: PretrainConfig, *, elsewhere: bool) -> tuple[PretrainConfig, RunPlan, bool, list[str]]:
-    """The settled configuration, its plan, whether the run is finished, and what is about to happen."""
-    facts = inspect_sources(config.data)
-    config = settle(config, facts, elsewhere=elsewhere)
-    plan, run_dir = _planned(config, facts), run_folder(config)
-    going_on = compare_with_newest(config, facts, run_dir) or check_initial(config, facts)
+def _check(config: RunSettings, *, elsewhere: bool) -> tuple[Findings, RunPlan, bool, list[str]]:
+    """What was found, the plan, whether the run is finished, and what is about to happen."""
+    findings = settle(config, elsewhere=elsewhere)
+    plan, run_dir = _planned(findings), run_folder(findings.config)
+    going_on = compare_with_newest(findings, run_dir) or findings.begin()
     is_done = is_finished(run_dir, plan)
-    return config, plan, is_done, [*plan_lines(plan, config, facts), *([] if is_done else going_on)]
+    return findings, plan, is_done, [*plan_lines(plan, findings), *([] if is_done else going_on)]
 
 
-def run_folder(config: PretrainConfig) -> Path:
+def run_folder(config: RunSettings) -> Path:
     """Folder of the run."""
     return Path(config.run.folder) / config.run.name
 
 
-def _planned(config: PretrainConfig, facts: CorpusFacts) -> RunPlan:
-    assert config.launch.processes is not None, "settle fills it in"
-    plan = make_plan(config, config.launch.processes)
-    check_epochs(config.data, facts, total_samples=plan.total_samples)
+def _planned(findings: Findings) -> RunPlan:
+    processes = findings.config.launch.processes
+    assert processes is not None, "settle fills it in"
+    plan = make_plan(findings.config, processes)
+    findings.check_plan(plan.total_samples)
     return plan
 
 
@@ -126,20 +137,13 @@ def plan_only(overrides: Sequence[str], config_dir: str | None = None) -> int:
     return pretrain([*overrides, "launch.dry_run=true"], config_dir)
 
 
-def settle(config: PretrainConfig, facts: CorpusFacts, *, elsewhere: bool = False) -> PretrainConfig:
-    """Fill in what follows from the corpus and the machine: vocabulary, device, processes.
+def settle(config: RunSettings, *, elsewhere: bool = False) -> Findings:
+    """Look into the data, and fill in what follows from it and from the machine: vocabulary, device, processes.
 
     `elsewhere`: the run is for another machine; its GPUs are taken on trust.
-    Raises UserError when a vocabulary that was given is too small for the corpus, or CUDA is asked for and absent.
+    Raises UserError when the data does not fit the model, or CUDA is asked for and absent.
     """
-    vocab_size = config.model.vocab_size or facts.vocab_size
-    # Published tokenizers may have special tokens beyond the rows of their model; text never becomes one of them.
-    needed = facts.vocab_size if config.initial_checkpoint is None else facts.eod_id + 1
-    if vocab_size < needed:
-        raise UserError(
-            f"model.vocab_size={vocab_size}: the corpus has token ids up to {facts.vocab_size - 1}; "
-            f"give at least {facts.vocab_size}, or null to take the tokenizer's size"
-        )
+    findings = LOOK_INTO[config.stage](config)
     gpus = visible_gpus()
     device = config.launch.device
     if device == "auto":
@@ -149,11 +153,8 @@ def settle(config: PretrainConfig, facts: CorpusFacts, *, elsewhere: bool = Fals
     processes = config.launch.processes or (gpus if device == "cuda" else 1) or 1
     if device == "cuda" and processes > gpus and not elsewhere:
         raise UserError(f"launch.processes={processes}: this machine shows {gpus} GPUs; a rank needs one of its own")
-    return replace(
-        config,
-        model=replace(config.model, vocab_size=vocab_size),
-        launch=replace(config.launch, device=device, processes=processes),
-    )
+    launch = replace(config.launch, device=device, processes=processes)
+    return replace(findings, config=replace(findings.config, launch=launch))
 
 
 def visible_gpus() -> int:
@@ -164,12 +165,12 @@ def visible_gpus() -> int:
     return count if chosen is None else min(count, len([part for part in chosen.split(",") if part.strip()]))
 
 
-def plan_lines(plan: RunPlan, config: PretrainConfig, facts: CorpusFacts) -> list[str]:
+def plan_lines(plan: RunPlan, findings: Findings) -> list[str]:
     """What is about to happen, for a person."""
     return [
-        f"run              {run_folder(config)}",
-        *describe(plan, config, train_tokens=facts.train_tokens),
-        f"corpus           {facts.train_tokens:,} training tokens, {facts.validation_tokens:,} held out",
+        f"run              {run_folder(findings.config)}",
+        *describe(plan, findings.config, train_tokens=findings.train_tokens),
+        *findings.lines,
     ]
 
 
@@ -188,7 +189,7 @@ def is_finished(run_dir: Path, plan: RunPlan) -> bool:
         ) from None
 
 
-def compare_with_newest(config: PretrainConfig, facts: CorpusFacts, run_dir: Path) -> list[str]:
+def compare_with_newest(findings: Findings, run_dir: Path) -> list[str]:
     """What is resumed and what has changed since, as lines for a person; nothing for a run without a checkpoint.
 
     A checkpoint that is damaged is passed over here; the ranks verify all of it, and set it aside.
@@ -209,19 +210,15 @@ def compare_with_newest(config: PretrainConfig, facts: CorpusFacts, run_dir: Pat
                 f"copy, or start another run with run.name=..."
             )
         return []
-    recorded = check_resume(read_config(PretrainConfig, newest / "config.yaml"), config, str(newest))
-    if manifest.data_fingerprint != facts.fingerprint:
-        raise UserError(
-            f"data.sources={', '.join(str(source.path) for source in facts.sources)}: {newest} was trained on other data (its "
-            f"content, weights or names differ), so its order of samples cannot go on; give the data it had (a corpus that was "
-            f"renamed also needs name=OLD_NAME), or start another run with run.name=..."
-        )
+    recorded = check_resume(read_config(RUNS, newest / "config.yaml"), findings.config, str(newest))
+    if manifest.data_fingerprint != findings.fingerprint:
+        raise UserError(findings.other_data(str(newest)))
     changed = [f"changed          {change.field}: {shown(change.before)} -> {shown(change.after)}" for change in recorded]
     passed_over = [f"damaged          {problem}" for problem in damaged]
     return [*passed_over, f"resuming from    {newest}", *changed]
 
 
-def prepare_folder(run_dir: Path, config: PretrainConfig) -> None:
+def prepare_folder(run_dir: Path, config: RunSettings) -> None:
     """Make the run's folder: config.yaml, and run.json with the ids that last as long as the run."""
     try:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -231,7 +228,7 @@ def prepare_folder(run_dir: Path, config: PretrainConfig) -> None:
         record.setdefault("wandb_id", secrets.token_hex(8))
         record.setdefault("created", time.time())
         record |= {
-            "verb": "pretrain",
+            "verb": config.stage,
             "git_commit": git_commit(),
             "versions": {"python": sys.version.split()[0], **versions()},
             "processes": config.launch.processes,
@@ -247,7 +244,7 @@ def prepare_folder(run_dir: Path, config: PretrainConfig) -> None:
 def main(arguments: Sequence[str]) -> int:
     """`python -m train.launch RUN_FOLDER`: the ranks of one attempt, which the caller has claimed, on this machine."""
     run_dir = Path(arguments[0])
-    config = read_config(PretrainConfig, run_dir / "config.yaml")
+    config = read_config(RUNS, run_dir / "config.yaml")
     assert config.launch.processes is not None, "the written configuration is settled"
     attempt = int(os.environ["LONGHAUL_ATTEMPT"])
     return run_attempt([*RANK_COMMAND, str(run_dir)], processes=config.launch.processes, run_dir=run_dir, attempt=attempt)

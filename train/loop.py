@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from data_pipeline.ledger import combined, format_ranges
-from data_pipeline.loader import Loader
+from data_pipeline.loader import SampleSource
 from data_pipeline.prefetcher import Prefetcher
-from train.config.pretrain import PretrainConfig
+from train.config.settings import RunSettings
 from train.engine import Engine, StepResult
 from train.health.garbage import GarbageSchedule
 from train.health.guard import Guard, Verdict
@@ -19,7 +19,6 @@ from train.health.requests import Agreement, Requests, Stop
 from train.health.stragglers import Stragglers
 from train.health.watchdog import Silent, Watchdog
 from train.health.windows import ranges_between, sample_at
-from train.held_out import Evaluator
 from train.metrics import Goodput, Metrics, NullMetrics, Value
 from train.optim import lr_at
 from train.parallel import ParallelContext
@@ -50,16 +49,26 @@ class Interrupted(Exception):
         self.stop = stop
 
 
+class Examiner(Protocol):
+    """Measures the model; all ranks together. It draws no random number and leaves nothing changed."""
+
+    def run(self, before_batch: Callable[[int], None]) -> list[dict[str, Value]]:
+        """Records of what was found, the first of all the data; `before_batch` is called with the number of each batch."""
+
+    def criterion(self, records: Sequence[Mapping[str, Value]]) -> float:
+        """The figure by which one checkpoint is better than another: the lower the better."""
+
+
 @dataclass(kw_only=True)
 class Trainer:
     """The parts of a run, and the loop over them."""
 
-    config: PretrainConfig
+    config: RunSettings
     plan: RunPlan
     context: ParallelContext
     engine: Engine
-    loader: Loader
-    evaluator: Evaluator | None
+    loader: SampleSource
+    examiner: Examiner | None
     saver: Saver
     recovery: Recovery
     metrics: Metrics | NullMetrics
@@ -139,16 +148,16 @@ class Trainer:
         ending = self._reason_to_end(agreement)
         every = self.config.evaluate.every_steps
         due = every is not None and self.state.step % every == 0
-        if self.evaluator is not None and (due or (ending is not None and ending.state == "finished")):
+        if self.examiner is not None and (due or (ending is not None and ending.state == "finished")):
             self.state.evaluation_due = True
-            ending = self._evaluate(self.evaluator) or ending
+            ending = self._evaluate(self.examiner) or ending
         return self._save(agreement, ending, is_well=is_well)
 
     def _make_up(self) -> Ending | None:
         """What an earlier attempt left undone; then the reason to end before the first step, if there is one."""
         ending = self._reason_to_end(self.requests.agree())
-        if self.state.evaluation_due and self.evaluator is not None and (ending is None or ending.state == "finished"):
-            ending = self._evaluate(self.evaluator) or ending
+        if self.state.evaluation_due and self.examiner is not None and (ending is None or ending.state == "finished"):
+            ending = self._evaluate(self.examiner) or ending
         if ending is not None and ending.state == "stopped":
             self.requests.answered()
         return ending
@@ -247,17 +256,17 @@ class Trainer:
         reason += "there is no other" if kept is None else f"the newest is of step {kept}"
         return replace(ending, state="stopped" if ending.state == "stopped" else "unsaved", reason=reason)
 
-    def _evaluate(self, evaluator: Evaluator) -> Ending | None:
+    def _evaluate(self, examiner: Examiner) -> Ending | None:
         """Measure the model and report; the ending, when a request to stop came before it was through."""
         started = time.perf_counter()
         try:
-            records = evaluator.run(self._before_batch)
+            records = examiner.run(self._before_batch)
         except Interrupted as request:
             return _stopped(request.stop)
         finally:
             self.goodput.add("evaluation", time.perf_counter() - started)
         self.state.evaluation_due = False
-        self.saver.note_validation(self.state.step, float(records[0]["loss"]))
+        self.saver.note_validation(self.state.step, examiner.criterion(records))
         place = {"step": self.state.step, "samples": self.state.samples, "tokens": self.state.tokens}
         for record in records:
             self.metrics.evaluation({**place, **record})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from conf.errors import ConfigError
-from train.config.pretrain import PretrainConfig
+from train.config.settings import RunSettings
 from train.model import cost
 
 
@@ -67,7 +67,7 @@ class RunPlan:
         return self.batch_at(consumed_samples) // (self.micro_batch * self.data_parallel)
 
 
-def make_plan(config: PretrainConfig, world_size: int) -> RunPlan:
+def make_plan(config: RunSettings, world_size: int) -> RunPlan:
     """Work out the plan of `config` on `world_size` ranks.
 
     Raises ConfigError when a batch cannot be divided among the ranks, or the schedule's parts do not fit into the budget.
@@ -83,7 +83,7 @@ def make_plan(config: PretrainConfig, world_size: int) -> RunPlan:
         increment=batch.ramp_increment or batch.ramp_start or batch.sequences,
         samples=batch.ramp_samples,
     )
-    sequence_length = config.data.sequence_length
+    sequence_length = config.sequence_length
     total_steps, total_samples, warmup_samples = _walk(config, ramp)
     problems = _division_problems(config, ramp, data_parallel)
     problems += _rule_problems(config)
@@ -116,7 +116,7 @@ def make_plan(config: PretrainConfig, world_size: int) -> RunPlan:
     )
 
 
-def _rule_problems(config: PretrainConfig) -> list[str]:
+def _rule_problems(config: RunSettings) -> list[str]:
     """Rules of the optimizer that fit no parameter."""
     names = list(cost.parameter_shapes(config.model))
     return [
@@ -127,7 +127,7 @@ def _rule_problems(config: PretrainConfig) -> list[str]:
     ]
 
 
-def _division_problems(config: PretrainConfig, ramp: BatchRamp, data_parallel: int) -> list[str]:
+def _division_problems(config: RunSettings, ramp: BatchRamp, data_parallel: int) -> list[str]:
     """Batch sizes of the run that do not come out even."""
     per_pass = config.batch.micro_batch * data_parallel
     uneven = [size for size in ramp.sizes() if size % per_pass]
@@ -146,7 +146,7 @@ def _division_problems(config: PretrainConfig, ramp: BatchRamp, data_parallel: i
     ]
 
 
-def _schedule_problems(config: PretrainConfig, total_steps: int, total_samples: int, warmup_samples: int) -> list[str]:
+def _schedule_problems(config: RunSettings, total_steps: int, total_samples: int, warmup_samples: int) -> list[str]:
     """Parts of the schedule that are longer than the run, which is known only here when the budget is in tokens."""
     schedule = config.schedule
     if warmup_samples > total_samples:
@@ -163,12 +163,12 @@ def _schedule_problems(config: PretrainConfig, total_steps: int, total_samples: 
     return []
 
 
-def _walk(config: PretrainConfig, ramp: BatchRamp) -> tuple[int, int, int]:
+def _walk(config: RunSettings, ramp: BatchRamp) -> tuple[int, int, int]:
     """(total steps, total samples, samples of the warm-up): the ramp step by step, the rest in closed form."""
     target_steps = config.budget.steps
     target_samples = None
     if config.budget.tokens is not None:
-        target_samples = -(-config.budget.tokens // config.data.sequence_length)
+        target_samples = -(-config.budget.tokens // config.sequence_length)
 
     def reached(steps: int, samples: int) -> bool:
         if target_steps is not None:
@@ -193,7 +193,7 @@ def _walk(config: PretrainConfig, ramp: BatchRamp) -> tuple[int, int, int]:
     return steps, samples, warmup_samples
 
 
-def describe(plan: RunPlan, config: PretrainConfig, *, train_tokens: int | None = None) -> list[str]:
+def describe(plan: RunPlan, config: RunSettings, *, train_tokens: int | None = None) -> list[str]:
     """The plan as lines for a person."""
     passes = plan.micro_batches_at(plan.total_samples)
     memory, gib = plan.memory, cost.GIB

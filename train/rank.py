@@ -20,7 +20,8 @@ from conf.compose import read_config
 from conf.errors import UserError
 from train.attempt import Attempt
 from train.checkpoint.manifest import write_durably
-from train.config.pretrain import PretrainConfig
+from train.config.runs import RUNS
+from train.config.settings import RunSettings
 from train.health.watchdog import HANG_FILE, Watchdog
 from train.host import host_name
 from train.outcome import ExitCode, Outcome, State, attempt_folder, write_crash_note, write_outcome
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # optional packages that are not needed
     attempt = int(os.environ.get("LONGHAUL_ATTEMPT", "1"))
     try:
-        config = read_config(PretrainConfig, run_dir / "config.yaml")
+        config = read_config(RUNS, run_dir / "config.yaml")
         limit = config.launch.time_limit_minutes
         ends_at = None if limit is None else float(os.environ.get("LONGHAUL_STARTED", started)) + 60 * limit
         watchdog = watch(config, run_dir, attempt)
@@ -84,7 +85,7 @@ def outcome_of(run_dir: Path, attempt: int, state: State, reason: str, **more: A
     return Outcome(attempt=attempt, state=state, reason=reason, next=NEXT[state].format(run=run_dir), **more)
 
 
-def watch(config: PretrainConfig, run_dir: Path, attempt: int) -> Watchdog:
+def watch(config: RunSettings, run_dir: Path, attempt: int) -> Watchdog:
     """Begin to watch this rank; when ranks hang, one of them writes the outcome."""
 
     def write(summary: str, hosts: Sequence[str]) -> None:
@@ -99,12 +100,12 @@ def watch(config: PretrainConfig, run_dir: Path, attempt: int) -> Watchdog:
     )
 
 
-def run(config: PretrainConfig, attempt: Attempt) -> Outcome:
+def run(config: RunSettings, attempt: Attempt) -> Outcome:
     """Run the stage on this rank."""
     import torch.distributed as dist
 
     from train.parallel import start_rank
-    from train.stages.pretrain import pretrain
+    from train.stages.training import train
 
     context = start_rank(
         config.launch.device,
@@ -114,7 +115,7 @@ def run(config: PretrainConfig, attempt: Attempt) -> Outcome:
     )
     record = json.loads((attempt.run_dir / "run.json").read_text(encoding="utf-8"))
     attempt.watchdog.connect(context.store, context.gather_to_all(host_name()))
-    ending, step = pretrain(config, context, attempt, run=record)
+    ending, step = train(config, context, attempt, run=record)
     attempt.watchdog.close()
     if context.is_first and ending.state == "finished":
         write_durably(attempt.run_dir / "FINISHED", json.dumps({"step": step}).encode() + b"\n")

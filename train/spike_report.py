@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.loader import Loader
+from data_pipeline.loader import SampleSource
 from train.checkpoint.manifest import write_durably
-from train.config.pretrain import PretrainConfig
+from train.config.settings import RunSettings
 from train.engine import Engine, StepResult
 from train.health.windows import sample_at
 from train.parallel import ParallelContext
@@ -24,9 +24,9 @@ TEXT_CHARACTERS = 2000
 class SpikeReporter:
     """Writes `spike-step-NNNNNNNN.json` into the attempt's folder; all ranks take part."""
 
-    config: PretrainConfig
+    config: RunSettings
     context: ParallelContext
-    loader: Loader
+    loader: SampleSource
     tokenizer_folder: Path
     folder: Path
     num_written: int = 0

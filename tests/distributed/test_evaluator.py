@@ -31,7 +31,7 @@ from train.model.logical import LogicalTensor
 from train.model.transformer import Reading, build_layers
 from train.parallel import ParallelContext, split_ranks
 from train.probes import make_probes
-from train.stages.pretrain import blueprint_of, build, optimizer_of
+from train.stages.training import blueprint_of, build, optimizer_of
 
 LENGTH, SEED = 32, 11
 # Weights so wide that a loss says which text it is of, and dropout, which must not be on.
@@ -238,7 +238,7 @@ class Told(NullMetrics):
 def told_at_the_start(context: ParallelContext, config: PretrainConfig, run_dir: str) -> list[tuple[str, str]]:
     metrics = Told()
     trainer = build(config, context, Attempt(run_dir=Path(run_dir), number=1), metrics)
-    assert trainer.evaluator is not None and [probe.name for probe in trainer.evaluator.probes] == ["copying", "induction"]
+    assert trainer.examiner is not None and [probe.name for probe in trainer.examiner.probes] == ["copying", "induction"]
     return metrics.said
 
 

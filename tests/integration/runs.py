@@ -21,7 +21,7 @@ from train.config.training import (
     ScheduleConfig,
 )
 from train.parallel import ParallelContext
-from train.stages.pretrain import pretrain
+from train.stages.training import train
 
 STEPS, SAVE_EVERY, EVALUATE_EVERY, SEQUENCE = 16, 5, 4, 32
 
@@ -74,5 +74,5 @@ def attempt(
         Path(run_dir).mkdir(parents=True, exist_ok=True)
     context.barrier()
     one = Attempt(run_dir=Path(run_dir), number=number)
-    ending, step = pretrain(config, context, one, run={"run_id": "small", "wandb_id": "small"})
+    ending, step = train(config, context, one, run={"run_id": "small", "wandb_id": "small"})
     return ending.state, step

@@ -88,7 +88,7 @@ def work_of_a_resume(context: Any, config: Any, run_dir: str, step: int) -> int:
     from data_pipeline.sampler import Sampler
     from train.attempt import Attempt
     from train.metrics import NullMetrics
-    from train.stages.pretrain import build
+    from train.stages.training import build
     from train.state import TrainState
 
     looked_up = []

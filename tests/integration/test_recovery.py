@@ -351,7 +351,7 @@ def test_a_time_limit_leaves_time_for_the_save(corpus: Path, tmp_path: Path) -> 
 
 
 def limited(context: Any, config: PretrainConfig, run_dir: str) -> str:
-    from train.stages.pretrain import pretrain
+    from train.stages.training import train
 
     original = Trainer._advance
 
@@ -362,5 +362,5 @@ def limited(context: Any, config: PretrainConfig, run_dir: str) -> str:
     Trainer._advance = slowly
     Path(run_dir).mkdir(exist_ok=True)
     one = Attempt(run_dir=Path(run_dir), number=1, ends_at=time.time() + 9.0)
-    ending, _ = pretrain(config, context, one, run={"run_id": "small", "wandb_id": "small"})
+    ending, _ = train(config, context, one, run={"run_id": "small", "wandb_id": "small"})
     return f"{ending.state}: {ending.reason}"

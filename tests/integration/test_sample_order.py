@@ -15,7 +15,7 @@ from train.config.pretrain import PretrainConfig
 from train.config.training import BatchConfig, RunConfig
 from train.metrics import NullMetrics
 from train.parallel import ParallelContext
-from train.stages.pretrain import build
+from train.stages.training import build
 
 STEPS = 6
 PLAIN = BatchConfig(sequences=6, micro_batch=1)

@@ -8,12 +8,13 @@ from typing import Any, Literal
 from conf.compose import to_plain
 from conf.errors import ConfigError
 from conf.schema import shown
-from train.config.pretrain import PretrainConfig
+from train.config.settings import RunSettings
 
 Kind = Literal["free", "adjustable", "layout", "fixed"]
 
 # The longest prefix that fits a field decides.
 KINDS: dict[str, Kind] = {
+    "stage": "fixed",
     "run.name": "free",
     "run.folder": "free",
     "run.notes": "free",
@@ -65,7 +66,7 @@ def kind_of(field: str) -> Kind:
     raise AssertionError(f"{field} has no class; add it to the table")
 
 
-def changes(before: PretrainConfig, after: PretrainConfig) -> list[Change]:
+def changes(before: RunSettings, after: RunSettings) -> list[Change]:
     """Every field that differs, by its dotted name."""
     old, new = leaves(to_plain(before)), leaves(to_plain(after))
     return [
@@ -75,7 +76,7 @@ def changes(before: PretrainConfig, after: PretrainConfig) -> list[Change]:
     ]
 
 
-def check_resume(before: PretrainConfig, after: PretrainConfig, checkpoint: str) -> list[Change]:
+def check_resume(before: RunSettings, after: RunSettings, checkpoint: str) -> list[Change]:
     """The changes that a resumed run has to record: the adjustable ones.
 
     Raises ConfigError when a fixed field differs, with both values.

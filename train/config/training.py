@@ -140,15 +140,23 @@ class BudgetConfig:
     """Train until this many tokens were read; give this or steps."""
     steps: int | None = None
     """Train for this many optimizer steps; give this or tokens."""
+    epochs: float | None = None
+    """Fine-tuning: read the rows this many times, rounded up to whole steps; give this or one of the others."""
     stop_at_step: int | None = None
     """Save and stop after this step with exit code 85, to go on later; null: run to the budget."""
 
     def __post_init__(self) -> None:
         problems = []
-        if self.tokens is None and self.steps is None:
+        given = [name for name in ("tokens", "steps", "epochs") if getattr(self, name) is not None]
+        if not given:
             problems.append("tokens=null: a run needs an end; give budget.tokens=3e9, say, or budget.steps=10000")
-        if self.tokens is not None and self.steps is not None:
-            problems.append(f"tokens={self.tokens}: budget.steps={self.steps} is given too; set one of them to null")
+        if len(given) > 1:
+            first, second, *_ = given
+            problems.append(
+                f"{first}={getattr(self, first)}: budget.{second}={getattr(self, second)} is given too; set one of them to null"
+            )
+        if self.epochs is not None and self.epochs <= 0:
+            problems.append(f"epochs={self.epochs}: must be above 0")
         for name in ("tokens", "steps", "stop_at_step"):
             value = getattr(self, name)
             if value is not None and value < 1:
