@@ -24,7 +24,7 @@ from train.config.adapter import LoraConfig
 from train.config.training import OptimConfig, ParallelConfig, Precision
 from train.engine import fragments
 from train.engine.optimizers import make_optimizer, update_stance
-from train.model.heads import LossHead
+from train.model.heads import IGNORE, ClassificationHead, LossHead
 from train.model.init import keyed_seed
 from train.model.logical import logical_of, logical_parameters
 from train.model.lora import settings_of
@@ -213,7 +213,7 @@ class Engine:
         return Answers(log_probability=log_probability_PO.cpu(), likeliest=likeliest_P.cpu())
 
     def probe(self) -> Tensor:
-        """Logits of a fixed batch at its last positions, fp32 [PROBE_POSITIONS, V]; all ranks together.
+        """Logits of a fixed batch at its last positions, fp32 [PROBE_POSITIONS, V or labels]; all ranks together.
 
         They tell whether weights that come back are the weights that were saved, and whether they still mean the same.
         """
@@ -223,13 +223,14 @@ class Engine:
         return logits_TV[-PROBE_POSITIONS:, :vocab_size].float()
 
     @torch.no_grad()
-    def _on_the_way(self, tokens_BS: Tensor, take: Callable[[LossHead, Tensor], Taken]) -> Taken:
+    def _on_the_way(self, tokens_BS: Tensor, take: Callable[[LossHead | ClassificationHead, Tensor], Taken]) -> Taken:
         """What `take` makes of the head and of the hidden states that reach it, for sequences of any length."""
         model, seen = self.module, []
         reading, (batch, length) = model.reading, tokens_BS.shape
         tokens_T = tokens_BS.reshape(-1)
         positions_T, bounds = torch.arange(length).repeat(batch), torch.tensor([0, len(tokens_T)], dtype=torch.int32)
-        tensors = [tensor.to(self.context.device) for tensor in (tokens_T, tokens_T, positions_T, bounds)]
+        no_labels_T = torch.full_like(tokens_T, IGNORE)
+        tensors = [tensor.to(self.context.device) for tensor in (tokens_T, no_labels_T, positions_T, bounds)]
         # A whole forward pass, with what is wanted taken on the way: stage 3 keeps the order of the modules in mind, and one
         # that ended before the head would be an error at the next evaluation.
         hook = model.layers[-1].register_forward_pre_hook(lambda head, inputs: seen.append(take(head, inputs[0][0])))

@@ -79,6 +79,12 @@ class CachedDecoder:
     """The modules of a `Decoder`, run over new positions only."""
 
     def __init__(self, decoder: Decoder, model: ModelConfig) -> None:
+        """Raises UserError for a model that tells labels apart."""
+        if model.labels:
+            raise UserError(
+                f"model.labels={list(model.labels)}: this model tells labels apart, and neither continues text nor says how "
+                "likely it is; give a language model"
+            )
         self.model = model
         self.embedding, *_, self.final_norm, self.head = decoder.layers
         self.blocks = decoder.blocks
