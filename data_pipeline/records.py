@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -26,8 +26,6 @@ LINE_COLUMN, TARGET_COLUMN = "text", "target"
 MOST_FIELD_CHARACTERS = 2**31 - 1
 """Of a CSV; the module's own bound of 131,072 is less than a book."""
 ONE_A_LINE = "write one object a line, as by: jq -c '.[]' FILE"
-
-OnBytes = Callable[[int], None]
 
 
 class Fault(StrEnum):
@@ -70,8 +68,6 @@ class RecordReader:
     """See TaskConfig.format."""
     columns: Sequence[str] = ()
     """See TaskConfig.columns."""
-    on_bytes: OnBytes | None = None
-    """Is told the bytes taken from disk."""
 
     def read(self, source: TaskSource) -> Iterator[Record | BadRow]:
         """The rows of a source, in order. Raises UserError for a file that cannot be read or is of another format."""
@@ -129,7 +125,7 @@ class RecordReader:
             yield from self._table(path, self._tsv_fields(path) if kind == "tsv" else self._csv_fields(path))
 
     def _text_lines(self, path: Path) -> Iterator[tuple[int, str | BadRow]]:
-        with open_input(path, self.on_bytes) as stream:
+        with open_input(path) as stream:
             for number, line in enumerate(stream, start=1):
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")

@@ -11,7 +11,7 @@ from typing import Any
 from conf.errors import ConfigError, UserError
 from data_pipeline.dialogues import Message, dialogue_of, tools_of
 from data_pipeline.layouts import MISSING, Layout, layout_of, lookup, names_of
-from data_pipeline.records import BadRow, Fault, OnBytes, Record, RecordReader
+from data_pipeline.records import BadRow, Fault, Record, RecordReader
 from data_pipeline.task_config import TaskConfig, TaskSource
 
 FIRST_ROWS = 100
@@ -63,13 +63,12 @@ def labelled_rows(
     source: TaskSource,
     *,
     tell: Callable[[str], None] | None = None,
-    on_bytes: OnBytes | None = None,
 ) -> Iterator[Row | BadRow]:
     """The rows of one source, in order, with those that are of no use. `tell` is given what was found out of its columns.
 
     Raises UserError for a file that cannot be read, is of another format, or whose columns are not clear.
     """
-    reader = RecordReader(format=task.format, columns=task.columns, on_bytes=on_bytes)
+    reader = RecordReader(format=task.format, columns=task.columns)
     records = reader.read(source)
     first = list(itertools.islice(records, FIRST_ROWS))
     layout = _layout(task, [record for record in first if isinstance(record, Record)])

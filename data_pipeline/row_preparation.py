@@ -1,0 +1,312 @@
+"""From files with rows to a folder of encoded ones: read, hold some out, encode, pack, write."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from conf.errors import UserError
+from data_pipeline.chat import chat_template
+from data_pipeline.encoded_rows import FORMAT_VERSION, ROWS_FILE, EncodedRows, SplitContents, read_encoded, write_encoded
+from data_pipeline.io import read_json, sha256_of_texts
+from data_pipeline.manifest import Split
+from data_pipeline.packing import Packing, one_each, pack
+from data_pipeline.records import BadRow, Fault
+from data_pipeline.row_encoding import IGNORE, EncodedRow, RowEncoder, resolved_targets
+from data_pipeline.row_report import RowReport, SplitReport, Tally
+from data_pipeline.rows_config import RowsConfig
+from data_pipeline.task_config import ROW_KINDS, TaskConfig, TaskSource
+from data_pipeline.tasks import Row, hash_of, labelled_rows
+from data_pipeline.tokenizer import Tokenizer
+
+CHUNK_ROWS = 1024
+MOST_LABELS = 10_000
+TASK_FIELDS = (
+    "kind", "name", "format", "columns", "fields", "prompt", "target_prefix", "target", "source_language", "target_language",
+    "no_answer", "labels",
+)  # fmt: skip
+"""What of a task decides its rows."""
+
+
+def prepare_rows(
+    task: TaskConfig,
+    data: RowsConfig,
+    *,
+    tokenizer: Tokenizer,
+    opening: Sequence[int],
+    end_of_document: int,
+    vocab_size: int,
+    seed: int,
+    folder: Path,
+) -> EncodedRows:
+    """The encoded rows in `folder`: those that are there, when they are of the same data and settings, or else new ones.
+
+    opening: ids that the model has learned to find before a text. vocab_size: ids that it knows. seed: of what is held out.
+    Raises UserError for data or settings that do not do, before anything is written, and for a folder that is damaged.
+    """
+    _check_settings(task, data)
+    template = chat_template(tokenizer, data.template) if task.kind == "dialogue" else None
+    facts = [tokenizer.sha256, *map(str, (tuple(opening), end_of_document, seed)), template.text if template else ""]
+    fingerprint = _fingerprint(task, data, facts)
+    if _is_there(folder, fingerprint):
+        encoded = read_encoded(folder)
+        _check_ids(encoded, vocab_size, tokenizer)
+        return encoded
+    encoder = RowEncoder(
+        tokenizer=tokenizer,
+        kind=task.kind,
+        targets=resolved_targets(task, data),
+        sequence_length=data.sequence_length,
+        opening=tuple(opening),
+        end_of_document=end_of_document,
+        no_answer=task.no_answer,
+        system=data.system,
+        template=template,
+    )
+    read = _Read(task)
+    splits = _splits(task, data, read, seed=seed)
+    labels = _labels(task, splits["train"]) if task.kind == "classification" else ()
+    parts = {split: _encode(encoder, rows, labels, read.tally) for split, rows in splits.items()}
+    _check_rows(task, data, read.tally, parts)
+    contents = {split: _packed(part, data) for split, part in parts.items()}
+    described = EncodedRows(
+        folder=folder,
+        fingerprint=fingerprint,
+        task=task.name,
+        kind=task.kind,
+        targets=encoder.targets,
+        sequence_length=data.sequence_length,
+        documents_per_sequence=max(part.packing.most_rows for part in contents.values()) + 1,
+        labels=labels,
+        opening=encoder.opening,
+        end_of_document=end_of_document,
+        endings=_endings(parts["train"].encoded, tokenizer) if task.kind != "classification" else (),
+        no_answer=task.no_answer,
+        template=template.text if template else None,
+        tokenizer_folder=tokenizer.folder.resolve(),
+        tokenizer_sha256=tokenizer.sha256,
+        settings={"task": dataclasses.asdict(task), "data": dataclasses.asdict(data), "seed": seed},
+        report=_report(read, parts, contents, data),
+    )
+    _check_most(parts, vocab_size, tokenizer, is_language=task.kind != "classification")
+    bytes_V = np.zeros(tokenizer.vocab_size, dtype=np.int32) if task.kind == "classification" else tokenizer.token_bytes()
+    asked = dataclasses.replace(contents["validation"], rows=[_as_asked(encoder, row) for row in parts["validation"].rows])
+    write_encoded(described, {**contents, "validation": asked}, bytes_V)
+    return read_encoded(folder, verify=False)
+
+
+def _check_settings(task: TaskConfig, data: RowsConfig) -> None:
+    if task.kind not in ROW_KINDS:
+        raise UserError(f"task.kind={task.kind}: has no rows to learn from; give task={', task='.join(ROW_KINDS)}")
+    fitting = {
+        "dialogue": ("auto", "all", "assistant", "last_turn"),
+        "generation": ("auto", "all", "completion"),
+        "classification": ("auto",),
+    }[task.kind]
+    if data.targets not in fitting:
+        raise UserError(f"data.targets={data.targets}: is not for task={task.kind}; give one of {', '.join(fitting)}")
+    for name in ("template", "system"):
+        if task.kind != "dialogue" and getattr(data, name) is not None:
+            raise UserError(f"data.{name}: is for dialogues, this is task={task.kind}; leave it out, or give task=dialogue")
+
+
+def _fingerprint(task: TaskConfig, data: RowsConfig, facts: Sequence[str]) -> str:
+    settings = {name: getattr(task, name) for name in TASK_FIELDS} | dataclasses.asdict(data)
+    sources = [(part, source) for part in ("data", "validation") for source in getattr(task, part)]
+    read = [
+        f"{part} {source.label} {Path(source.path).name} {source.split} {hash_of(source, format=task.format)}"
+        for part, source in sources
+    ]
+    return sha256_of_texts([str(FORMAT_VERSION), json.dumps(settings, sort_keys=True), *facts, *read])
+
+
+def _is_there(folder: Path, fingerprint: str) -> bool:
+    path = folder / ROWS_FILE
+    content = read_json(path) if path.is_file() else None
+    return isinstance(content, dict) and content.get("fingerprint") == fingerprint
+
+
+@dataclass
+class _Read:
+    """What comes out of the files."""
+
+    task: TaskConfig
+    count: int = 0
+    shared: int = 0
+
+    def __post_init__(self) -> None:
+        self.tally, self.found = Tally(), list[str]()
+
+    def rows(self, sources: Sequence[TaskSource]) -> list[Row]:
+        """The rows of some sources; bad ones are counted."""
+        kept: list[Row] = []
+        for source in sources:
+            before = self.count
+            with _bar(f"reading {source.label}", None) as bar:
+                for row in labelled_rows(self.task, source, tell=self.found.append):
+                    bar.update()
+                    self.count += 1
+                    if isinstance(row, BadRow):
+                        self.tally.add(row)
+                    else:
+                        kept.append(row)
+            if self.count == before:
+                raise UserError(f"{source.path}: holds no row; give another file")
+        return kept
+
+
+def _splits(task: TaskConfig, data: RowsConfig, read: _Read, *, seed: int) -> dict[Split, list[Row]]:
+    """Training and held-out rows. Without files of their own, the held-out ones are chosen by what they say."""
+    rows = read.rows(task.data)
+    keys = [_key(task, row, seed) for row in rows]
+    if task.validation:
+        held_out = read.rows(task.validation)
+        known = set(keys)
+        read.shared = sum(_key(task, row, seed) in known for row in held_out)
+        return {"train": rows, "validation": held_out}
+    limit = int(data.validation_fraction * 2**64)
+    chosen = {key for key in keys if key < limit}
+    if data.validation_fraction and not chosen and len(set(keys)) > 1:
+        chosen = {min(keys)}
+    if task.kind == "classification" and not task.labels:  # a label that is only held out could never be learned
+        learned = {row.truths for row, key in zip(rows, keys, strict=True) if key not in chosen}
+        chosen -= {key for row, key in zip(rows, keys, strict=True) if row.truths not in learned}
+    return {
+        "train": [row for row, key in zip(rows, keys, strict=True) if key not in chosen],
+        "validation": [row for row, key in zip(rows, keys, strict=True) if key in chosen],
+    }
+
+
+def _key(task: TaskConfig, row: Row, seed: int) -> int:
+    """64 bits of what a row says, wherever it stands; of a classification its text alone, whatever its label."""
+    said = [row.prompt] if task.kind == "classification" else [row.prompt, row.truths, row.messages, row.tools]
+    data = json.dumps([seed, said], sort_keys=True).encode()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _labels(task: TaskConfig, rows: Sequence[Row]) -> tuple[str, ...]:
+    """Those of the task, or of the rows, in order: whole numbers as numbers."""
+    if task.labels:
+        return task.labels
+    found = {row.truths[0] for row in rows}
+    if not 2 <= len(found) <= MOST_LABELS:
+        shown = ", ".join(sorted(found)[:5])
+        raise UserError(
+            f"task.data: its rows have {len(found)} labels ({shown}); a classification needs 2 to {MOST_LABELS:,}: check which "
+            "column is the label, by task.fields={label: COLUMN}"
+        )
+    return tuple(sorted(found, key=int if all(re.fullmatch(r"-?\d+", label) for label in found) else None))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one split that are used, and what they became."""
+
+    rows: list[Row]
+    encoded: list[EncodedRow]
+
+
+def _encode(encoder: RowEncoder, rows: Sequence[Row], labels: Sequence[str], tally: Tally) -> _Part:
+    part = _Part([], [])
+    with _bar("encoding", len(rows)) as bar:
+        for first in range(0, len(rows), CHUNK_ROWS):
+            chunk = rows[first : first + CHUNK_ROWS]
+            for row, made in zip(chunk, encoder.encode(chunk, labels), strict=True):
+                if isinstance(made, BadRow):
+                    tally.add(made)
+                else:
+                    part.rows.append(row)
+                    part.encoded.append(made)
+            bar.update(len(chunk))
+    return part
+
+
+def _check_rows(task: TaskConfig, data: RowsConfig, tally: Tally, parts: dict[Split, _Part]) -> None:
+    """Rows that are too long are always left out; for others the user decides."""
+    bad = tally.dropped(but=[Fault.NO_TARGET])
+    first = tally.first(but=[Fault.NO_TARGET])
+    if first is not None and data.bad_rows == "stop":
+        more = sum(drop.count for drop in bad) - 1
+        kinds = ", ".join(f"{drop.count:,} {drop.reason}" for drop in bad)
+        also = f", and {more:,} more rows are bad (in all {kinds})" if more else f" ({first.reason})"
+        raise UserError(f"{first.first}{also}; mend them, or leave them out and have them counted: data.bad_rows=drop")
+    needed: list[Split] = ["train", "validation"] if task.validation else ["train"]
+    for split in needed:
+        if not parts[split].rows:
+            reasons = "; ".join(f"{drop.count:,} {drop.reason}, the first: {drop.first}" for drop in tally.dropped())
+            name = "data" if split == "train" else "validation"
+            raise UserError(f"task.{name}: no row is left of it ({reasons or 'all are held out'}); give other rows")
+
+
+def _packed(part: _Part, data: RowsConfig) -> SplitContents:
+    lengths_R = np.array([len(row.inputs_N) for row in part.encoded], dtype=np.int64)
+    packing: Packing = pack(lengths_R, data.sequence_length) if data.packing else one_each(len(lengths_R))
+    return SplitContents(rows=part.rows, encoded=part.encoded, packing=packing)
+
+
+def _endings(encoded: Sequence[EncodedRow], tokenizer: Tokenizer) -> tuple[int, ...]:
+    last = {int(row.labels_N[np.flatnonzero(row.labels_N != IGNORE)[-1]]) for row in encoded if not row.is_cut}
+    return tuple(sorted(last & tokenizer.special_ids))
+
+
+def _report(read: _Read, parts: dict[Split, _Part], contents: dict[Split, SplitContents], data: RowsConfig) -> RowReport:
+    def of(split: Split) -> SplitReport:
+        encoded, sequences = parts[split].encoded, contents[split].packing.num_sequences
+        return SplitReport(
+            rows=len(encoded),
+            cut=sum(row.is_cut for row in encoded),
+            tokens=sum(len(row.inputs_N) for row in encoded),
+            targets=sum(int((row.labels_N != IGNORE).sum()) for row in encoded),
+            sequences=sequences,
+            places=sequences * data.sequence_length,
+        )
+
+    return RowReport(
+        found=tuple(read.found),
+        read=read.count,
+        dropped=read.tally.dropped(),
+        train=of("train"),
+        validation=of("validation"),
+        shared=read.shared,
+    )
+
+
+def _as_asked(encoder: RowEncoder, row: Row) -> Row:
+    """A held-out dialogue with the text that the model is to go on from."""
+    return row if encoder.kind != "dialogue" else dataclasses.replace(row, prompt=encoder.asked(row))
+
+
+def _check_most(parts: dict[Split, _Part], vocab_size: int, tokenizer: Tokenizer, *, is_language: bool) -> None:
+    rows = [row for part in parts.values() for row in part.encoded]
+    most = max(int(row.inputs_N.max()) for row in rows)
+    learned = max(int(row.labels_N.max()) for row in rows) if is_language else 0
+    _refuse_beyond(max(most, learned), vocab_size, tokenizer)
+
+
+def _check_ids(encoded: EncodedRows, vocab_size: int, tokenizer: Tokenizer) -> None:
+    splits: list[Split] = ["train", "validation"]
+    names = ("tokens_N",) if encoded.kind == "classification" else ("tokens_N", "labels_N")
+    most = max(int(getattr(encoded.arrays(split), name).max(initial=0)) for split in splits for name in names)
+    _refuse_beyond(most, vocab_size, tokenizer)
+
+
+def _refuse_beyond(token_id: int, vocab_size: int, tokenizer: Tokenizer) -> None:
+    if token_id >= vocab_size:
+        text = tokenizer.backend.id_to_token(token_id)
+        raise UserError(
+            f"the rows hold token {token_id} ({text!r}), the model knows ids below {vocab_size}; take a chat template without "
+            "that token, such as data.template=plain, or the tokenizer that the model was trained with"
+        )
+
+
+def _bar(words: str, total: int | None) -> tqdm:
+    return tqdm(total=total, desc=words, unit="row", disable=None, file=sys.stderr, leave=False)
