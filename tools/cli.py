@@ -48,6 +48,17 @@ VERBS: dict[str, Verb] = {
             "longhaul pretrain initial_checkpoint=imported/qwen3 'data.sources=[{path: data/mine}]' budget.tokens=1e9",
         ),
     ),
+    "finetune": Verb(
+        summary="teach a trained model a task from labelled rows; started again, it goes on from its newest checkpoint",
+        function="train.launch:finetune",
+        root="finetune",
+        schema="train.config.finetune:FinetuneConfig",
+        examples=(
+            "longhaul finetune checkpoint=runs/first task=classification 'task.data=[{path: sst2/train.tsv}]' run.name=sst2",
+            "longhaul finetune checkpoint=runs/first task=translation 'task.data=[{path: train.de, targets: train.en}]'",
+            "longhaul finetune checkpoint=imported/qwen3 task=dialogue method=lora 'task.data=[{path: chats.jsonl}]'",
+        ),
+    ),
     "plan": Verb(
         summary="show what `pretrain` would do with the same words: configuration, steps, memory, FLOPs",
         function="train.launch:plan_only",

@@ -35,6 +35,7 @@ class Evaluator:
     def __init__(self, config: RunSettings, *, context: ParallelContext, engine: Engine, loader: Loader) -> None:
         """loader: of the held-out text. `missing` says which probes cannot be had, and why."""
         self.config, self.context, self.engine, self.loader = config, context, engine, loader
+        self.outputs: tuple[()] = ()
         self.micro_batch = config.evaluate.micro_batch or config.batch.micro_batch
         self.probes, self.missing = make_probes(
             config.evaluate.probes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,17 @@ from conf.errors import UserError
 from data_pipeline.facts import CorpusFacts
 from train.checkpoint.manifest import DamagedCheckpoint, published, read_manifest, resolve_checkpoint
 from train.checkpoint.settings import read_settings
+from train.config.finetune import FinetuneConfig
 from train.config.model import ModelConfig
 from train.config.pretrain import PretrainConfig
 from train.config.runs import RUNS
 from train.config.settings import RunSettings
 from train.config.training import RunConfig
-from train.model.cost import parameter_shapes
+from train.model.cost import LABEL_HEAD, OUTPUT_HEAD, parameter_shapes
 
 TOKENIZER = "tokenizer/tokenizer.json"
+VERBATIM = {"finetune": ("task.prompt", "task.target_prefix", "data.system")}
+"""Fields whose texts are taken as they are."""
 
 
 def configure(overrides: Sequence[str], config_dir: str | None = None, *, stage: str = "pretrain") -> RunSettings:
@@ -28,7 +31,10 @@ def configure(overrides: Sequence[str], config_dir: str | None = None, *, stage:
     Single settings of the model may be given beside it, such as model.dropout=0.1.
     Raises ConfigError with all that is wrong, and UserError when the checkpoint cannot be read.
     """
-    composed = compose(stage, overrides, config_dir)
+    if stage == "finetune":  # `checkpoint` alone is the section of a run's own checkpoints
+        short = "checkpoint="
+        overrides = [f"initial_{word}" if word.startswith(short) and word != short else word for word in overrides]
+    composed = compose(stage, overrides, config_dir, verbatim=VERBATIM.get(stage, ()))
     places = [composed.tree.get("initial_checkpoint"), *_run_of(composed.tree)]
     if all(isinstance(place, str) for place in places):  # else validation says what is wrong
         composed = _with_its_model(composed, overrides, config_dir, stage)
@@ -119,14 +125,7 @@ def check_initial(config: PretrainConfig, facts: CorpusFacts) -> list[str]:
     folder = initial_folder(config.initial_checkpoint)
     manifest = read_manifest(folder)
     expected = parameter_shapes(config.model)
-    found = {name: tensor.shape for name, tensor in manifest.tensors.items()}
-    for name in dict.fromkeys([*expected, *found]):
-        if expected.get(name) != found.get(name):
-            shapes = [" x ".join(map(str, shape)) if shape else "absent" for shape in (found.get(name), expected.get(name))]
-            raise UserError(
-                f"initial_checkpoint={config.initial_checkpoint}: {name} is {shapes[0]} there, and {shapes[1]} in the model; "
-                f"settings of the model that change its tensors cannot be given beside a checkpoint"
-            )
+    _compare(config.initial_checkpoint, {name: tensor.shape for name, tensor in manifest.tensors.items()}, expected)
     tokenizer = manifest.files.get(TOKENIZER)
     if tokenizer is not None and tokenizer.sha256 != facts.tokenizer_sha256:
         raise UserError(
@@ -135,3 +134,58 @@ def check_initial(config: PretrainConfig, facts: CorpusFacts) -> list[str]:
             f"tokenizer=hf tokenizer.path={folder / 'tokenizer'}"
         )
     return [f"begins with       {folder}: its model and its weights, a fresh optimizer"]
+
+
+def check_initial_model(config: FinetuneConfig) -> list[str]:
+    """What a fresh fine-tuning run begins with, as lines for a person.
+
+    Raises UserError when the checkpoint's tensors are not the model's, the head apart where the model tells labels apart.
+    """
+    folder = initial_folder(config.initial_checkpoint)
+    theirs = read_settings(folder, read_manifest(folder)).model
+    heads = head_changes(theirs, config.model)
+    _compare(
+        config.initial_checkpoint,
+        {name: shape for name, shape in parameter_shapes(theirs).items() if name not in heads.left_out},
+        {name: shape for name, shape in parameter_shapes(config.model).items() if name not in heads.new},
+    )
+    head = f"; a fresh head for {len(config.model.labels)} labels" if heads.new else ""
+    return [f"begins with      {folder}: its model, weights and tokenizer, a fresh optimizer{head}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadChanges:
+    """Logical names of what differs between a checkpoint's head and a model's."""
+
+    new: tuple[str, ...] = ()
+    """Tensors that only the model has: they begin at random."""
+    left_out: tuple[str, ...] = ()
+    """Tensors that only the checkpoint has: they are passed over."""
+
+
+def head_changes(theirs: ModelConfig, model: ModelConfig) -> HeadChanges:
+    """Which head is exchanged where a model with other labels begins with a checkpoint; nothing where they are the same.
+
+    Raises UserError for a language model that is to begin with a model that tells labels apart: its own head is gone.
+    """
+    if theirs.labels == model.labels:
+        return HeadChanges()
+    if not model.labels:
+        raise UserError(
+            f"initial_checkpoint: tells the labels {', '.join(theirs.labels)} apart and writes no text; give a language model"
+        )
+    heads = (OUTPUT_HEAD, LABEL_HEAD)
+    return HeadChanges(
+        new=tuple(name for name in parameter_shapes(model) if name in heads),
+        left_out=tuple(name for name in parameter_shapes(theirs) if name in heads),
+    )
+
+
+def _compare(place: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name in dict.fromkeys([*expected, *found]):
+        if expected.get(name) != found.get(name):
+            shapes = [" x ".join(map(str, shape)) if shape else "absent" for shape in (found.get(name), expected.get(name))]
+            raise UserError(
+                f"initial_checkpoint={place}: {name} is {shapes[0]} there, and {shapes[1]} in the model; "
+                f"settings of the model that change its tensors cannot be given beside a checkpoint"
+            )

@@ -19,7 +19,7 @@ from train.checkpoint.manifest import DamagedCheckpoint, check_files, published,
 from train.config.changes import check_resume
 from train.config.runs import RUNS
 from train.config.settings import RunSettings
-from train.groundwork import pretraining
+from train.groundwork import finetuning, pretraining
 from train.groundwork.findings import Findings
 from train.initial import configure
 from train.outcome import ExitCode, last_attempt, read_outcome
@@ -31,12 +31,17 @@ from train.supervisor import Restarts, run_attempt, supervise
 RANK_COMMAND = (sys.executable, "-P", "-m", "train.rank")
 
 
-LOOK_INTO: dict[str, Callable[[Any], Findings]] = {"pretrain": pretraining.look_into}
+LOOK_INTO: dict[str, Callable[[Any], Findings]] = {"pretrain": pretraining.look_into, "finetune": finetuning.look_into}
 
 
 def pretrain(overrides: Sequence[str], config_dir: str | None = None, rank_command: Sequence[str] = RANK_COMMAND) -> int:
     """`longhaul pretrain`; see `start`."""
     return start("pretrain", overrides, config_dir, rank_command)
+
+
+def finetune(overrides: Sequence[str], config_dir: str | None = None, rank_command: Sequence[str] = RANK_COMMAND) -> int:
+    """`longhaul finetune`; see `start`."""
+    return start("finetune", overrides, config_dir, rank_command)
 
 
 def start(stage: str, overrides: Sequence[str], config_dir: str | None, rank_command: Sequence[str] = RANK_COMMAND) -> int:
@@ -86,8 +91,8 @@ def check_elsewhere(config: RunSettings) -> tuple[RunSettings, list[str]]:
 
     Raises UserError when something does not fit, or the run is finished.
     """
-    findings, _, is_done, lines = _check(config, elsewhere=True)
-    if is_done:
+    findings, done, lines = _check(config, elsewhere=True)
+    if done:
         folder = run_folder(findings.config)
         raise UserError(f"{folder}: is finished; a longer budget or another run.name=... is needed for more")
     return findings.config, lines
@@ -99,24 +104,24 @@ def get_ready(config: RunSettings, *, elsewhere: bool = False) -> tuple[RunSetti
     `elsewhere`: the ranks are started on other machines than this one.
     Raises UserError when the corpus, the newest checkpoint or the machine do not fit.
     """
-    findings, plan, is_done, lines = _check(config, elsewhere=elsewhere)
+    findings, done, lines = _check(config, elsewhere=elsewhere)
     run_dir = run_folder(findings.config)
     print(*lines, sep="\n", flush=True)
-    if is_done:
-        print(f"{run_dir} is finished: its budget of {plan.total_steps:,} steps is used up; nothing to do")
+    if done:
+        print(f"{run_dir} is finished: {done} is used up; nothing to do")
         return None
     findings.make_ready(run_dir)
     prepare_folder(run_dir, findings.config)
     return findings.config, run_dir
 
 
-def _check(config: RunSettings, *, elsewhere: bool) -> tuple[Findings, RunPlan, bool, list[str]]:
-    """What was found, the plan, whether the run is finished, and what is about to happen."""
+def _check(config: RunSettings, *, elsewhere: bool) -> tuple[Findings, str | None, list[str]]:
+    """What was found, what a finished run has used up, and what is about to happen."""
     findings = settle(config, elsewhere=elsewhere)
     plan, run_dir = _planned(findings), run_folder(findings.config)
     going_on = compare_with_newest(findings, run_dir) or findings.begin()
-    is_done = is_finished(run_dir, plan)
-    return findings, plan, is_done, [*plan_lines(plan, findings), *([] if is_done else going_on)]
+    done = used_up(run_dir, plan, patience=findings.config.evaluate.patience)
+    return findings, done, [*plan_lines(plan, findings), *([] if done else going_on)]
 
 
 def run_folder(config: RunSettings) -> Path:
@@ -174,13 +179,17 @@ def plan_lines(plan: RunPlan, findings: Findings) -> list[str]:
     ]
 
 
-def is_finished(run_dir: Path, plan: RunPlan) -> bool:
-    """Whether the run has used up this budget already."""
+def used_up(run_dir: Path, plan: RunPlan, *, patience: int | None) -> str | None:
+    """What the run has used up already, for a person: its budget, or its patience; None: it is not finished."""
     path = run_dir / "FINISHED"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["step"] >= plan.total_steps
+        end = json.loads(path.read_text(encoding="utf-8"))
+        if end["step"] >= plan.total_steps:
+            return f"its budget of {plan.total_steps:,} steps"
+        is_patient = patience is None or end.get("patience", 0) < patience
+        return None if is_patient else f"its patience of {patience} evaluations"
     except FileNotFoundError:
-        return False
+        return None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check run.folder and run.name") from None
     except (ValueError, KeyError, TypeError):

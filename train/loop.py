@@ -20,6 +20,7 @@ from train.health.stragglers import Stragglers
 from train.health.watchdog import Silent, Watchdog
 from train.health.windows import ranges_between, sample_at
 from train.metrics import Goodput, Metrics, NullMetrics, Value
+from train.metrics.record import Output
 from train.optim import lr_at
 from train.parallel import ParallelContext
 from train.plan import RunPlan
@@ -39,6 +40,8 @@ class Ending:
     reason: str
     on_purpose: bool = False
     """Whether a person asked for it, and wants it to stay so."""
+    patience: int | None = None
+    """evaluate.patience, where it ended a run before its budget was used up."""
 
 
 class Interrupted(Exception):
@@ -51,6 +54,9 @@ class Interrupted(Exception):
 
 class Examiner(Protocol):
     """Measures the model; all ranks together. It draws no random number and leaves nothing changed."""
+
+    outputs: Sequence[Output]
+    """What the model answered in the last run, where it was asked for texts or labels."""
 
     def run(self, before_batch: Callable[[int], None]) -> list[dict[str, Value]]:
         """Records of what was found, the first of all the data; `before_batch` is called with the number of each batch."""
@@ -240,7 +246,7 @@ class Trainer:
         """Save where it is due; the ending, with what became of its save."""
         self.watchdog.phase("save", self.state.step)
         every = self.config.checkpoint.every_steps
-        due = agreement.save or (every is not None and self.state.step % every == 0)
+        due = agreement.save or (every is not None and self.state.step % every == 0) or self._is_best()
         if ending is None:
             self.saver.save_if(self.engine, self.state, due=due, is_well=is_well, goodput=self.goodput)
             if self.saver.retry_is_due(self.state.step):
@@ -256,8 +262,13 @@ class Trainer:
         reason += "there is no other" if kept is None else f"the newest is of step {kept}"
         return replace(ending, state="stopped" if ending.state == "stopped" else "unsaved", reason=reason)
 
+    def _is_best(self) -> bool:
+        """Whether this step is to be kept for what was measured."""
+        return self.config.checkpoint.keep_best > 0 and self.state.step in self.state.best.steps
+
     def _evaluate(self, examiner: Examiner) -> Ending | None:
-        """Measure the model and report; the ending, when a request to stop came before it was through."""
+        """Measure the model and report; the ending, when a request to stop came before it was through, or it was one too many
+        without a gain."""
         started = time.perf_counter()
         try:
             records = examiner.run(self._before_batch)
@@ -265,12 +276,21 @@ class Trainer:
             return _stopped(request.stop)
         finally:
             self.goodput.add("evaluation", time.perf_counter() - started)
-        self.state.evaluation_due = False
-        self.saver.note_validation(self.state.step, examiner.criterion(records))
+        state, settings = self.state, self.config.evaluate
+        state.evaluation_due = False
+        self.saver.note_validation(state.step, float(records[0]["loss"]))
+        keep = self.config.checkpoint.keep_best
+        state.best.note(state.step, examiner.criterion(records), keep=keep, least_gain=settings.least_gain)
         place = {"step": self.state.step, "samples": self.state.samples, "tokens": self.state.tokens}
         for record in records:
             self.metrics.evaluation({**place, **record})
-        return None
+        if examiner.outputs:
+            self.metrics.outputs(state.step, examiner.outputs)
+        if settings.patience is None or state.best.without_gain < settings.patience:
+            return None
+        since = f"none since step {state.best.steps[0]:,}" if state.best.steps else "none had a finite figure"
+        reason = f"{state.best.without_gain} evaluations without a gain, {since}"
+        return Ending(state="finished", reason=reason, patience=settings.patience)
 
     def _before_batch(self, number: int) -> None:
         """Between the batches of an evaluation. Raises Interrupted when the run is to stop."""

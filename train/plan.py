@@ -84,7 +84,10 @@ def make_plan(config: RunSettings, world_size: int) -> RunPlan:
         samples=batch.ramp_samples,
     )
     sequence_length = config.sequence_length
-    total_steps, total_samples, warmup_samples = _walk(config, ramp)
+    warmup_steps = config.schedule.warmup_steps
+    if config.schedule.warmup_fraction is not None:
+        warmup_steps = round(config.schedule.warmup_fraction * _walk(config, ramp, 0)[0])
+    total_steps, total_samples, warmup_samples = _walk(config, ramp, warmup_steps)
     problems = _division_problems(config, ramp, data_parallel)
     problems += _rule_problems(config)
     problems += _schedule_problems(config, total_steps, total_samples, warmup_samples)
@@ -163,7 +166,7 @@ def _schedule_problems(config: RunSettings, total_steps: int, total_samples: int
     return []
 
 
-def _walk(config: RunSettings, ramp: BatchRamp) -> tuple[int, int, int]:
+def _walk(config: RunSettings, ramp: BatchRamp, warmup_steps: int) -> tuple[int, int, int]:
     """(total steps, total samples, samples of the warm-up): the ramp step by step, the rest in closed form."""
     target_steps = config.budget.steps
     target_samples = None
@@ -176,7 +179,6 @@ def _walk(config: RunSettings, ramp: BatchRamp) -> tuple[int, int, int]:
         assert target_samples is not None
         return samples >= target_samples
 
-    warmup_steps = config.schedule.warmup_steps
     steps = samples = 0
     warmup_samples = 0 if warmup_steps == 0 else None
     while samples < ramp.samples and not reached(steps, samples):

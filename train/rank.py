@@ -118,7 +118,8 @@ def run(config: RunSettings, attempt: Attempt) -> Outcome:
     ending, step = train(config, context, attempt, run=record)
     attempt.watchdog.close()
     if context.is_first and ending.state == "finished":
-        write_durably(attempt.run_dir / "FINISHED", json.dumps({"step": step}).encode() + b"\n")
+        end = {"step": step} | ({} if ending.patience is None else {"patience": ending.patience})
+        write_durably(attempt.run_dir / "FINISHED", json.dumps(end).encode() + b"\n")
     context.barrier()  # ranks leave together, so that no launcher sees one of them missing
     dist.destroy_process_group()
     state: State = "refused" if ending.state in ("diverged", "unsaved") else ending.state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,28 @@ from train.health.guard import GuardState
 from train.health.windows import Window, leave_out
 
 INTERVENTIONS_FILE = "interventions.json"
+
+
+@dataclass(kw_only=True)
+class Best:
+    """The best evaluations so far, and how long it has been since the last of them."""
+
+    steps: list[int] = field(default_factory=list)
+    """Of the best evaluations, the best first; as many as checkpoints are kept for it, at least one."""
+    criteria: list[float] = field(default_factory=list)
+    """Theirs, the lower the better."""
+    without_gain: int = 0
+    """Evaluations in a row since the best."""
+
+    def note(self, step: int, criterion: float, *, keep: int, least_gain: float) -> None:
+        """Take in an evaluation; one that is no number is as bad as can be."""
+        criterion = criterion if math.isfinite(criterion) else math.inf
+        gained = not self.criteria or criterion < self.criteria[0] - least_gain
+        self.without_gain = 0 if gained else self.without_gain + 1
+        if math.isinf(criterion):
+            return
+        found = sorted([*zip(self.criteria, self.steps, strict=True), (criterion, step)])[: max(1, keep)]
+        self.criteria, self.steps = [one for one, _ in found], [step for _, step in found]
 
 
 @dataclass(kw_only=True)
@@ -32,12 +55,14 @@ class TrainState:
     evaluation_due: bool = False
     """A stop came before the evaluation of this step was through; it is made up for first."""
     guard: GuardState = field(default_factory=GuardState)
+    best: Best = field(default_factory=Best)
 
     @staticmethod
     def from_plain(raw: Mapping[str, Any]) -> TrainState:
         """The state of a checkpoint; one that was written before a field existed has the field's default."""
         known = {name: value for name, value in raw.items() if name in TrainState.__dataclass_fields__}
-        return TrainState(**{**known, "guard": GuardState(**raw.get("guard", {}))})
+        nested = {"guard": GuardState(**raw.get("guard", {})), "best": Best(**raw.get("best", {}))}
+        return TrainState(**{**known, **nested})
 
     def to_plain(self) -> dict[str, Any]:
         """As plain data."""

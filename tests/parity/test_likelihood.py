@@ -171,7 +171,7 @@ class Letters:
 
 
 def watch(number: int) -> Continuation:
-    return Continuation(Letters(), stop=["zz"], end_of_document=7)
+    return Continuation(Letters(), stop=["zz"], ends=[7])
 
 
 def some_prompts(seed: int = 1) -> list[Prompt]:

@@ -13,16 +13,13 @@ from tools.compare.harness import harness_tallies, task_figure
 from train.config.changes import leaves
 from train.scores import rouge
 from train.scores.comparison import Difference, adjusted, compare
+from train.scores.direction import direction
 from train.scores.intervals import measure
 from train.scores.record import Evaluation, Example, Score
 from train.scores.settings import ScoreSettings
 from train.scores.sheet import tallies
 from train.scores.tally import Tally
 
-LOWER_IS_BETTER = {
-    "loss", "perplexity", "bits_per_byte", "ece", "brier", "ter", "word_perplexity", "byte_perplexity",
-}  # fmt: skip
-NEITHER_IS_BETTER = {"support", "length_ratio"}
 SAID_ALREADY = {"precision_micro", "recall_micro", "f1_micro"} | {
     name for name in rouge.NAMES if name.endswith(("_precision", "_recall"))
 }
@@ -69,8 +66,7 @@ class Figure:
     @property
     def direction(self) -> Literal[-1, 0, 1]:
         """1: higher is better, -1: lower is, 0: neither."""
-        base = self.name.rsplit("/", 1)[-1].partition("[")[0].partition(",")[0]
-        return 0 if base in NEITHER_IS_BETTER else -1 if base in LOWER_IS_BETTER else 1
+        return direction(self.name)
 
     @property
     def stars(self) -> str:

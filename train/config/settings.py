@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from conf.errors import ConfigError
+from train.config.adapter import LoraConfig
 from train.config.guard import GuardConfig
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
@@ -67,6 +68,21 @@ class RunSettings:
         """Tokens of a sequence."""
         raise NotImplementedError
 
+    @property
+    def adapter(self) -> LoraConfig | None:
+        """Adapters beside the linear layers, which then train alone."""
+        return None
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Patterns of the names of parameters that stay as they are."""
+        return ()
+
+    @property
+    def rates(self) -> OptimConfig:
+        """The optimizer's settings, with all that follows for the rates of groups of parameters."""
+        return self.optim
+
     def __post_init__(self) -> None:
         problems = []
         if self.sequence_length > self.model.max_positions:
@@ -83,7 +99,7 @@ class RunSettings:
             problems.append(
                 f"schedule.warmup_steps={self.schedule.warmup_steps}: must not exceed budget.steps={self.budget.steps}"
             )
-        if self.schedule.kind == "inverse_sqrt" and self.schedule.warmup_steps == 0:
+        if self.schedule.kind == "inverse_sqrt" and not (self.schedule.warmup_steps or self.schedule.warmup_fraction):
             problems.append("schedule.warmup_steps=0: inverse_sqrt starts from the end of a warm-up; give at least 1")
         problems += self._tensor_problems() + self._muon_problems() + self._fp8_problems() + self._own_problems()
         if problems:

@@ -81,6 +81,8 @@ class ScheduleConfig:
     """Shape of the learning rate after the warm-up; wsd is warm-up, stable, decay."""
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up from 0."""
+    warmup_fraction: float | None = None
+    """The warm-up as a share of the run's steps, in the place of warmup_steps."""
     min_ratio: float = 0.1
     """Last learning rate as a fraction of the peak, for cosine, wsd and linear."""
     decay_fraction: float = 0.2
@@ -90,6 +92,12 @@ class ScheduleConfig:
         problems = []
         if self.warmup_steps < 0:
             problems.append(f"warmup_steps={self.warmup_steps}: must not be negative")
+        if self.warmup_fraction is not None and not 0 <= self.warmup_fraction <= 1:
+            problems.append(f"warmup_fraction={self.warmup_fraction}: must lie between 0 and 1")
+        if self.warmup_fraction is not None and self.warmup_steps:
+            problems.append(
+                f"warmup_fraction={self.warmup_fraction}: warmup_steps={self.warmup_steps} is given too; set it to 0"
+            )
         if not 0 <= self.min_ratio <= 1:
             problems.append(f"min_ratio={self.min_ratio}: must lie between 0 and 1")
         if not 0 < self.decay_fraction <= 1:
@@ -228,6 +236,10 @@ class EvaluateConfig:
     evaluation."""
     micro_batch: int | None = None
     """Sequences that one rank evaluates at a time; null: batch.micro_batch."""
+    patience: int | None = None
+    """End the run after so many evaluations in a row that found nothing better than the best before; null: never."""
+    least_gain: float = 0.0
+    """By how much an evaluation must beat the best before to count as better."""
     probes: tuple[ProbeName, ...] = ("copying", "induction", "brackets")
     """Small made-up tasks, measured at every evaluation: repeat random tokens, say what followed a token before, close the
     innermost bracket; empty: none."""
@@ -240,6 +252,12 @@ class EvaluateConfig:
             problems.append(f"max_samples={self.max_samples}: must not be negative; null reads all, 0 turns evaluation off")
         if self.micro_batch is not None and self.micro_batch < 1:
             problems.append(f"micro_batch={self.micro_batch}: must be at least 1; null takes batch.micro_batch")
+        if self.patience is not None and self.patience < 1:
+            problems.append(f"patience={self.patience}: must be at least 1; null never ends a run early")
+        if self.patience is not None and (self.every_steps is None or self.max_samples == 0):
+            problems.append(f"patience={self.patience}: needs evaluations on the way; give evaluate.every_steps")
+        if self.least_gain < 0:
+            problems.append(f"least_gain={self.least_gain}: must not be negative")
         if len(set(self.probes)) < len(self.probes):
             problems.append(f"probes={list(self.probes)}: names a probe twice; name each once")
         _raise_if(problems)

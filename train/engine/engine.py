@@ -10,8 +10,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from types import ModuleType
@@ -244,6 +244,16 @@ class Engine:
             hook.remove()
             model.read_as(reading)
         return seen[0]
+
+    @contextmanager
+    def whole(self) -> Iterator[Decoder]:
+        """The model with all weights on every rank, dropout off, for what runs apart from the step; all ranks together."""
+        self._deepspeed.eval()
+        if self.zero < 3:
+            yield self.module
+            return
+        with load_deepspeed(self.context).zero.GatheredParameters(list(self.module.parameters())):
+            yield self.module
 
     def fragments(self) -> list[fragments.Fragment]:
         """This rank's part of the fp32 weights that train and of the optimizer's state, as live views."""

@@ -10,10 +10,11 @@ import numpy as np
 from conf.errors import UserError
 from data_pipeline.task_config import TaskConfig
 from data_pipeline.tasks import Row
-from train.evaluate.subject import Engines, Subject
+from train.evaluate.engines import Engines
 from train.inference.batched import Prompt
 from train.inference.generation import Continuation
 from train.inference.likelihood import Likelihood, LikelihoodRequest, LikelihoodScorer
+from train.inference.text_model import TextModel
 from train.scores.record import Example
 
 Progress = Callable[[int], None]
@@ -36,7 +37,7 @@ class Encoded:
         return LikelihoodRequest(context=self.context, continuation=self.continuation)
 
 
-def encode_pairs(subject: Subject, prompt: str, texts: Sequence[str]) -> list[Encoded]:
+def encode_pairs(subject: TextModel, prompt: str, texts: Sequence[str]) -> list[Encoded]:
     """Tokens of `prompt + text` for each text, parted where the first of them begins to differ from those of the prompt alone.
 
     So a token that reaches over the border counts as part of the text, and all texts stand behind the same context, as
@@ -73,19 +74,19 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
     return next((place for place in range(both) if first[place] != second[place]), both)
 
 
-def encode_rows(rows: Sequence[Row], task: TaskConfig, subject: Subject) -> list[list[Encoded]]:
+def encode_rows(rows: Sequence[Row], task: TaskConfig, subject: TextModel) -> list[list[Encoded]]:
     """What is scored of each row: the text of every label; of a generation the first truth, where there is one.
 
     Raises UserError, with its place, for a row that does not fit the model or the metrics, and where no prompt fits.
     """
-    if task.kind == "generation":
+    if task.kind != "classification":
         _room_for_prompt(task, subject)
     needs_truth = task.kind == "generation" and set(task.metrics) - {"answers"}
 
     def encode(row: Row) -> list[Encoded]:
         texts = task.texts_of_labels
-        if task.kind == "generation":
-            texts = (f"{task.prefix_text}{row.truths[0]}",) if any(row.truths[:1]) else ()
+        if task.kind != "classification":
+            texts = (f"{row.prefix}{row.truths[0]}",) if any(row.truths[:1]) else ()
         if needs_truth and not row.truths:
             raise UserError(
                 f"{row.id}: task.target={task.target} is empty, and {', '.join(sorted(needs_truth))} compare with a reference; "
@@ -153,7 +154,7 @@ def _comparable(task: TaskConfig, text: str, pair: Encoded, likelihood: Likeliho
     return likelihood.loss
 
 
-def _room_for_prompt(task: TaskConfig, subject: Subject) -> int:
+def _room_for_prompt(task: TaskConfig, subject: TextModel) -> int:
     """Tokens that a prompt may have. Raises UserError where there is none."""
     most = subject.model.max_positions + 1 - task.max_new_tokens
     if most < 1:
@@ -168,7 +169,7 @@ def write_rows(
     rows: Sequence[Row],
     pairs: Sequence[Sequence[Encoded]],
     task: TaskConfig,
-    subject: Subject,
+    subject: TextModel,
     *,
     engines: Engines,
     progress: Progress,
@@ -178,12 +179,12 @@ def write_rows(
     `pairs` as of `encode_rows`.
     """
     most = _room_for_prompt(task, subject)
-    contexts = [(*subject.opening, *subject.tokenizer.encode(row.prompt)) or subject.first for row in rows]
+    contexts = [_context(row, subject) for row in rows]
     prompts = [Prompt(ids=context[-most:], max_new_tokens=task.max_new_tokens) for context in contexts]
 
     def watch(_: int) -> Continuation:
         stream = subject.tokenizer.stream()
-        return Continuation(stream, stop=task.stop_texts, end_of_document=subject.end_of_document)
+        return Continuation(stream, stop=task.stop_texts, ends=subject.ends)
 
     outputs = engines.generator.generate(prompts, watch, progress=progress)
     scored = iter(engines.scorer.score([pair.request for row in pairs for pair in row]))
@@ -206,6 +207,13 @@ def write_rows(
             )
         )
     return Outcome(examples=examples, cut_off=sum(len(context) > most for context in contexts))
+
+
+def _context(row: Row, subject: TextModel) -> tuple[int, ...]:
+    """Ids of a prompt; that of a dialogue was written by a template, with special tokens, and may have the opening already."""
+    ids = tuple(subject.tokenizer.encode(row.prompt, special=bool(row.messages)))
+    opened = row.messages and ids[: len(subject.opening)] == subject.opening
+    return (ids if opened else (*subject.opening, *ids)) or subject.first
 
 
 def text_until(text: str, stops: Sequence[str]) -> str:

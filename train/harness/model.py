@@ -23,7 +23,8 @@ from tqdm import tqdm
 from conf.errors import UserError
 from train.companions import ranks
 from train.convert.hf_reader import tokenizer_of_transformers
-from train.evaluate.subject import Engines, Subject, load_engines, open_subject
+from train.evaluate.engines import Engines
+from train.evaluate.subject import Subject, load_engines, open_subject
 from train.inference.batched import Prompt
 from train.inference.generation import Continuation
 from train.inference.likelihood import LikelihoodRequest
@@ -247,7 +248,7 @@ class LonghaulLM(TemplateLM):
         stops = [[text for text in handle_stop_sequences(until, eos=end_text) if text] for until in untils]
 
         def watch(number: int) -> Continuation:
-            return Continuation(self.subject.tokenizer.stream(), stop=stops[number], end_of_document=self.eot_token_id)
+            return Continuation(self.subject.tokenizer.stream(), stop=stops[number], ends=[self.eot_token_id])
 
         with self._bar(len(prompts), "generate_until", disable_tqdm) as bar:
             found = self.engines.generator.generate(prompts, watch, progress=bar.update)

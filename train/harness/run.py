@@ -17,7 +17,8 @@ from lm_eval.utils import handle_non_serializable, make_table
 
 from data_pipeline.io import sha256_of_texts
 from train.config.evaluation import EvaluationConfig
-from train.evaluate.subject import Engines, Subject
+from train.evaluate.engines import Engines
+from train.evaluate.subject import Subject
 from train.harness.model import LonghaulLM
 from train.harness.samples import AGREEMENT, examples_of, source_of
 from train.harness.tasks import fault, is_ours, known_tasks

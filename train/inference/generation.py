@@ -5,7 +5,7 @@ Shapes: B samples, S positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -91,19 +91,20 @@ class TextStream(Protocol):
 class Continuation:
     """One sample: ids in, text that may be shown out, until its end."""
 
-    def __init__(self, stream: TextStream, *, stop: Sequence[str] = (), end_of_document: int | None = None) -> None:
+    def __init__(self, stream: TextStream, *, stop: Sequence[str] = (), ends: Collection[int] = ()) -> None:
+        """`stop`: texts at which it ends, without them; `ends`: ids at which it does."""
         self.num_tokens = 0
         self.finished = False
         self._stream = stream
         self._filter = StopFilter(stop)
-        self._end_of_document = end_of_document
+        self._ends = frozenset(ends)
 
     def push(self, token_id: int) -> str:
         """The text that may be shown after one more id; empty once the sample is finished."""
         if self.finished:
             return ""
         self.num_tokens += 1
-        if token_id == self._end_of_document:
+        if token_id in self._ends:
             return self.finish()
         shown = self._filter.push(self._stream.push(token_id))
         self.finished = self._filter.stopped

@@ -7,14 +7,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO, get_args
 
 from train.config.training import ProbeName
-from train.metrics.record import Level, Record, Value
+from train.metrics.record import Level, Output, Record, Value
 
 PROBES = get_args(ProbeName)
+TASK_FIGURES = ("accuracy", "f1_macro", "mcc", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "f1")
+"""Of a task's figures those that a person looks for first; metrics.jsonl has all of them."""
 _RATE_WINDOW = 50
+_SHOWN_CHARACTERS = 110
 _COLORS = {"dim": "\033[2m", "bold": "\033[1m", "warn": "\033[33m", "error": "\033[31m"}
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -27,11 +30,13 @@ class ConsoleWriter:
         *,
         every_steps: int,
         total_steps: int,
+        shown_outputs: int = 3,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._every_steps = every_steps
         self._total_steps = total_steps
+        self._shown_outputs = shown_outputs
         self._stream = sys.stdout if stream is None else stream
         self._color = self._stream.isatty()
         self._clock = clock
@@ -66,6 +71,13 @@ class ConsoleWriter:
     def alert(self, title: str, text: str, level: Level) -> None:
         self._print(f"{level}: {title}: {text}", level if level != "info" else None)
 
+    def outputs(self, step: int, outputs: Sequence[Output]) -> None:
+        for output in outputs[: self._shown_outputs]:
+            scores = "  ".join(f"{name} {value:.3f}" for name, value in output.scores.items())
+            self._print(
+                f"  {_cut(output.input)}\n    truth  {_cut(output.truth)}\n    output {_cut(output.output)}  {scores}", "dim"
+            )
+
     def say(self, text: str) -> None:
         """A line about the reporting itself."""
         self._print(text, "dim")
@@ -84,6 +96,12 @@ class ConsoleWriter:
                 self._stream.flush()
             except (OSError, ValueError):  # the reader went away, or the stream was closed: nobody to tell
                 pass
+
+
+def _cut(text: str) -> str:
+    """A text on one line, the end of a long one."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_CHARACTERS else "..." + line[3 - _SHOWN_CHARACTERS :]
 
 
 def train_line(record: Record, total_steps: int, eta_seconds: float | None = None) -> str:
@@ -111,8 +129,13 @@ def evaluation_line(record: Record, total_steps: int) -> str:
         _position(record, total_steps),
         f"{title}: loss {_number(record.get('loss'), '.4f')}",
         f"perplexity {_number(record.get('perplexity'), '.2f')}",
-        f"bits per byte {_number(record.get('bits_per_byte'), '.4f')}",
+        *(
+            [f"bits per byte {_number(record.get('bits_per_byte'), '.4f')}"]
+            if record.get("bits_per_byte") == record.get("bits_per_byte")
+            else []
+        ),
         *(f"{name} {_percent(record[f'probe/{name}'])}" for name in PROBES if f"probe/{name}" in record),
+        *(f"{name} {_number(record[f'task/{name}'], '.4f')}" for name in TASK_FIGURES if f"task/{name}" in record),
     ]
     return "  ".join(parts)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from conf.errors import UserError
-from train.metrics.record import Level, Record, Value, decode, encode
+from train.metrics.record import Level, Output, Record, Value, decode, encode
 
 FILE_NAME = "metrics.jsonl"
+OUTPUTS_FOLDER = "outputs"
 _HELD_LINES = 100_000  # some 30 MB: a day of steps while a file system is full
 _BLOCK_BYTES = 64 * 1024
 
@@ -50,6 +53,18 @@ class JsonlWriter:
         if was_holding:
             lost = f"; {self._num_lost} lines were lost" if self._num_lost else ""
             self._say(f"{self._path}: written again{lost}")
+
+    def outputs(self, step: int, outputs: Sequence[Output]) -> None:
+        """`outputs/step-NNNNNNNN.jsonl` beside the metrics: one line a row."""
+        path = self._path.parent / OUTPUTS_FOLDER / f"step-{step:08d}.jsonl"
+        lines = [json.dumps(asdict(output), ensure_ascii=False) for output in outputs]
+        try:
+            path.parent.mkdir(exist_ok=True)
+            temporary = path.with_name(f".{path.name}")
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
+            temporary.replace(path)
+        except OSError as error:
+            self._say(f"{path}: {error.strerror}; the outputs of this step are not kept")
 
     def _append(self, line: bytes) -> None:
         try:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from train.config.monitor import MonitorConfig
 from train.metrics.console import ConsoleWriter
 from train.metrics.jsonl import FILE_NAME, JsonlWriter
-from train.metrics.record import Level, RunIdentity, Value, Writer, plain
+from train.metrics.record import Level, Output, RunIdentity, Value, Writer, plain
 from train.metrics.tensorboard import TensorBoardWriter
 from train.metrics.throughput import Throughput, memory_gib
 from train.metrics.weights_and_biases import WandbWriter
@@ -76,6 +76,11 @@ class Metrics:
         """
         self._write("evaluation", {**self._place, **plain(record)})
 
+    def outputs(self, step: int, outputs: Sequence[Output]) -> None:
+        """Report what the model answered to held-out rows after `step`."""
+        for writer in self._writers:
+            writer.outputs(step, outputs)
+
     def alert(self, title: str, text: str, level: Level = "warn") -> None:
         """Tell people something that should not wait until they look: a loss spike, a skipped step."""
         for writer in self._writers:
@@ -112,6 +117,9 @@ class NullMetrics:
         """Nothing."""
 
     def evaluation(self, record: Mapping[str, Value]) -> None:
+        """Nothing."""
+
+    def outputs(self, step: int, outputs: Sequence[Output]) -> None:
         """Nothing."""
 
     def alert(self, title: str, text: str, level: Level = "warn") -> None:

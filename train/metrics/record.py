@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -41,11 +41,27 @@ class RunIdentity:
     """Free text about the run."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a model answered to one held-out row."""
+
+    id: str
+    """File and line of the row."""
+    input: str
+    truth: str
+    output: str
+    scores: dict[str, float]
+    """Figures of this row alone."""
+
+
 class Writer(Protocol):
     """Takes the records of a run. `write` and `alert` never raise for a reason that lies outside the program."""
 
     def write(self, record: Record) -> None:
         """Take one complete record: kind, attempt, step, time and values."""
+
+    def outputs(self, step: int, outputs: Sequence[Output]) -> None:
+        """Take what the model answered after a step."""
 
     def alert(self, title: str, text: str, level: Level) -> None:
         """Tell people something now."""

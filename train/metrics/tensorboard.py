@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf.errors import UserError
-from train.metrics.record import Level, Record
+from train.metrics.record import Level, Output, Record
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -45,6 +45,9 @@ class TensorBoardWriter:
         except (OSError, RuntimeError, ValueError) as error:  # its own thread's failures surface here too
             self._off = True
             self._say(f"TensorBoard: off from step {record['step']} on ({error}); metrics.jsonl has every value")
+
+    def outputs(self, step: int, outputs: Sequence[Output]) -> None:
+        """Nothing: they are texts."""
 
     def _add(self, record: Record) -> None:
         step, tokens, time = int(record["step"]), record.get("tokens"), float(record["time"])

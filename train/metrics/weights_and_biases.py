@@ -13,7 +13,7 @@ import string
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from conf.errors import UserError
 from train.config.monitor import MonitorConfig, WandbConfig
 from train.metrics.jsonl import FILE_NAME, read_metrics
-from train.metrics.record import Level, Record, RunIdentity, Value
+from train.metrics.record import Level, Output, Record, RunIdentity, Value
 from train.metrics.wandb_account import Mode, has_key, resolve_mode
 
 if TYPE_CHECKING:
@@ -70,6 +70,13 @@ class WandbWriter:
     def write(self, record: Record) -> None:
         values = payload(record)
         self._put(lambda run: run.log(values))
+
+    def outputs(self, step: int, outputs: Sequence[Output]) -> None:
+        """A table: one row a held-out row, its scores beside it."""
+        names = list(dict.fromkeys(name for output in outputs for name in output.scores))
+        columns = ["id", "input", "truth", "output", *names]
+        rows = [[one.id, one.input, one.truth, one.output, *map(one.scores.get, names)] for one in outputs]
+        self._put(lambda run: run.log({"val/outputs": _load_wandb().Table(columns=columns, data=rows), "train/step": step}))
 
     def alert(self, title: str, text: str, level: Level) -> None:
         if not self._config.alerts:

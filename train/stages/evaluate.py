@@ -22,10 +22,11 @@ from train.checkpoint.manifest import write_durably
 from train.companions import ranks
 from train.config.evaluation import EvaluationConfig
 from train.evaluate.checks import score_settings
+from train.evaluate.engines import Engines
 from train.evaluate.language import cut_texts, measure_texts, reach_of
 from train.evaluate.publication import facts_of_the_machine, folder_for, publish, send_to_wandb, table
 from train.evaluate.rows import encode_rows, label_rows, write_rows
-from train.evaluate.subject import Engines, Subject, load_engines, open_subject
+from train.evaluate.subject import Subject, load_engines, open_subject
 from train.inference.load import check_divisible, resolve_device
 from train.parallel import ParallelContext, single_process
 from train.provenance import git_commit, versions

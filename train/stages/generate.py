@@ -45,10 +45,9 @@ def run(config: GenerateConfig) -> int:
         num_known_ids=min(tokenizer.vocab_size, reader.model.vocab_size),
     )
     check_divisible(reader.model, config.tensor)
-    end_of_document = special_id(tokenizer, "eos_token")
-    continuations = [
-        Continuation(tokenizer.stream(), stop=config.stop, end_of_document=end_of_document) for _ in range(request.num_samples)
-    ]
+    end = special_id(tokenizer, "eos_token")
+    ends = () if end is None else (end,)
+    continuations = [Continuation(tokenizer.stream(), stop=config.stop, ends=ends) for _ in range(request.num_samples)]
     console = Console(sys.stdout, request.num_samples, live=config.stream)
     alone = nullcontext(single_process(device.type))
     shared = ranks(config.tensor, device.type, tensor_parallel=config.tensor)

@@ -54,6 +54,8 @@ class Material:
     tokenizer_folder: Path
     fingerprint: str
     """Identity of the data."""
+    base: Path | None = None
+    """The checkpoint that holds what the run does not train; None: it trains all."""
 
 
 def blueprint_of(config: RunSettings, context: ParallelContext) -> Blueprint:
@@ -65,12 +67,14 @@ def blueprint_of(config: RunSettings, context: ParallelContext) -> Blueprint:
         device=context.device,
         dtype=torch.float32 if config.precision == "fp32" else torch.bfloat16,
         float8=config.kernels.fp8_scaling if config.precision == "fp8" else None,
+        lora=config.adapter,
+        frozen=config.frozen,
     )
 
 
 def optimizer_of(config: RunSettings) -> OptimizerSpec:
     """How the run's parameters are updated."""
-    return OptimizerSpec(settings=config.optim, width_ratio=config.model.width_ratio, compile=config.kernels.compile)
+    return OptimizerSpec(settings=config.rates, width_ratio=config.model.width_ratio, compile=config.kernels.compile)
 
 
 def build(config: RunSettings, context: ParallelContext, attempt: Attempt, metrics: Metrics | NullMetrics) -> Trainer:
@@ -93,6 +97,7 @@ def build(config: RunSettings, context: ParallelContext, attempt: Attempt, metri
         run_config=config,
         tokenizer_folder=material.tokenizer_folder,
         data_fingerprint=material.fingerprint,
+        base=material.base,
     )
     deadline = None if attempt.ends_at is None else Deadline(attempt.ends_at - time.time())
     return Trainer(
@@ -121,9 +126,9 @@ def build(config: RunSettings, context: ParallelContext, attempt: Attempt, metri
 
 def material_of(config: Any, context: ParallelContext, attempt: Attempt, metrics: Metrics | NullMetrics) -> Material:
     """What the run reads, by its kind."""
-    from train.stages import pretrain
+    from train.stages import finetune, pretrain
 
-    makers = {"pretrain": pretrain.material}
+    makers: dict[str, Callable[..., Material]] = {"pretrain": pretrain.material, "finetune": finetune.material}
     return makers[config.stage](config, context, attempt, metrics)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tests.unit.convert.checkpoints import LLAMA, write_checkpoint
 from train.config.model import ModelConfig
-from train.evaluate.subject import Engines, Subject, load_engines, open_subject
+from train.evaluate.engines import Engines
+from train.evaluate.subject import Subject, load_engines, open_subject
 from train.parallel import single_process
 
 

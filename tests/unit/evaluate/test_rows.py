@@ -13,8 +13,9 @@ from data_pipeline.task_config import TaskConfig, TaskSource
 from data_pipeline.tasks import Row
 from tests.unit.convert.checkpoints import GPT2
 from tests.unit.evaluate.subjects import engines_of, subject_in
+from train.evaluate.engines import Engines
 from train.evaluate.rows import Encoded, encode_pairs, encode_rows, label_rows, text_until, write_rows
-from train.evaluate.subject import Engines, Subject
+from train.evaluate.subject import Subject
 
 DATA = (TaskSource(path="dev.jsonl"),)
 

@@ -15,7 +15,8 @@ from conf.errors import UserError
 from data_pipeline.task_config import TaskConfig
 from tests.unit.evaluate.subjects import engines_of, subject_in
 from train.config.evaluation import EvaluationConfig
-from train.evaluate.subject import Engines, Subject
+from train.evaluate.engines import Engines
+from train.evaluate.subject import Subject
 from train.harness.run import Outcome, run_tasks
 from train.harness.tasks import is_ours
 from train.parallel import single_process

@@ -56,7 +56,7 @@ class _Letters:
 
 
 def test_a_continuation_ends_at_the_end_of_document_and_shows_what_was_held():
-    continuation = Continuation(_Letters(), stop=("bcd",), end_of_document=0)
+    continuation = Continuation(_Letters(), stop=("bcd",), ends=[0])
     assert [continuation.push(ord(letter)) for letter in "abc"] == ["a", "", ""]
     assert continuation.push(0) == "bc"
     assert continuation.finished

@@ -1,0 +1,105 @@
+"""The whole configuration of a fine-tuning run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from conf.errors import ConfigError
+from data_pipeline.rows_config import RowsConfig
+from data_pipeline.task_config import TaskConfig
+from train.config.adapter import LoraConfig
+from train.config.method import MethodConfig
+from train.config.settings import RunSettings
+from train.config.training import BudgetConfig, GroupRule, OptimConfig
+
+TRAINABLE = ("classification", "generation", "dialogue")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    metric: str | None = None
+    """Figure of the held-out rows by which one checkpoint is better than another: loss, accuracy, f1_macro, bleu, rougeL, ...;
+    null: accuracy of a classification, otherwise the loss."""
+    max_rows: int | None = 200
+    """Held-out rows for which the model writes its outputs at every evaluation, the first ones; null: all; 0: none."""
+    shown: int = 3
+    """Outputs that are shown on the console; Weights & Biases and the run's folder get all of them."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_rows is not None and self.max_rows < 0:
+            problems.append(f"max_rows={self.max_rows}: must not be negative; null takes all, 0 writes none")
+        if self.shown < 0:
+            problems.append(f"shown={self.shown}: must not be negative; 0 shows none")
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunSettings):
+    stage: Literal["finetune"] = "finetune"
+    """The verb that made the run."""
+    initial_checkpoint: str
+    """Folder of a checkpoint, or of a run, whose model, weights and tokenizer the run begins with; also given as
+    checkpoint=FOLDER. One from elsewhere is imported first: longhaul import hf=FOLDER."""
+    budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(epochs=3.0))
+    """When the run is finished."""
+    task: TaskConfig
+    """What the model learns, and from which rows."""
+    data: RowsConfig = field(default_factory=RowsConfig)
+    """How rows become sequences."""
+    method: MethodConfig = field(default_factory=MethodConfig)
+    """What of the model is trained."""
+    opening: bool | None = None
+    """Begin each row as the tokenizer begins a text, which models from elsewhere have learned to expect; null: as the
+    checkpoint's own texts began."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """What the held-out rows are measured by on the way."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a sequence."""
+        return self.data.sequence_length
+
+    @property
+    def adapter(self) -> LoraConfig | None:
+        """Adapters beside the linear layers, which then train alone."""
+        return self.method.lora
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Patterns of the names of parameters that stay as they are."""
+        return self.method.frozen
+
+    @property
+    def rates(self) -> OptimConfig:
+        """The optimizer's settings; where rates fall from layer to layer, with a rule for each that no other rule names."""
+        decay, layers = self.method.layer_decay, self.model.num_layers
+        if decay == 1:
+            return self.optim
+        rules = [GroupRule(pattern=f"blocks.{number}.*", lr_scale=decay ** (layers - number)) for number in range(layers)]
+        rules.append(GroupRule(pattern="embedding.*", lr_scale=decay ** (layers + 1)))
+        return replace(self.optim, rules=(*self.optim.rules, *rules))
+
+    def task_of(self, labels: tuple[str, ...]) -> TaskConfig:
+        """The task, with what was found in its rows where the settings left it open."""
+        task = self.task
+        if task.kind == "classification":
+            return replace(task, labels=labels, label_texts=())
+        # A model that has learned to end its answers needs no text to stop at.
+        return replace(task, stop=())
+
+    def _own_problems(self) -> list[str]:
+        problems = []
+        if not self.initial_checkpoint:
+            problems.append("initial_checkpoint='': needs the folder of a checkpoint or of a run; give checkpoint=runs/first")
+        if self.task.kind not in TRAINABLE:
+            problems.append(f"task.kind={self.task.kind}: is measured, not learned; choose a task of {', '.join(TRAINABLE)}")
+        elif not self.task.data:
+            problems.append("task.data=[]: needs files with rows to learn from; give 'task.data=[{path: train.jsonl}]'")
+        if self.evaluate.probes:
+            problems.append(f"evaluate.probes={list(self.evaluate.probes)}: are of pretraining; give evaluate.probes=[]")
+        if self.method.lora is not None and self.precision == "fp8":
+            problems.append("precision=fp8: adapters stand beside weights in bf16 or fp32; use precision=bf16")
+        return problems

@@ -1,0 +1,143 @@
+"""What a model that is fine-tuned is measured by on its way: the loss of the held-out rows, and its task's own figures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from conf.errors import UserError
+from data_pipeline.encoded_rows import EncodedRows
+from data_pipeline.task_config import TaskConfig
+from data_pipeline.tasks import Row
+from data_pipeline.tokenizer import Tokenizer
+from train.config.finetune import FinetuneConfig
+from train.engine import Engine
+from train.evaluate.checks import score_settings
+from train.evaluate.engines import BATCH_TOKENS, Engines
+from train.evaluate.rows import write_rows
+from train.held_out import BeforeBatch, Evaluator
+from train.inference.classify import Classifier
+from train.inference.text_model import TextModel
+from train.metrics import Value
+from train.metrics.record import Output
+from train.parallel import ParallelContext
+from train.scores.direction import direction
+from train.scores.record import Example, Kind
+from train.scores.settings import ScoreSettings
+from train.scores.sheet import example_scores, tallies
+from train.scores.tally import plain_figures
+
+Records: TypeAlias = list[dict[str, Value]]
+
+
+class TaskExaminer:
+    """Measures the model of `engine`; all ranks together. It draws no random number and leaves nothing changed."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        *,
+        context: ParallelContext,
+        engine: Engine,
+        held_out: Evaluator,
+        rows: EncodedRows,
+    ) -> None:
+        """held_out: of the loss. Raises UserError for a metric that the task does not have."""
+        self.config, self.context, self.engine, self.held_out = config, context, engine, held_out
+        self.rows = rows.validation_rows()
+        if config.task.kind != "classification":
+            self.rows = self.rows[: config.scoring.max_rows]
+        self.outputs: tuple[Output, ...] = ()
+        self.text = TextModel(
+            model=config.model,
+            tokenizer=Tokenizer(rows.tokenizer_folder),
+            opening=rows.opening,
+            endings=rows.endings,
+        )
+        self._inputs = _labelled_inputs(rows) if config.task.kind == "classification" else []
+        self.metric = config.scoring.metric or ("accuracy" if config.task.kind == "classification" else "loss")
+        self._settings = _score_settings(config.task_of(rows.labels))
+        self._kind: Kind = "classification" if config.task.kind == "classification" else "generation"
+
+    def run(self, before_batch: BeforeBatch) -> Records:
+        """One record: the loss, and the figures of the task."""
+        numbers = itertools.count()
+        records = self.held_out.run(lambda _: before_batch(next(numbers)))
+        if self.rows:
+            with self.engine.whole() as decoder:
+                ask = self._label if self.config.task.kind == "classification" else self._write
+                examples = ask(decoder, lambda _: before_batch(next(numbers)))
+            records[0] |= {f"task/{name}": value for name, value in self._figures(examples).items()}
+            self.outputs = tuple(self._output(example) for example in examples)
+        return records
+
+    def criterion(self, records: Sequence[Mapping[str, Value]]) -> float:
+        """The metric, turned so that lower is better."""
+        name = self.metric if self.metric in ("loss", "perplexity") else f"task/{self.metric}"
+        if name not in records[0]:
+            known = ", ".join(key.removeprefix("task/") for key in records[0] if key.startswith("task/"))
+            raise UserError(f"scoring.metric={self.metric}: is no figure of this task; there are loss, {known}")
+        return -direction(self.metric) * float(records[0][name])
+
+    def _figures(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Those of the whole; per label and per source they are in `longhaul evaluate`."""
+        figures = plain_figures(tallies(self._kind, examples, self._settings)[""])
+        return {name: value for name, value in figures.items() if "[" not in name and name not in ("loss", "perplexity")}
+
+    def _label(self, decoder: torch.nn.Module, progress: BeforeBatch) -> list[Example]:
+        model = self.config.model
+        classifier = Classifier(decoder, model, context=self.context, batch_tokens=BATCH_TOKENS[self.context.device.type])
+        found = classifier.classify(self._inputs, progress=progress)
+        return [
+            _labelled(row, inputs, np.array(scores, dtype=np.float64), model.labels)
+            for row, inputs, scores in zip(self.rows, self._inputs, found, strict=True)
+        ]
+
+    def _write(self, decoder: torch.nn.Module, progress: BeforeBatch) -> list[Example]:
+        engines = Engines.of(decoder, self.text, self.context)
+        none = [()] * len(self.rows)  # the loss of the truths is measured already
+        task = self.config.task_of(())
+        return write_rows(self.rows, none, task, self.text, engines=engines, progress=progress).examples
+
+    def _output(self, example: Example) -> Output:
+        return Output(
+            id=example.id,
+            input=example.input,
+            truth=" | ".join(example.truths),
+            output=example.output,
+            scores=example_scores(self._kind, example, self._settings),
+        )
+
+
+def _score_settings(task: TaskConfig) -> ScoreSettings:
+    """Of a dialogue, whose answers have no one right wording, the words that both have in common."""
+    return score_settings(
+        replace(task, kind="generation", prompt="{text}", metrics=("rouge",)) if task.kind == "dialogue" else task
+    )
+
+
+def _labelled_inputs(rows: EncodedRows) -> list[list[int]]:
+    arrays = rows.arrays("validation")
+    bounds = arrays.row_starts_R1.tolist()
+    return [arrays.tokens_N[first:last].tolist() for first, last in itertools.pairwise(bounds)]
+
+
+def _labelled(row: Row, inputs: Sequence[int], log_probability_N: np.ndarray, labels: Sequence[str]) -> Example:
+    probability_N = np.exp(log_probability_N)
+    return Example(
+        id=row.id,
+        source=row.source,
+        input=row.prompt,
+        truths=row.truths,
+        output=labels[int(log_probability_N.argmax())],
+        probabilities=dict(zip(labels, (probability_N / probability_N.sum()).tolist(), strict=True)),
+        loss=float(-log_probability_N[labels.index(row.truths[0])]),
+        input_tokens=len(inputs),
+        target_tokens=1,
+        target_bytes=0,
+    )

@@ -1,0 +1,152 @@
+"""What a fine-tuning run reads and begins with: labelled rows, encoded once for all ranks, and the weights of a checkpoint."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from conf.errors import UserError
+from data_pipeline.encoded_rows import EncodedRows, read_encoded
+from data_pipeline.row_preparation import prepare_rows
+from data_pipeline.shown_example import shown_example
+from data_pipeline.tokenizer import Tokenizer
+from train.checkpoint.manifest import MANIFEST, read_manifest
+from train.checkpoint.settings import read_settings
+from train.config.finetune import FinetuneConfig
+from train.config.imported import ImportedConfig
+from train.config.training import BudgetConfig
+from train.groundwork.findings import Findings
+from train.initial import check_initial_model, initial_folder
+
+ROWS_FOLDER = "rows"
+BASE_FOLDER = "base"
+
+
+def look_into(config: FinetuneConfig) -> Findings[FinetuneConfig]:
+    """Read the rows and encode them, unless the run's folder has them from before; see what the run begins with.
+
+    Raises UserError for rows, a checkpoint or a tokenizer that do not fit.
+    """
+    run_dir = Path(config.run.folder) / config.run.name
+    begins = Path(config.initial_checkpoint)
+    begins = begins if (begins / MANIFEST).is_file() else initial_folder(config.initial_checkpoint)
+    config = replace(config, opening=_opens(config, begins))
+    rows = _encoded(config, begins, run_dir)
+    config = replace(
+        config,
+        model=replace(config.model, labels=rows.labels),
+        budget=_in_steps(config, sequences=rows.num_sequences("train")),
+    )
+    return Findings(
+        config=config,
+        fingerprint=rows.fingerprint,
+        lines=(*_report_lines(rows), *_example_lines(rows)),
+        train_tokens=rows.num_sequences("train") * config.sequence_length,
+        other_data=lambda newest: (
+            f"task.data: {newest} was trained on other rows, or they were encoded otherwise (task.* and data.*), so its order "
+            f"of samples cannot go on; put them back, or start another run with run.name=..."
+        ),
+        begin=lambda: check_initial_model(config),
+        check_plan=lambda _: None,
+        make_ready=lambda folder: _make_ready(config, rows, begins, folder),
+    )
+
+
+def needs_base(config: FinetuneConfig) -> bool:
+    """Whether some of the model stays as it was, so that the run's checkpoints stand on the one it began with."""
+    return config.method.lora is not None or bool(config.method.frozen)
+
+
+def base_of(config: FinetuneConfig, run_dir: Path) -> Path | None:
+    """The checkpoint that holds what the run does not train; None: it trains all."""
+    if not needs_base(config):
+        return None
+    kept = run_dir / BASE_FOLDER
+    return kept if (kept / MANIFEST).is_file() else Path(config.initial_checkpoint)
+
+
+def _opens(config: FinetuneConfig, begins: Path) -> bool:
+    if config.opening is not None:
+        return config.opening
+    settings = read_settings(begins, read_manifest(begins))
+    return isinstance(settings, ImportedConfig) or bool(getattr(settings, "opening", False))
+
+
+def _encoded(config: FinetuneConfig, begins: Path, run_dir: Path) -> EncodedRows:
+    """The rows; those that the run's folder does not have yet lie in a temporary one, which goes with the process."""
+    tokenizer = Tokenizer(begins / "tokenizer")
+    folder = run_dir / ROWS_FOLDER
+    if not folder.exists():
+        folder = _temporary() / "-".join(run_dir.resolve().parts[1:])
+    return prepare_rows(
+        config.task,
+        config.data,
+        tokenizer=tokenizer,
+        opening=tuple(tokenizer.opening()) if config.opening else (),
+        end_of_document=tokenizer.end_of_document()[0],
+        vocab_size=config.model.vocab_size,
+        seed=config.run.seed,
+        folder=folder,
+    )
+
+
+@cache
+def _temporary() -> Path:
+    """A folder that is gone when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="longhaul-rows-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+def _in_steps(config: FinetuneConfig, *, sequences: int) -> BudgetConfig:
+    """The budget, epochs as the steps that they are."""
+    if config.budget.epochs is None:
+        return config.budget
+    steps = math.ceil(config.budget.epochs * sequences / config.batch.sequences)
+    return replace(config.budget, epochs=None, steps=max(1, steps))
+
+
+def _report_lines(rows: EncodedRows) -> list[str]:
+    first, *others = rows.report.lines()
+    return [f"rows             {first}", *(f"                 {line}" for line in others)]
+
+
+def _example_lines(rows: EncodedRows) -> list[str]:
+    example = shown_example(rows, Tokenizer(rows.tokenizer_folder), colour=sys.stdout.isatty())
+    return ["first example, what is learned of it marked:", *(f"  | {line}" for line in example.splitlines())]
+
+
+def _make_ready(config: FinetuneConfig, rows: EncodedRows, begins: Path, run_dir: Path) -> None:
+    """Put the rows, and the checkpoint that frozen weights come from, into the run's folder."""
+    place = run_dir / ROWS_FOLDER
+    if rows.folder != place:
+        read_encoded(rows.folder)
+        _put(rows.folder, place)
+    if needs_base(config) and not (run_dir / BASE_FOLDER).exists() and read_manifest(begins).base is None:
+        _put(begins, run_dir / BASE_FOLDER, link=True)
+
+
+def _put(source: Path, place: Path, *, link: bool = False) -> None:
+    """Copy a folder, whole or not at all; `link`: its files are shared with the source where the file system can."""
+
+    def share(file: str, target: str) -> None:
+        try:
+            os.link(file, target)
+        except OSError:
+            shutil.copy2(file, target)
+
+    partial = place.with_name(f".{place.name}.partial")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial, copy_function=share if link else shutil.copy2)
+        partial.rename(place)
+    except OSError as error:
+        raise UserError(f"{place}: cannot be written ({error.strerror or error})") from None
