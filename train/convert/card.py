@@ -34,25 +34,14 @@ def model_card(reader: CheckpointReader, report: dict[str, Any], evaluations: Se
         [
             "---",
             "library_name: transformers",
-            "pipeline_tag: text-generation",
+            f"pipeline_tag: text-{'classification' if model.labels else 'generation'}",
             f"tags: [{model.family}, longhaul, {tag}]",
             *model_index(name, evaluations),
             "---",
             "",
             f"# {name}",
             "",
-            f"A {model.family} language model of {num_parameters(model):,} parameters, {made} with Longhaul. It continues "
-            "text; it was not tuned to follow instructions here.",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'folder = "path/to/this/folder"',
-            "tokenizer = AutoTokenizer.from_pretrained(folder)",
-            "model = AutoModelForCausalLM.from_pretrained(folder)",
-            'inputs = tokenizer("Once upon a time", return_tensors="pt", add_special_tokens=False)',
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
-            "```",
+            *(_labels_use(model, made) if model.labels else _text_use(model, made)),
             "",
             "## Model",
             "",
@@ -74,6 +63,45 @@ def model_card(reader: CheckpointReader, report: dict[str, Any], evaluations: Se
     )
 
 
+def _text_use(model: ModelConfig, made: str) -> list[str]:
+    return [
+        f"A {model.family} language model of {num_parameters(model):,} parameters, {made} with Longhaul. It continues "
+        "text; it was not tuned to follow instructions here.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'folder = "path/to/this/folder"',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "model = AutoModelForCausalLM.from_pretrained(folder)",
+        'inputs = tokenizer("Once upon a time", return_tensors="pt", add_special_tokens=False)',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+        "```",
+    ]
+
+
+def _labels_use(model: ModelConfig, made: str) -> list[str]:
+    return [
+        f"A {model.family} model of {num_parameters(model):,} parameters that tells {len(model.labels)} labels apart, {made} "
+        "with Longhaul. It reads a text and tells the label at its last token.",
+        "",
+        "```python",
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        'folder = "path/to/this/folder"',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "model = AutoModelForSequenceClassification.from_pretrained(folder)",
+        'inputs = tokenizer("Write the text as in training", return_tensors="pt", add_special_tokens=False)',
+        "print(model.config.id2label[model(**inputs).logits.argmax().item()])",
+        "```",
+        "",
+        "Several texts together need an id of padding (`pad_token_id`), and transformers reads a text at its last token that "
+        "is not this id. It is set where the tokenizer has such a token of its own. Otherwise it is left out, and several "
+        "texts are refused: set it to an id that no text ends in, for the tokenizer as well. The end token is one only where "
+        "texts do not end in it.",
+    ]
+
+
 def _origin(origin: Origin) -> str:
     return origin.source + ("" if origin.revision is None else f", commit {origin.revision}")
 
@@ -86,8 +114,15 @@ def _model_rows(model: ModelConfig) -> list[tuple[str, object]]:
         ("heads", f"{model.num_heads}, of size {model.head_dim}; {model.kv_heads} key-value heads"),
         ("inner width", f"{model.ffn_size}, {model.mlp}"),
         ("positions", f"{model.positions}, up to {model.max_positions}{rope}"),
-        ("vocabulary", f"{model.vocab_size:,}; head {'tied' if model.tied_head else 'of its own'}"),
+        ("vocabulary", f"{model.vocab_size:,}{_head_words(model)}"),
+        *([("labels", ", ".join(model.labels))] if model.labels else []),
     ]
+
+
+def _head_words(model: ModelConfig) -> str:
+    if model.labels:
+        return ""
+    return f"; head {'tied' if model.tied_head else 'of its own'}"
 
 
 def _training_rows(reader: CheckpointReader, config: PretrainConfig) -> list[tuple[str, object]]:

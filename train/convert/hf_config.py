@@ -45,6 +45,9 @@ class SpecialIds:
 
     bos: int | None
     eos: int | None
+    pad: int | None = None
+    """Of a model that tells labels apart, which transformers reads at the last token of a row that is not this one: an id
+    that no row ends in, see `train.convert.hf_export.padding_id`. None: rows are read at their last token, one at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,7 @@ def check_expressible(model: ModelConfig) -> None:
             f"model.family={model.family}: no Hugging Face class is named for this model; it can be exported when its fields "
             f"are those of a family, one of {', '.join(FAMILIES)}"
         )
+    FAMILIES[model.family].class_of(model)
     if model.width_ratio != 1.0:
         raise UserError(
             f"model.mup_base_width={model.mup_base_width}: Hugging Face's {model.family} has no multiplier of the "
@@ -76,7 +80,7 @@ def model_config(model: ModelConfig, special: SpecialIds, dtype: DType) -> Json:
     check_expressible(model)
     family = FAMILIES[model.family]
     return {
-        "architectures": [family.architecture],
+        "architectures": [family.class_of(model)],
         "model_type": family.model_type,
         **family.write(model),
         "vocab_size": model.vocab_size,
@@ -85,11 +89,23 @@ def model_config(model: ModelConfig, special: SpecialIds, dtype: DType) -> Json:
         # Said even when there is none: the classes have defaults of their own, ids of other tokenizers.
         "bos_token_id": special.bos,
         "eos_token_id": special.eos,
-        "pad_token_id": None,
+        "pad_token_id": special.pad if model.labels else None,
         "use_cache": True,
         # transformers 5 reads `dtype`, older releases and other readers `torch_dtype`.
         "dtype": DTYPE_NAMES[dtype],
         "torch_dtype": DTYPE_NAMES[dtype],
+        **_label_fields(model),
+    }
+
+
+def _label_fields(model: ModelConfig) -> Json:
+    if not model.labels:
+        return {}
+    return {
+        "num_labels": len(model.labels),
+        "id2label": {str(number): label for number, label in enumerate(model.labels)},
+        "label2id": {label: number for number, label in enumerate(model.labels)},
+        "problem_type": "single_label_classification",
     }
 
 
@@ -104,12 +120,12 @@ def read_model_config(folder: Path) -> ReadConfig:
 
     Raises UserError for a family that is not there, and for every setting that our decoder cannot compute.
     """
-    family_name, raw = _family_of(folder)
+    family_name, raw, has_labels = _family_of(folder)
     family = FAMILIES[family_name]
     values, defaults = _filled_in(folder)
     fields = Fields(values)
     try:
-        settings = family.read(fields)
+        settings = family.read(fields) | (_read_labels(fields) if has_labels else {})
         model = ModelConfig(
             family=family_name,
             vocab_size=fields["vocab_size"],
@@ -139,8 +155,27 @@ def read_model_config(folder: Path) -> ReadConfig:
     return ReadConfig(model=model, family=family, notes=tuple(notes))
 
 
-def _family_of(folder: Path) -> tuple[str, Json]:
-    """Name of the family that a config.json is of, and the file's content."""
+def _read_labels(fields: Fields) -> Json:
+    """The labels of a model that tells them apart, by their numbers.
+
+    Raises UserError for a model that gives a number, or several labels at once.
+    """
+    fields.need("problem_type", None, "single_label_classification")
+    names = {int(number): str(label) for number, label in fields["id2label"].items()}
+    if len(names) < 2 or sorted(names) != list(range(len(names))):
+        raise UserError(
+            f"config.json: id2label={shown(fields['id2label'])} is not supported, only two labels or more, numbered from 0, are"
+        )
+    if fields["pad_token_id"] is not None:
+        fields.notes.append(
+            f"pad_token_id={fields['pad_token_id']}: transformers tells the label at a row's last token that is not this one, "
+            "here it is told at the last token: rows may not end in it"
+        )
+    return {"labels": tuple(names[number] for number in range(len(names)))}
+
+
+def _family_of(folder: Path) -> tuple[str, Json, bool]:
+    """Name of the family that a config.json is of, the file's content, and whether its class tells labels apart."""
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -155,13 +190,15 @@ def _family_of(folder: Path) -> tuple[str, Json]:
         if kind == "gemma3":
             way_out = "; it is of text and images: save its language model with transformers, and import that"
         raise UserError(f"{path}: model_type={shown(kind)} is no family known here, only {', '.join(names)} are{way_out}")
-    expected = FAMILIES[names[kind]].architecture
+    expected, classifier = FAMILIES[names[kind]].architecture, FAMILIES[names[kind]].classifier
     given = raw.get("architectures") or [expected]
-    if [str(name).lower() for name in given] != [expected.lower()]:  # the first Llamas were LLaMAs
-        raise UserError(f"{path}: architectures={shown(given)}: only {expected}, a model of language, can be imported")
+    has_labels = classifier is not None and given == [classifier]
+    if not has_labels and [str(name).lower() for name in given] != [expected.lower()]:  # the first Llamas were LLaMAs
+        other = "" if classifier is None else f", and {classifier}, which tells labels apart,"
+        raise UserError(f"{path}: architectures={shown(given)}: only {expected}, a model of language{other} can be imported")
     if raw.get("quantization_config"):
         raise UserError(f"{path}: quantization_config: the weights are quantised; import the model they were made from")
-    return names[kind], raw
+    return names[kind], raw, has_labels
 
 
 def _filled_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -16,6 +16,7 @@ from data_pipeline.io import read_json
 from data_pipeline.tokenizer import GENERATION_FILE, Tokenizer
 from train.checkpoint.reader import CheckpointReader
 from train.config.imported import ImportedConfig
+from train.config.model import ModelConfig
 from train.convert.hf_config import DType, SpecialIds, check_expressible, generation_config, model_config
 from train.convert.keymap import KeyMap
 from train.convert.shards import Entry, Shard, ShardWriter, plan_shards, write_index
@@ -58,11 +59,26 @@ def write_model(reader: CheckpointReader, plan: tuple[Shard, ...], folder: Path,
             "it is not the tokenizer that the model was trained with"
         )
     write_weights(reader, plan, folder, dtype=dtype)
-    special = SpecialIds(bos=special_id(tokenizer, "bos_token"), eos=special_id(tokenizer, "eos_token"))
+    special = SpecialIds(
+        bos=special_id(tokenizer, "bos_token"), eos=special_id(tokenizer, "eos_token"), pad=padding_id(tokenizer, model)
+    )
     _write_json(folder / "config.json", model_config(model, special, dtype))
     copy_tokenizer(reader.tokenizer_folder, folder)
-    if not (folder / GENERATION_FILE).is_file():  # that of an imported model comes with its tokenizer
+    if not model.labels and not (folder / GENERATION_FILE).is_file():  # that of an imported model comes with its tokenizer
         _write_json(folder / GENERATION_FILE, generation_config(special))
+
+
+def padding_id(tokenizer: Tokenizer, model: ModelConfig) -> int | None:
+    """The id that rows of a model with labels may be filled up with; None where no token is safe.
+
+    transformers takes the label from the last token that is not this one. The end token is none, though many tokenizers pad
+    with it: a row that ends in it would be read one token early, alone as well, without a word. Without an id transformers
+    reads one row at a time, at its last token, and refuses several together.
+    """
+    pad = special_id(tokenizer, "pad_token")
+    if pad is None or pad == special_id(tokenizer, "eos_token") or pad >= model.vocab_size:
+        return None
+    return pad
 
 
 def write_weights(reader: CheckpointReader, plan: tuple[Shard, ...], folder: Path, *, dtype: DType) -> None:

@@ -126,6 +126,9 @@ def find_held_out(reader: CheckpointReader) -> Loader | Finding:
     from data_pipeline.loader import Loader
     from train.convert.proof.finding import Finding
 
+    if reader.model.labels:
+        told = "the model tells labels apart: longhaul evaluate measures it on rows with labels"
+        return Finding(name="held_out_loss", figures={"not_measured": told})
     if isinstance(reader.settings, ImportedConfig):
         return Finding(name="held_out_loss", figures={"not_measured": "the model was imported, and nothing was held out"})
     config = reader.config

@@ -55,14 +55,20 @@ def summary(report: dict[str, Any]) -> list[str]:
     if not report["proof"]:
         return ["not proved (proof=false)"]
     proof = report["proof"]
-    logits, perplexity, loss = proof["logits"], proof["perplexity"], proof["held_out_loss"]
+    logits, loss = proof["logits"], proof["held_out_loss"]
+    what = "labels" if "rows" in proof else "tokens"
     lines = [
         f"keys        all of {proof['weights']['tensors']} tensors, bit-equal in {report['dtype']}",
         f"logits      differ by at most {logits['max_abs_difference']:.2g} over {logits['positions']} positions, of which the "
-        f"last is {logits['last_position']}; {logits['argmax_equal']} likeliest tokens equal",
-        f"generation  equal for {proof['generation']['prompts']} prompts",
-        f"perplexity  {_both(perplexity, '.6g')}, of {perplexity['text']}",
+        f"last is {logits['last_position']}; {logits['argmax_equal']} likeliest {what} equal",
     ]
+    if "rows" in proof:
+        lines.append(f"rows        {_rows(proof['rows'])}")
+    else:
+        lines += [
+            f"generation  equal for {proof['generation']['prompts']} prompts",
+            f"perplexity  {_both(proof['perplexity'], '.6g')}, of {proof['perplexity']['text']}",
+        ]
     if "note" in proof["tokenizer"]:
         lines.append(f"tokenizer   {proof['tokenizer']['note']}")
     if "not_measured" in loss:
@@ -74,17 +80,26 @@ def proof_lines(report: dict[str, Any]) -> list[str]:
     """The same for a model card."""
     if not report["proof"]:
         return ["None was asked for (`proof=false`)."]
-    logits, perplexity, loss = (report["proof"][name] for name in ("logits", "perplexity", "held_out_loss"))
+    proof = report["proof"]
+    logits, loss = proof["logits"], proof["held_out_loss"]
     lines = [
         f"Weights are written in {report['dtype']}. Loaded by transformers {report['versions']['transformers']} and "
         "compared in fp32 with the checkpoint in Longhaul:",
         "",
         f"- logits differ by at most {logits['max_abs_difference']:.2g} over {logits['positions']} positions",
-        f"- perplexity of {perplexity['text']}: {_both(perplexity, '.6g')}",
     ]
+    if "rows" in proof:
+        return [*lines, f"- {_rows(proof['rows'])}"]
+    lines.append(f"- perplexity of {proof['perplexity']['text']}: {_both(proof['perplexity'], '.6g')}")
     if "not_measured" in loss:
         return [*lines, "- held-out loss: not measured"]
     return [*lines, f"- held-out loss over {loss['targets']:,} tokens: {_both(loss, '.6f')}"]
+
+
+def _rows(figures: dict[str, Any]) -> str:
+    together = " and filled up to one length" if figures["filled_up"] == "yes" else ""
+    worst = figures["max_abs_difference"]
+    return f"scores of {figures['labels']} labels differ by at most {worst:.2g} for {figures['rows']} rows, alone{together}"
 
 
 def _both(figures: dict[str, Any], form: str) -> str:

@@ -9,7 +9,7 @@ from data_pipeline.io import read_json
 from data_pipeline.tokenizer import Tokenizer
 
 
-def special_id(tokenizer: Tokenizer, role: Literal["bos_token", "eos_token"]) -> int | None:
+def special_id(tokenizer: Tokenizer, role: Literal["bos_token", "eos_token", "pad_token"]) -> int | None:
     """The id that has this role; None when the tokenizer gives it to no token.
 
     Raises UserError when the named token is not in the vocabulary.

@@ -134,7 +134,7 @@ def test_shards_and_their_index(folder):
 CONFIGS = {
     "unknown-family": ({"model_type": "mamba"}, "model_type=mamba is no family known here, only gpt2, "),
     "images": ({"model_type": "gemma3"}, "it is of text and images"),
-    "classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM, a model of language"),
+    "labels-of-tokens": ({"architectures": ["LlamaForTokenClassification"]}, "only LlamaForCausalLM, a model of language"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "the weights are quantised"),
     "activation": ({"hidden_act": "relu"}, "hidden_act=relu is not supported, only silu is"),
     "rope": ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope_type=proportional is not supported"),
@@ -238,8 +238,8 @@ def test_a_folder_has_no_revision(folder):
 def test_a_checkpoint_of_another_verb_is_not_guessed_at(folder):
     out = run(folder)
     manifest = read_manifest(out)
-    with pytest.raises(UserError, match="was written by `finetune`, which this program does not know"):
-        read_settings(out, replace(manifest, written_by="finetune"))
+    with pytest.raises(UserError, match="was written by `distil`, which this program does not know"):
+        read_settings(out, replace(manifest, written_by="distil"))
     with pytest.raises(UserError, match="there is no run to go on with; start one from its weights with initial_checkpoint="):
         _ = CheckpointReader(out).config
 

@@ -13,6 +13,7 @@ from train.checkpoint.reader import CheckpointReader
 from train.config.model import ModelConfig
 from train.convert.proof.files import prove_config, prove_tokenizer, prove_weights
 from train.convert.proof.finding import Finding
+from train.convert.proof.labels import prove_rows
 from train.convert.proof.losses import prove_loss, prove_perplexity
 from train.convert.proof.ours import OurModel
 from train.convert.proof.outputs import prove_generation, prove_logits
@@ -54,8 +55,11 @@ def prove(
     if theirs is None:
         return findings
     ours = OurModel(reader, model, rounding)
+    findings.append(prove_logits(ours, theirs, model))
+    if model.labels:
+        rows = prove_rows(ours, theirs, model, tokenizer_folder=subject.tokenizer, is_foreign=rounding is None)
+        return [*findings, rows, held_out]
     findings += [
-        prove_logits(ours, theirs, model),
         prove_generation(ours, theirs, model),
         prove_perplexity(ours, theirs, model, tokenizer_folder=reader.tokenizer_folder),
     ]

@@ -51,10 +51,10 @@ class OurModel:
 
     @torch.inference_mode()
     def logits(self, hidden_TH: Tensor) -> Iterator[Tensor]:
-        """[C, real vocabulary] of some positions after the others."""
+        """[C, real vocabulary or labels] of some positions after the others."""
         with self._filled(self._head) as head:
             for hidden_CH in hidden_TH.split(logits_at_once(self.model)):
-                yield head.logits(hidden_CH)[:, : self.model.vocab_size]
+                yield head.logits(hidden_CH)[:, : len(self.model.labels) or self.model.vocab_size]
 
     @torch.inference_mode()
     def loss(self, states: Sequence[State], reading: Reading) -> float:

@@ -105,7 +105,8 @@ def prove_logits(ours: OurModel, theirs: TheirModel, model: ModelConfig) -> Find
         place = f"the models part {parting.place or 'in the head: the hidden states before it are equal'}"
         problems.append(f"logits {what}, allowed is {found.allowed:.3g}; {place}")
     if found.equal + found.ties < found.positions or found.equal < MIN_POSITIONS:
-        problems.append(f"the likeliest token is the same at {found.equal} of {found.positions} positions")
+        what = "label" if model.labels else "token"
+        problems.append(f"the likeliest {what} is the same at {found.equal} of {found.positions} positions")
     figures: Figures = {
         "max_abs_difference": found.worst,
         "tolerance": found.allowed,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, modeling_utils
 from transformers.modeling_outputs import ModelOutput
 
 from train.config.model import ModelConfig
@@ -69,11 +69,20 @@ class TheirModel:
 
     @torch.inference_mode()
     def logits(self, hidden_TH: Tensor) -> Iterator[Tensor]:
-        """[C, V] of some positions after the others: all that the class does behind its base model."""
-        with self._weights_last():
+        """[C, V or labels] of some positions after the others: all that the class does behind its base model."""
+        with self._weights_last(), self._any_id_ends_a_row():
             for hidden_CH in hidden_TH.split(logits_at_once(self.model)):
-                with self._base_model_gives(hidden_CH[None]):
-                    yield self.module(input_ids=torch.zeros(1, len(hidden_CH), dtype=torch.int64), use_cache=False).logits[0]
+                # A class that tells labels apart does so at the last position of a row.
+                hidden_BSH = hidden_CH[:, None] if self.model.labels else hidden_CH[None]
+                with self._base_model_gives(hidden_BSH):
+                    ids_BS = torch.zeros(hidden_BSH.shape[:2], dtype=torch.int64)
+                    yield self.module(input_ids=ids_BS, use_cache=False).logits.flatten(0, -2)
+
+    @torch.inference_mode()
+    def label_logits(self, tokens_BS: Tensor, lengths_B: Tensor) -> Tensor:
+        """[B, labels] of rows with padding behind them, by the class as its users call it."""
+        mask_BS = torch.arange(tokens_BS.shape[1]) < lengths_B[:, None]
+        return self.module(input_ids=tokens_BS, attention_mask=mask_BS.long(), use_cache=False).logits
 
     def loss(self, rows: Rows) -> float:
         """Sum of the losses of all targets."""
@@ -117,9 +126,20 @@ class TheirModel:
             self._drop()
 
     @contextmanager
-    def _base_model_gives(self, hidden_1CH: Tensor) -> Iterator[None]:
+    def _any_id_ends_a_row(self) -> Iterator[None]:
+        """While it lasts, no id is padding: classes that tell labels apart refuse several rows without such an id."""
+        config = self.module.config
+        real = config.pad_token_id
+        config.pad_token_id = -1
+        try:
+            yield
+        finally:
+            config.pad_token_id = real
+
+    @contextmanager
+    def _base_model_gives(self, hidden_BSH: Tensor) -> Iterator[None]:
         base = self.module.base_model
-        base.forward = lambda *_, **__: self._output_type(last_hidden_state=hidden_1CH)
+        base.forward = lambda *_, **__: self._output_type(last_hidden_state=hidden_BSH)
         try:
             yield
         finally:
@@ -149,7 +169,7 @@ def open_theirs(folder: Path, model: ModelConfig, format: WeightFormat = "safete
     """
     try:
         with _values_put_off() if format == "safetensors" else nullcontext():
-            module, info = AutoModelForCausalLM.from_pretrained(
+            module, info = (AutoModelForSequenceClassification if model.labels else AutoModelForCausalLM).from_pretrained(
                 folder,
                 dtype=torch.float32,
                 output_loading_info=True,
