@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from train.config.adapter import LoraConfig
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig, RopeConfig
 from train.config.training import OptimConfig, ParallelConfig
@@ -127,12 +127,10 @@ def make_engine(
     model: ModelConfig = TINY,
     kernels: KernelsConfig = PLAIN,
     optim: OptimConfig = ADAMW,
-    float8: str | None = None,
-    lora: LoraConfig | None = None,
-    frozen: tuple[str, ...] = (),
+    **layers: Any,
 ) -> Engine:
-    """A fresh engine for `model`."""
-    blueprint = Blueprint(model=model, kernels=kernels, tensor=context.tensor, float8=float8, lora=lora, frozen=frozen)
+    """A fresh engine for `model`; `layers`: more of the blueprint, such as adapters."""
+    blueprint = Blueprint(model=model, kernels=kernels, tensor=context.tensor, **layers)
     reading = Reading(sequence_length=SEQUENCE, document_mask=True)
     return Engine(
         build_layers(blueprint, reading, seed=7),

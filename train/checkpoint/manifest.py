@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from conf.errors import UserError
+from train.config.adapter import LoraConfig
 
 FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)  # version 1 has no seal
+BASED_VERSION = 3  # of a checkpoint that is a part of a model: a program that knows no base must not take it for one
+READABLE_VERSIONS = (1, 2, 3)  # version 1 has no seal
 MANIFEST = "manifest.json"
 ADAM_KINDS = ("weight", "exp_avg", "exp_avg_sq")
 FOLDER_NAME = re.compile(r"step-(\d{8,})")
@@ -62,6 +64,23 @@ class StoredFile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Base:
+    """The checkpoint that holds the tensors that a run did not train."""
+
+    path: str
+    """Its folder: from the run's folder where it lies in it, else absolute."""
+    sha256: str
+    """Of its manifest.json, which has the hashes of all its files."""
+    tensors: tuple[str, ...]
+    """Logical names of what is taken from it."""
+
+    @staticmethod
+    def from_plain(raw: dict | None) -> Base | None:
+        """The inverse of `asdict`; None stays None."""
+        return None if raw is None else Base(path=raw["path"], sha256=raw["sha256"], tensors=tuple(raw["tensors"]))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The index of a checkpoint."""
 
@@ -77,10 +96,15 @@ class Manifest:
     """Verb that wrote it, which says what its config.yaml holds."""
     probe: str | None = None
     """File that holds the logits of the fixed batch; None: an older checkpoint, or a model without them."""
+    base: Base | None = None
+    """Where the tensors lie that its run did not train; None: it trained all."""
+    adapter: LoraConfig | None = None
+    """Settings of the adapters that are among the tensors; None: there are none."""
 
     def to_json(self) -> str:
         """Text of manifest.json, sealed with its own SHA-256."""
-        head = {"format": "longhaul-checkpoint", "version": FORMAT_VERSION, "seal": BLANK_SEAL}
+        version = FORMAT_VERSION if self.base is None else BASED_VERSION
+        head = {"format": "longhaul-checkpoint", "version": version, "seal": BLANK_SEAL}
         text = json.dumps({**head, **asdict(self)}, indent=1)
         return text.replace(BLANK_SEAL, hashlib.sha256(text.encode()).hexdigest(), 1)
 
@@ -143,7 +167,7 @@ def read_manifest(folder: Path) -> Manifest:
         version = raw.pop("version", None)
         _check_seal(path, content, version)
         if version not in READABLE_VERSIONS:
-            raise CheckpointError(f"{path}: written by another version of the format; this program reads {FORMAT_VERSION}")
+            raise CheckpointError(f"{path}: written by another version of the format; this program reads up to {BASED_VERSION}")
         manifest = Manifest(
             step=raw["step"],
             tokens=raw["tokens"],
@@ -161,6 +185,8 @@ def read_manifest(folder: Path) -> Manifest:
             health=raw.get("health", {}),
             written_by=raw.get("written_by", "pretrain"),
             probe=raw.get("probe"),
+            base=Base.from_plain(raw.get("base")),
+            adapter=adapter_from_plain(raw.get("adapter")),
         )
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({error.strerror}); {folder} is not a checkpoint") from None
@@ -176,6 +202,11 @@ def read_manifest(folder: Path) -> Manifest:
     if FOLDER_NAME.fullmatch(folder.name) and manifest.step != step_of(folder):
         raise DamagedCheckpoint(f"{path}: is of step {manifest.step}; remove {folder} to use an older one")
     return manifest
+
+
+def adapter_from_plain(raw: dict | None) -> LoraConfig | None:
+    """The inverse of `asdict`; None stays None."""
+    return None if raw is None else LoraConfig(**{**raw, "targets": tuple(raw["targets"])})
 
 
 def _check_seal(path: Path, content: bytes, version: object) -> None:

@@ -16,11 +16,13 @@ from typing import Any
 
 from train.checkpoint.manifest import (
     MANIFEST,
+    Base,
     CheckpointError,
     Manifest,
     StoredFile,
     StoredFragment,
     StoredTensor,
+    adapter_from_plain,
     file_facts,
     published,
     read_manifest,
@@ -29,6 +31,7 @@ from train.checkpoint.manifest import (
     unpublished,
     write_durably,
 )
+from train.config.adapter import LoraConfig
 
 QUARANTINE = "quarantined"
 _SPARE_BYTES = 8 * 1024**2  # for manifest, state, tokenizer, and what else writes to the file system meanwhile
@@ -57,6 +60,9 @@ class Publication:
     tokenizer_folder: str
     health: dict[str, float]
     keep: Keep
+    written_by: str = "pretrain"
+    base: Base | None = None
+    adapter: LoraConfig | None = None
 
     def to_json(self) -> str:
         """As one line."""
@@ -66,7 +72,12 @@ class Publication:
     def from_json(text: str) -> Publication:
         """The inverse of `to_json`."""
         raw = json.loads(text)
-        return Publication(**{**raw, "keep": Keep(**raw["keep"])})
+        nested = {
+            "keep": Keep(**raw["keep"]),
+            "base": Base.from_plain(raw["base"]),
+            "adapter": adapter_from_plain(raw["adapter"]),
+        }
+        return Publication(**{**raw, **nested})
 
 
 def begin(folder: Path, total_bytes: int) -> None:
@@ -116,6 +127,9 @@ def publish(publication: Publication, reports: Sequence[Mapping[str, Any]]) -> N
         files=files,
         tensors=_tensors(reports),
         health=publication.health,
+        written_by=publication.written_by,
+        base=publication.base,
+        adapter=publication.adapter,
         probe=next((report["file"] for report in reports if report["probe"]), None),
     )
     sync_folder(folder)

@@ -1,167 +1,151 @@
-"""Reads a checkpoint without a process group: whole logical tensors, or the ranges that a rank of any layout needs."""
+"""Reads a checkpoint without a process group: the weights to compute with, wherever they lie.
+
+A run that trains a part of a model writes that part alone and names its base, the checkpoint that holds the rest. Here both
+are one; the weights of layers with adapters are given with these merged into them, in fp32.
+"""
 
 from __future__ import annotations
 
-import json
-from functools import cache, cached_property
-from math import prod
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from train.checkpoint.manifest import CheckpointError, StoredTensor, check_files, read_manifest
-from train.checkpoint.settings import read_settings
-from train.config.imported import ImportedConfig
-from train.config.model import ModelConfig
-from train.config.pretrain import PretrainConfig
+from train.checkpoint.manifest import MANIFEST, CheckpointError, file_facts
+from train.checkpoint.stored import StoredCheckpoint
+from train.config.adapter import LoraConfig
+from train.model.adapters import MAGNITUDE, WEIGHT, A, B, is_adapter
 from train.model.logical import LogicalTensor
+from train.model.lora import merged
 
-PROBE = "probe/logits"
 
+class CheckpointReader(StoredCheckpoint):
+    """One checkpoint folder and, where it has one, its base."""
 
-class CheckpointReader:
-    """One checkpoint folder. Only safetensors, JSON and YAML are read; nothing is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.manifest = read_manifest(path)
-        self._open = cache(self._open_file)
+    def __init__(self, path: Path, *, base: Path | None = None) -> None:
+        """`base`: where its base lies now; None: where its manifest says."""
+        super().__init__(path)
+        self._base_place = base
 
     @cached_property
-    def settings(self) -> PretrainConfig | ImportedConfig:
-        """The resolved configuration of the run, or of the import, that wrote it."""
-        return read_settings(self.path, self.manifest)
+    def base(self) -> CheckpointReader | None:
+        """What holds the weights that its run did not train; None: the run trained all.
 
-    @property
-    def model(self) -> ModelConfig:
-        """Shape of its model."""
-        return self.settings.model
-
-    @property
-    def config(self) -> PretrainConfig:
-        """The resolved configuration of the run that wrote it. Raises CheckpointError for an imported checkpoint."""
-        if isinstance(self.settings, ImportedConfig):
+        Raises CheckpointError when it is gone, or another one lies in its place.
+        """
+        named = self.manifest.base
+        if named is None:
+            return None
+        place = home_of(self.path) / named.path if self._base_place is None else self._base_place
+        mark = f"SHA-256 of its manifest.json: {named.sha256[:12]}..."
+        if not (place / MANIFEST).is_file():
             raise CheckpointError(
-                f"{self.path}: was imported from {self.settings.origin.source}, so there is no run to go on with; start one "
-                f"from its weights with initial_checkpoint={self.path}"
+                f"{self.path}: holds what its run trained, the other weights lie in {place}, where no checkpoint is now; put "
+                f"the one back that the run began with ({mark})"
             )
-        return self.settings
+        found = file_facts(place / MANIFEST).sha256
+        if found != named.sha256:
+            raise CheckpointError(
+                f"{place}: is another checkpoint than the one that {self.path} was trained on ({mark}, here {found[:12]}...); "
+                f"put that one back in its place"
+            )
+        return CheckpointReader(place)
 
     @property
-    def state(self) -> dict[str, Any]:
-        """What the loop kept: see `train.state.TrainState`."""
-        return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+    def adapter(self) -> LoraConfig | None:
+        """The settings of its adapters, whose tensors are read by their names; None: it has none."""
+        return self.manifest.adapter
 
     @property
-    def probe(self) -> Tensor | None:
-        """Logits of the fixed batch when it was written, fp32 [positions, V]; None where it has none."""
-        file = self.manifest.probe
-        return None if file is None else self._slice(file, PROBE, 0, None, whole=True)
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return self.manifest.step
-
-    @property
-    def tokens(self) -> int:
-        """Tokens read."""
-        return self.manifest.tokens
+    def adapter_names(self) -> tuple[str, ...]:
+        """Logical names of the tensors of its adapters, in layer order."""
+        return tuple(name for name in super().names if is_adapter(name))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Logical names, in layer order."""
-        return tuple(self.manifest.tensors)
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """Hugging Face tokenizer folder that the model was trained with."""
-        return self.path / "tokenizer"
+        """Logical names of the model's weights, in layer order; those of adapters are in `adapter_names`."""
+        own = super().names
+        if self.base is None:
+            return own
+        here = {*own, *self.manifest.base.tensors}
+        listed = tuple(name for name in self.base.names if name in here)
+        return (*listed, *(name for name in own if name not in listed and not is_adapter(name)))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Logical shape of a tensor."""
-        return self._stored(name).shape
+        return self.base.shape(name) if self._is_of_base(name) else super().shape(name)
 
     def kinds(self, name: str) -> tuple[str, ...]:
         """What is stored of a tensor: its weight, and what its optimizer keeps."""
-        return self._stored(name).kinds
+        return ("weight",) if self._is_of_base(name) else super().kinds(name)
+
+    def lies_apart(self, name: str) -> bool:
+        """Whether a range of a tensor can be read only by way of all of it."""
+        if self._is_of_base(name):
+            return self._has_adapter(name) or self.base.lies_apart(name)
+        return super().lies_apart(name)
 
     def verify(self) -> None:
-        """Compare every file with the manifest; raises CheckpointError at the first that differs."""
-        check_files(self.path, self.manifest, self.manifest.files)
+        """Compare every file with the manifest, those of the base too; raises CheckpointError at the first that differs."""
+        super().verify()
+        if self.base is not None:
+            self.base.verify()
 
     def read(self, name: str, kind: str = "weight") -> Tensor:
-        """A whole logical tensor, fp32: its weight or another of its `kinds`. Raises CheckpointError when a part is missing."""
-        stored = self._stored(name)
-        layouts = {(piece.dim, piece.index, piece.parts) for piece in stored.fragments}
-        if all(parts == 1 for _, _, parts in layouts):
-            logical = LogicalTensor(name=name, shape=stored.shape)
-            return self.read_range(logical, kind, 0, logical.local_numel).view(stored.shape)
-        whole = torch.empty(stored.shape, dtype=torch.float32)
-        covered = 0
-        for dim, index, parts in layouts:
-            logical = LogicalTensor(name=name, shape=stored.shape, dim=dim, index=index, parts=parts)
-            logical.cut(whole).copy_(self.read_range(logical, kind, 0, logical.local_numel).view(logical.local_shape))
-            covered += logical.local_numel
-        if covered != prod(stored.shape):
-            raise CheckpointError(f"{self.path}: {name} is not complete: {covered} of {prod(stored.shape)} elements")
-        return whole
+        """A whole logical tensor, fp32; a weight with its adapter merged. Raises CheckpointError when a part is missing."""
+        if not self._is_of_base(name):
+            return super().read(name, kind)
+        self._check_kind(name, kind)
+        whole = self.base.read(name)
+        if not self._has_adapter(name):
+            return whole
+        layer = name.removesuffix(WEIGHT)
+        adapter = {f"{layer}{part}": super(CheckpointReader, self).read(f"{layer}{part}") for part in self._parts}
+        return merged(layer, whole, adapter, self.adapter)
 
     def read_range(self, logical: LogicalTensor, kind: str, start: int, length: int) -> Tensor:
-        """Elements [start, start + length) of the flattened slice that `logical` describes, fp32.
+        """Elements [start, start + length) of the flattened slice that `logical` describes, fp32, adapters merged."""
+        if not self._is_of_base(logical.name):
+            return super().read_range(logical, kind, start, length)
+        if not self._has_adapter(logical.name):
+            return self.read_apart(logical, kind, start, length)
+        self._check_kind(logical.name, kind)
+        self.check_shape(logical)
+        return logical.cut(self.read(logical.name)).reshape(-1)[start : start + length]
 
-        A slice that was stored as it is asked for is read piece by piece; another cut goes through the whole tensor.
-        """
-        stored = self._stored(logical.name)
-        if kind not in stored.kinds:
-            raise CheckpointError(
-                f"{self.path}: holds no {kind} of {logical.name}, only {', '.join(stored.kinds)}; another optimizer wrote it"
-            )
-        if stored.shape != logical.shape:
-            raise CheckpointError(
-                f"{self.path}: {logical.name} has shape {list(stored.shape)}, the model needs {list(logical.shape)}; "
-                f"it is a checkpoint of another model"
-            )
-        cut = (logical.dim if logical.parts > 1 else 0, logical.index, logical.parts)
-        pieces = [piece for piece in stored.fragments if (piece.dim, piece.index, piece.parts) == cut]
-        if not pieces or (logical.parts == 1 and any(piece.parts != 1 for piece in stored.fragments)):
-            return logical.cut(self.read(logical.name, kind)).reshape(-1)[start : start + length]
-        if len(pieces) == 1 and (start, length) == (0, pieces[0].length):  # no second copy of a large one
-            return self._slice(pieces[0].file, f"{kind}/{logical.name}", 0, length, whole=True).float()
-        values = torch.empty(length, dtype=torch.float32)
-        filled = 0
-        for piece in pieces:
-            low, high = max(start, piece.start), min(start + length, piece.start + piece.length)
-            if low >= high:
-                continue
-            values[low - start : high - start] = self._slice(
-                piece.file, f"{kind}/{logical.name}", low - piece.start, high - piece.start, whole=high - low == piece.length
-            )
-            filled += high - low
-        if filled != length:
-            raise CheckpointError(f"{self.path}: {logical.name} is not complete: {filled} of {length} elements of a range")
-        return values
+    def read_apart(self, logical: LogicalTensor, kind: str, start: int, length: int) -> Tensor:
+        """The same of weights without their adapters, as the run computes with them."""
+        if not self._is_of_base(logical.name):
+            return self.read_range(logical, kind, start, length)
+        self._check_kind(logical.name, kind)
+        return self.base.read_range(logical, kind, start, length)
 
     def release(self) -> None:
         """Let go of the open files: their pages that were read count as this process's memory. Reading opens them again."""
-        self._open.cache_clear()
+        super().release()
+        if self.base is not None:
+            self.base.release()
 
-    def _stored(self, name: str) -> StoredTensor:
-        try:
-            return self.manifest.tensors[name]
-        except KeyError:
-            raise CheckpointError(f"{self.path}: holds no {name}; it is a checkpoint of another model") from None
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        return (A, B, MAGNITUDE) if self.adapter.dora else (A, B)
 
-    def _slice(self, file: str, key: str, low: int, high: int | None, *, whole: bool) -> Tensor:
-        try:
-            if whole:  # read, not mapped: what is mapped stays in memory for as long as the file is open
-                return self._open(file, "pread").get_tensor(key)
-            return self._open(file, "mmap").get_slice(key)[low:high]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path / file}: {key} cannot be read ({error})") from None
+    def _has_adapter(self, name: str) -> bool:
+        return f"{name.removesuffix(WEIGHT)}{A}" in self.manifest.tensors
 
-    def _open_file(self, file: str, backend: str) -> Any:
-        return safe_open(self.path / file, framework="pt", backend=backend)
+    def _is_of_base(self, name: str) -> bool:
+        return self.manifest.base is not None and name in self._of_base
+
+    @cached_property
+    def _of_base(self) -> frozenset[str]:
+        return frozenset(self.manifest.base.tensors)
+
+    def _check_kind(self, name: str, kind: str) -> None:
+        if kind != "weight":
+            raise CheckpointError(f"{self.path}: holds no {kind} of {name}, which its run did not train")
+
+
+def home_of(folder: Path) -> Path:
+    """The folder that the base of a checkpoint is looked for from: its run's; of one that lies elsewhere, its own."""
+    folder = folder.absolute()
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder

@@ -7,13 +7,14 @@ from pathlib import Path
 from conf.compose import read_config
 from train.checkpoint.manifest import CheckpointError, Manifest
 from train.config.imported import ImportedConfig
-from train.config.pretrain import PretrainConfig
+from train.config.runs import RUNS
+from train.config.settings import RunSettings
 
-SCHEMAS: dict[str, type[PretrainConfig] | type[ImportedConfig]] = {"pretrain": PretrainConfig, "import": ImportedConfig}
+SCHEMAS: dict[str, type[RunSettings] | type[ImportedConfig]] = {**RUNS, "import": ImportedConfig}
 
 
-def read_settings(folder: Path, manifest: Manifest) -> PretrainConfig | ImportedConfig:
-    """The resolved settings of the checkpoint in `folder`; both kinds have a `model`.
+def read_settings(folder: Path, manifest: Manifest) -> RunSettings | ImportedConfig:
+    """The resolved settings of the checkpoint in `folder`; all kinds have a `model`.
 
     Raises CheckpointError when another verb wrote it, and UserError when they cannot be read.
     """

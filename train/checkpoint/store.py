@@ -12,20 +12,26 @@ from typing import Any, TypeVar
 from conf.compose import as_yaml
 from train.checkpoint.image import FileImage
 from train.checkpoint.manifest import (
+    MANIFEST,
+    Base,
     CheckpointError,
     DamagedCheckpoint,
     check_files,
+    file_facts,
     folder_of,
     published,
     step_of,
 )
 from train.checkpoint.publication import Keep, Publication, set_aside
-from train.checkpoint.reader import PROBE, CheckpointReader
+from train.checkpoint.reader import CheckpointReader
 from train.checkpoint.saving import SaveResult, SaveTask, Saving
+from train.checkpoint.stored import PROBE
 from train.checkpoint.writer import WriterProcess
-from train.config.pretrain import PretrainConfig
+from train.config.settings import RunSettings
 from train.config.training import CheckpointConfig
 from train.engine import Engine, Fragment
+from train.model.adapters import MAGNITUDE, is_adapter
+from train.model.lora import base_of, row_lengths
 from train.parallel import ParallelContext
 
 # How far the logits of the fixed batch may be off, as a fraction of the largest: another layout adds in another order.
@@ -54,16 +60,20 @@ class CheckpointStore:
         *,
         config: CheckpointConfig,
         context: ParallelContext,
-        run_config: PretrainConfig,
+        run_config: RunSettings,
         tokenizer_folder: Path,
         data_fingerprint: str,
+        base: Path | None = None,
     ) -> None:
+        """`base`: the checkpoint that holds what the run does not train; None: it trains all."""
         self.root = root
         self.config = config
         self.context = context
         self.run_config = run_config
         self.tokenizer_folder = tokenizer_folder
         self.data_fingerprint = data_fingerprint
+        self.base = base
+        self._base_sha256: str | None = None
         self.set_aside: list[SetAside] = []
         """What `load` has put into quarantine."""
         self._key, self._saves = f"checkpoints/{next(_numbers)}", itertools.count()
@@ -91,7 +101,7 @@ class CheckpointStore:
             tensors[PROBE] = logits
         number = next(self._saves)
         task = SaveTask(
-            publication=self._publication(step, tokens, state, health or {}),
+            publication=self._publication(engine, step, tokens=tokens, state=state, health=health or {}),
             file=f"rank-{self.context.rank:05d}.safetensors",
             index=_index(pieces),
             has_probe=self.context.is_first,
@@ -167,13 +177,25 @@ class CheckpointStore:
             )
         return None
 
-    def load_weights(self, engine: Engine, path: Path) -> CheckpointReader:
+    def load_weights(
+        self, engine: Engine, path: Path, *, new: Collection[str] = (), left_out: Collection[str] = ()
+    ) -> CheckpointReader:
         """Load the weights, and nothing else, of a checkpoint that is not the run's own; all ranks together.
 
-        Raises DamagedCheckpoint, on every rank, when it is not what was written.
+        Adapters keep their initial values, and so do tensors that the checkpoint lacks, if their logical names are in `new`;
+        those that it has and the model lacks are passed over if in `left_out`. If it has adapters, they come merged.
+        Raises CheckpointError when other tensors differ, and of that DamagedCheckpoint, on every rank, when it is not what
+        was written.
         """
         reader = self._open(path)
-        self._together(lambda: self._fill(engine, reader, kinds=("weight",)))
+        there, here = set(reader.names), list(engine.logical_shapes)
+        initial = {name for name in here if name not in there and (is_adapter(name) or name in new)}
+        differ = [f"lacks {name}" for name in here if name not in there | initial]
+        differ += [f"holds {name}, which the model has not" for name in reader.names if name not in {*here, *left_out}]
+        if differ:
+            more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+            raise CheckpointError(f"{path}: {'; '.join(differ[:3])}{more}; it is a checkpoint of another model")
+        self._together(lambda: self._begin(engine, reader, initial))
         engine.loaded(updates=0)
         return reader
 
@@ -185,7 +207,7 @@ class CheckpointStore:
 
     def _load(self, engine: Engine, path: Path) -> CheckpointReader:
         """Verify and load one. Raises DamagedCheckpoint, on every rank, when it is not what was written."""
-        reader = self._open(path)
+        reader = self._open(path, base=self.base)
         self._together(lambda: self._fill(engine, reader))
         engine.loaded(reader.state["updates"])
         expected = reader.probe
@@ -201,18 +223,50 @@ class CheckpointStore:
             f"where {allowed:.1%} is allowed: the weights were copied while they changed, or the program computes otherwise"
         )
 
-    def _open(self, path: Path) -> CheckpointReader:
-        """A checkpoint whose files are what was written; every rank hashes its share."""
-        reader = self._together(lambda: CheckpointReader(path))
-        names = sorted(reader.manifest.files)
-        self._together(lambda: check_files(path, reader.manifest, names[self.context.rank :: self.context.world_size]))
+    def _open(self, path: Path, *, base: Path | None = None) -> CheckpointReader:
+        """A checkpoint whose files are what was written, its base's too; every rank hashes its share."""
+        reader = self._together(lambda: CheckpointReader(path, base=base))
+        self._together(lambda: self._check(reader))
         return reader
 
-    def _fill(self, engine: Engine, reader: CheckpointReader, kinds: Collection[str] | None = None) -> None:
-        for fragment in engine.fragments():
-            for kind in fragment.tensors if kinds is None else kinds:
-                tensor = fragment.tensors[kind]
-                tensor.copy_(reader.read_range(fragment.logical, kind, fragment.start, fragment.length))
+    def _check(self, reader: CheckpointReader) -> None:
+        names = sorted(reader.manifest.files)
+        check_files(reader.path, reader.manifest, names[self.context.rank :: self.context.world_size])
+        if reader.base is None:
+            return
+        try:
+            self._check(reader.base)
+        except DamagedCheckpoint as error:  # what was trained on it is whole: nothing of the run is to be set aside
+            raise CheckpointError(f"{error}; {reader.path} was trained on it, put a whole copy in its place") from None
+
+    def _fill(self, engine: Engine, reader: CheckpointReader) -> None:
+        """Weights and moments of what trains, and the weights of the rest."""
+        for fragment in (*engine.fragments(), *engine.frozen_fragments()):
+            for kind, tensor in fragment.tensors.items():
+                tensor.copy_(reader.read_apart(fragment.logical, kind, fragment.start, fragment.length))
+
+    def _begin(self, engine: Engine, reader: CheckpointReader, initial: Collection[str]) -> None:
+        """The weights that a run begins with; those of `initial` are there already, but for the lengths of rows."""
+        for fragment in (*engine.fragments(), *engine.frozen_fragments()):
+            logical, part = fragment.logical, slice(fragment.start, fragment.start + fragment.length)
+            if logical.name not in initial:
+                values = reader.read_range(logical, "weight", fragment.start, fragment.length)
+            elif logical.name.endswith(MAGNITUDE):
+                values = logical.cut(row_lengths(reader.read(base_of(logical.name)))).reshape(-1)[part]
+            else:
+                continue
+            fragment.tensors["weight"].copy_(values)
+
+    def _base_of(self, engine: Engine) -> Base | None:
+        """What the manifest says of the base; None where all trains."""
+        if not (frozen := engine.frozen_names):
+            return None
+        assert self.base is not None, "what does not train must lie in another checkpoint"
+        if self._base_sha256 is None:
+            self._base_sha256 = file_facts(self.base / MANIFEST).sha256
+        place, home = self.base.absolute(), self.root.parent.absolute()
+        path = place.relative_to(home).as_posix() if place.is_relative_to(home) else str(place)
+        return Base(path=path, sha256=self._base_sha256, tensors=frozen)
 
     def _set_aside(self, folder: Path, reason: str) -> None:
         place = self.context.from_first(str(set_aside(folder, reason)) if self.context.is_first else "")
@@ -230,7 +284,9 @@ class CheckpointStore:
             self._writer = WriterProcess(self._image.fd, self._image.size)
         return self._total_bytes
 
-    def _publication(self, step: int, tokens: int, state: Mapping[str, Any], health: Mapping[str, float]) -> Publication:
+    def _publication(
+        self, engine: Engine, step: int, *, tokens: int, state: Mapping[str, Any], health: Mapping[str, float]
+    ) -> Publication:
         keep = Keep(last=self.config.keep_last, every_steps=self.config.keep_every_steps, best=self.config.keep_best)
         layout = {
             "world_size": self.context.world_size,
@@ -248,6 +304,9 @@ class CheckpointStore:
             tokenizer_folder=str(self.tokenizer_folder),
             health=dict(health),
             keep=keep,
+            written_by=self.run_config.stage,
+            base=self._base_of(engine),
+            adapter=engine.adapter,
         )
 
     def _together(self, action: Callable[[], ValueT]) -> ValueT:

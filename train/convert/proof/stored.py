@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = 1 << 23
 def read_logical(reader: CheckpointReader, name: str, *, rounding: torch.dtype | None, dtype: torch.dtype) -> Tensor:
     """A logical tensor of the checkpoint in `dtype`, its values rounded to `rounding` first; None: as they are stored."""
     shape = reader.shape(name)
-    if any(piece.parts > 1 for piece in reader.manifest.tensors[name].fragments):  # a range of it lies apart
+    if reader.lies_apart(name):
         whole = _rounded(reader.read(name), rounding).to(dtype)
         reader.release()
         return whole
