@@ -11,7 +11,7 @@ from torch import Tensor
 from conf.errors import UserError
 from train.config.model import ModelConfig
 from train.convert.families import FAMILIES
-from train.convert.rules import Rule, Shape
+from train.convert.rules import Rule, Shape, Transform
 from train.model.cost import parameter_shapes
 
 
@@ -49,6 +49,10 @@ class KeyMap:
     def foreign_names(self, logical_name: str) -> tuple[str, ...]:
         """The names that a logical tensor has in the foreign format."""
         return self._rules[logical_name].foreign
+
+    def transform(self, logical_name: str) -> Transform:
+        """How the values of a logical tensor lie in the foreign ones."""
+        return self._rules[logical_name].transform
 
     def to_foreign(self, logical_name: str, whole: Tensor) -> dict[str, Tensor]:
         """The foreign tensors that `whole`, of the logical shape, becomes; views where that is possible."""
