@@ -7,24 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-import numpy as np
-import torch
-
 from conf.errors import UserError
 from data_pipeline.encoded_rows import EncodedRows
 from data_pipeline.task_config import TaskConfig
-from data_pipeline.tasks import Row
 from data_pipeline.tokenizer import Tokenizer
 from train.config.finetune import FinetuneConfig
 from train.engine import Engine
 from train.evaluate.checks import score_settings
-from train.evaluate.engines import BATCH_TOKENS, Engines
+from train.evaluate.engines import Engines
+from train.evaluate.labels import tell_labels
 from train.evaluate.rows import write_rows
 from train.held_out import BeforeBatch, Evaluator
-from train.inference.classify import Classifier
 from train.inference.text_model import TextModel
 from train.metrics import Value
 from train.metrics.record import Output
+from train.model.transformer import Decoder
 from train.parallel import ParallelContext
 from train.scores.direction import direction
 from train.scores.record import Example, Kind
@@ -89,17 +86,11 @@ class TaskExaminer:
         figures = plain_figures(tallies(self._kind, examples, self._settings)[""])
         return {name: value for name, value in figures.items() if "[" not in name and name not in ("loss", "perplexity")}
 
-    def _label(self, decoder: torch.nn.Module, progress: BeforeBatch) -> list[Example]:
-        model = self.config.model
-        classifier = Classifier(decoder, model, context=self.context, batch_tokens=BATCH_TOKENS[self.context.device.type])
-        found = classifier.classify(self._inputs, progress=progress)
-        return [
-            _labelled(row, inputs, np.array(scores, dtype=np.float64), model.labels)
-            for row, inputs, scores in zip(self.rows, self._inputs, found, strict=True)
-        ]
+    def _label(self, decoder: Decoder, progress: BeforeBatch) -> list[Example]:
+        return tell_labels(self.rows, self._inputs, Engines(decoder, self.text, self.context), progress=progress)
 
-    def _write(self, decoder: torch.nn.Module, progress: BeforeBatch) -> list[Example]:
-        engines = Engines.of(decoder, self.text, self.context)
+    def _write(self, decoder: Decoder, progress: BeforeBatch) -> list[Example]:
+        engines = Engines(decoder, self.text, self.context)
         none = [()] * len(self.rows)  # the loss of the truths is measured already
         task = self.config.task_of(())
         return write_rows(self.rows, none, task, self.text, engines=engines, progress=progress).examples
@@ -125,19 +116,3 @@ def _labelled_inputs(rows: EncodedRows) -> list[list[int]]:
     arrays = rows.arrays("validation")
     bounds = arrays.row_starts_R1.tolist()
     return [arrays.tokens_N[first:last].tolist() for first, last in itertools.pairwise(bounds)]
-
-
-def _labelled(row: Row, inputs: Sequence[int], log_probability_N: np.ndarray, labels: Sequence[str]) -> Example:
-    probability_N = np.exp(log_probability_N)
-    return Example(
-        id=row.id,
-        source=row.source,
-        input=row.prompt,
-        truths=row.truths,
-        output=labels[int(log_probability_N.argmax())],
-        probabilities=dict(zip(labels, (probability_N / probability_N.sum()).tolist(), strict=True)),
-        loss=float(-log_probability_N[labels.index(row.truths[0])]),
-        input_tokens=len(inputs),
-        target_tokens=1,
-        target_bytes=0,
-    )

@@ -114,4 +114,4 @@ def load_engines(subject: Subject, context: ParallelContext, *, dtype: str, batc
     """Read the weights onto this rank's device; of them, this tensor rank's part."""
     device = context.device
     decoder = load_decoder(subject.reader, resolve_dtype(dtype, device), device=device, tensor=context.tensor)
-    return Engines.of(decoder, subject, context, batch_tokens=batch_tokens)
+    return Engines(decoder, subject, context, batch_tokens=batch_tokens)

@@ -23,6 +23,7 @@ from train.companions import ranks
 from train.config.evaluation import EvaluationConfig
 from train.evaluate.checks import score_settings
 from train.evaluate.engines import Engines
+from train.evaluate.labels import inputs_of, read_labelled, tell_labels
 from train.evaluate.language import cut_texts, measure_texts, reach_of
 from train.evaluate.publication import facts_of_the_machine, folder_for, publish, send_to_wandb, table
 from train.evaluate.rows import encode_rows, label_rows, write_rows
@@ -62,8 +63,11 @@ def run(config: EvaluationConfig) -> int:
     Raises UserError, and keeps nothing, for a model, data or a setting that do not fit.
     """
     started = time.perf_counter()
-    device, settings = resolve_device(config.device), score_settings(config.task)
+    device = resolve_device(config.device)
     subject = open_subject(config.checkpoint, config.hf, verify=False, hashed=False)
+    if subject.model.labels and config.task.kind == "classification":
+        config = replace(config, task=replace(config.task, labels=subject.model.labels, label_texts=()))
+    settings = score_settings(config.task)
     check_divisible(subject.model, config.tensor)
     out = folder_for(config, subject.folder, f"{subject.label}-{config.task.name}")
     with _ranks(config, device.type) as context:  # before the data is read, so that all of them read it at the same time
@@ -164,6 +168,8 @@ def _with_text(sources: Sequence[TaskSource], task: TaskConfig) -> list[TaskSour
 
 def _rows(config: EvaluationConfig, subject: Subject) -> Work:
     task = config.task
+    if subject.model.labels and task.kind == "classification":
+        return _by_head(config, subject)
     rows = read_rows(task, limit=config.limit)
     found = [(source.label, source.path, hash_of(source)) for source in task.data]
     pairs = encode_rows(rows, task, subject)
@@ -180,6 +186,27 @@ def _rows(config: EvaluationConfig, subject: Subject) -> Work:
             examples=outcome.examples,
             data=_data(found, outcome.examples, limit=config.limit),
             counts={"examples": len(rows), "cut_off": outcome.cut_off},
+        )
+
+    return work
+
+
+def _by_head(config: EvaluationConfig, subject: Subject) -> Work:
+    """The rows of a classification, for a model with a head that tells its labels apart."""
+    task = config.task
+    rows = read_labelled(task, subject.model.labels, limit=config.limit)
+    found = [(source.label, source.path, hash_of(source)) for source in task.data]
+    inputs = inputs_of(rows, subject)
+    _tell(f"{task.name}: {len(rows):,} rows of {', '.join(name for name, _, _ in found)}, by the model's own head")
+
+    def work(engines: Engines, context: ParallelContext) -> Findings:
+        with _bar(context, len(rows), "labelling", "row") as progress:
+            examples = tell_labels(rows, inputs, engines, progress=progress)
+        return Findings(
+            examples=examples,
+            data=_data(found, examples, limit=config.limit),
+            counts={"examples": len(rows)},
+            settings={"labels": list(subject.model.labels)},
         )
 
     return work

@@ -74,7 +74,7 @@ class TestReach:
         class Foreign:
             model = replace(LLAMA, max_positions=100)
 
-        assert reach_of(TaskConfig(), replace(subject, reader=Foreign())) == Reach(context=100, stride=50)  # type: ignore[arg-type]
+        assert reach_of(TaskConfig(), replace(subject, model=Foreign.model, reader=Foreign())) == Reach(context=100, stride=50)  # type: ignore[arg-type]
 
     def test_what_does_not_fit(self, subject: Subject) -> None:
         with pytest.raises(UserError, match=r"task.context=161: the model reads at most 160 tokens; give no more"):

@@ -85,7 +85,7 @@ class TestEncoding:
         assert encode_one(opened, "b", "a").context == (7, *subject.tokenizer.encode("b"))
 
     def test_a_tokenizer_that_names_neither_beginning_nor_end(self, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("train.evaluate.subject.special_id", lambda tokenizer, role: None)
+        monkeypatch.setattr("train.inference.text_model.special_id", lambda tokenizer, role: None)
         with pytest.raises(UserError, match="names neither a beginning nor an end of texts, so nothing can stand first"):
             encode_one(subject, "", "a")
 
@@ -186,8 +186,8 @@ class TestOutputs:
     def test_the_prefix_is_of_the_truth_alone(self, tmp_path: Path) -> None:
         subject = subject_in(tmp_path, GPT2)
         engines = engines_of(subject)
-        bare = self.written(subject, engines, [row("main", "b")], outputs(target_prefix="")).examples[0]
-        spaced = self.written(subject, engines, [row("main", "b")], outputs(target_prefix="\\n")).examples[0]
+        bare = self.written(subject, engines, [replace(row("main", "b"), prefix="")], outputs()).examples[0]
+        spaced = self.written(subject, engines, [replace(row("main", "b"), prefix="\n")], outputs()).examples[0]
         assert bare.output == spaced.output and (bare.target_bytes, spaced.target_bytes) == (1, 2)
 
 

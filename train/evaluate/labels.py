@@ -1,0 +1,66 @@
+"""Labelled rows under a model that tells labels apart: what it reads of each, and the label that it finds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from data_pipeline.records import BadRow
+from data_pipeline.task_config import TaskConfig
+from data_pipeline.tasks import Row, labelled_rows
+from train.evaluate.engines import Engines
+from train.inference.text_model import TextModel
+from train.scores.record import Example
+
+
+def read_labelled(task: TaskConfig, labels: Sequence[str], *, limit: int | None) -> list[Row]:
+    """The rows of all sources, of each at most `limit`; prompt and columns may be left to be found.
+
+    Raises UserError for a row that cannot be read, or has a label that is not among `labels`.
+    """
+    task = replace(task, labels=tuple(labels), label_texts=())
+    rows: list[Row] = []
+    for source in task.data:
+        for row in itertools.islice(labelled_rows(task, source), limit):
+            if isinstance(row, BadRow):
+                raise row
+            rows.append(row)
+    return rows
+
+
+def inputs_of(rows: Sequence[Row], text: TextModel) -> list[list[int]]:
+    """What the model reads of each row; of one that is too long the end."""
+    room = text.model.max_positions - len(text.opening)
+    found = text.tokenizer.encode_all([row.prompt for row in rows])
+    return [[*text.opening, *ids[-room:]] for ids in found]
+
+
+def tell_labels(
+    rows: Sequence[Row], inputs: Sequence[Sequence[int]], engines: Engines, *, progress: Callable[[int], None]
+) -> list[Example]:
+    """The label of each row, with the probabilities of all; all ranks together."""
+    found = engines.classifier.classify(inputs, progress=progress)
+    labels = engines.text.model.labels
+    return [
+        _example(row, ids, np.array(scores, dtype=np.float64), labels)
+        for row, ids, scores in zip(rows, inputs, found, strict=True)
+    ]
+
+
+def _example(row: Row, ids: Sequence[int], log_probability_N: np.ndarray, labels: Sequence[str]) -> Example:
+    probability_N = np.exp(log_probability_N)
+    return Example(
+        id=row.id,
+        source=row.source,
+        input=row.prompt,
+        truths=row.truths,
+        output=labels[int(log_probability_N.argmax())],
+        probabilities=dict(zip(labels, (probability_N / probability_N.sum()).tolist(), strict=True)),
+        loss=float(-log_probability_N[labels.index(row.truths[0])]),
+        input_tokens=len(ids),
+        target_tokens=1,
+        target_bytes=0,
+    )
