@@ -45,8 +45,9 @@ class Fault(StrEnum):
 class BadRow(UserError):
     """One row that cannot be used."""
 
-    def __init__(self, fault: Fault, text: str) -> None:
-        self.fault = fault
+    def __init__(self, fault: Fault, text: str, *, line: str = "") -> None:
+        """line: of the file, with what is no text in it as surrogates; its quotes may matter to the rows around it."""
+        self.fault, self.line = fault, line
         super().__init__(text)
 
 
@@ -131,7 +132,7 @@ class RecordReader:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     where = f"{path}:{number}: is not UTF-8 ({error.reason} at byte {error.start} of the line)"
-                    yield number, BadRow(Fault.ENCODING, where)
+                    yield number, BadRow(Fault.ENCODING, where, line=line.decode(errors="surrogateescape").rstrip("\r\n"))
                     continue
                 if "\0" in text:
                     where = f"{path}:{number}: holds NUL bytes, so it is no text file; task.format tells another format"
@@ -153,7 +154,7 @@ class RecordReader:
             for _, line in self._text_lines(path):
                 if isinstance(line, BadRow):
                     bad.append(line)
-                yield "\n" if isinstance(line, BadRow) else f"{line}\n"
+                yield f"{line.line if isinstance(line, BadRow) else line}\n"
 
         reader = csv.reader(lines(), strict=True)
         while True:

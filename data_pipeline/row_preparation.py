@@ -74,9 +74,12 @@ def prepare_rows(
     )
     read = _Read(task)
     splits = _splits(task, data, read, seed=seed)
+    if task.kind == "classification":
+        _stop_at_bad_rows(data, read.tally)  # the labels are those of the good rows, so the bad ones come first
     labels = _labels(task, splits["train"]) if task.kind == "classification" else ()
     parts = {split: _encode(encoder, rows, labels, read.tally) for split, rows in splits.items()}
-    _check_rows(task, data, read.tally, parts)
+    _stop_at_bad_rows(data, read.tally)
+    _check_left(task, read.tally, parts)
     contents = {split: _packed(part, data) for split, part in parts.items()}
     described = EncodedRows(
         folder=folder,
@@ -230,15 +233,19 @@ def _encode(encoder: RowEncoder, rows: Sequence[Row], labels: Sequence[str], tal
     return part
 
 
-def _check_rows(task: TaskConfig, data: RowsConfig, tally: Tally, parts: dict[Split, _Part]) -> None:
+def _stop_at_bad_rows(data: RowsConfig, tally: Tally) -> None:
     """Rows that are too long are always left out; for others the user decides."""
     bad = tally.dropped(but=[Fault.NO_TARGET])
     first = tally.first(but=[Fault.NO_TARGET])
-    if first is not None and data.bad_rows == "stop":
-        more = sum(drop.count for drop in bad) - 1
-        kinds = ", ".join(f"{drop.count:,} {drop.reason}" for drop in bad)
-        also = f", and {more:,} more rows are bad (in all {kinds})" if more else f" ({first.reason})"
-        raise UserError(f"{first.first}{also}; mend them, or leave them out and have them counted: data.bad_rows=drop")
+    if first is None or data.bad_rows == "drop":
+        return
+    more = sum(drop.count for drop in bad) - 1
+    kinds = ", ".join(f"{drop.count:,} {drop.reason}" for drop in bad)
+    also = f", and {more:,} more rows are bad (in all {kinds})" if more else f" ({first.reason})"
+    raise UserError(f"{first.first}{also}; mend them, or leave them out and have them counted: data.bad_rows=drop")
+
+
+def _check_left(task: TaskConfig, tally: Tally, parts: dict[Split, _Part]) -> None:
     needed: list[Split] = ["train", "validation"] if task.validation else ["train"]
     for split in needed:
         if not parts[split].rows:
