@@ -117,9 +117,9 @@ def chat_template(tokenizer: Tokenizer, wanted: str | None) -> ChatTemplate:
 
     Raises UserError for one that is not there, is no template, or whose tokens the tokenizer does not have.
     """
-    special = _special_tokens(tokenizer)
+    special = special_tokens(tokenizer)
     has_chatml = set(CHATML_TOKENS) <= set(tokenizer.special_texts)
-    own = None if wanted is not None else _own_template(tokenizer)
+    own = None if wanted is not None else own_template(tokenizer)
     if own is not None:
         return _checked(ChatTemplate(text=own, name=f"the chat template of {tokenizer.folder}", special=special))
     name = wanted or ("chatml" if has_chatml else "plain")
@@ -160,8 +160,9 @@ def _checked(template: ChatTemplate) -> ChatTemplate:
     return template
 
 
-def _own_template(tokenizer: Tokenizer) -> str | None:
-    """As transformers finds it: chat_template.jinja, then chat_template.json, then tokenizer_config.json."""
+def own_template(tokenizer: Tokenizer) -> str | None:
+    """The template in a tokenizer's folder, found as transformers finds it: chat_template.jinja, then chat_template.json, then
+    tokenizer_config.json; None: it has none."""
     file = tokenizer.folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -175,7 +176,8 @@ def _own_template(tokenizer: Tokenizer) -> str | None:
     return None
 
 
-def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """The texts of the tokens to which a tokenizer's folder gives a role, by role."""
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = tokenizer.folder / name

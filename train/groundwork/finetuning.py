@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from conf.errors import UserError
+from data_pipeline.chat_files import copy_for_answers
 from data_pipeline.encoded_rows import EncodedRows, read_encoded
 from data_pipeline.row_preparation import prepare_rows
 from data_pipeline.shown_example import shown_example
@@ -27,6 +28,7 @@ from train.initial import check_initial_model, initial_folder
 
 ROWS_FOLDER = "rows"
 BASE_FOLDER = "base"
+TOKENIZER_FOLDER = "tokenizer"
 
 
 def look_into(config: FinetuneConfig) -> Findings[FinetuneConfig]:
@@ -81,7 +83,7 @@ def _opens(config: FinetuneConfig, begins: Path) -> bool:
 
 def _encoded(config: FinetuneConfig, begins: Path, run_dir: Path) -> EncodedRows:
     """The rows; those that the run's folder does not have yet lie in a temporary one, which goes with the process."""
-    tokenizer = Tokenizer(begins / "tokenizer")
+    tokenizer = Tokenizer(begins / TOKENIZER_FOLDER)
     folder = run_dir / ROWS_FOLDER
     if not folder.exists():
         folder = _temporary() / "-".join(run_dir.resolve().parts[1:])
@@ -124,11 +126,15 @@ def _example_lines(rows: EncodedRows) -> list[str]:
 
 
 def _make_ready(config: FinetuneConfig, rows: EncodedRows, begins: Path, run_dir: Path) -> None:
-    """Put the rows, and the checkpoint that frozen weights come from, into the run's folder."""
+    """Put the rows, the tokenizer with what the model learns to end its answers with, and the checkpoint that frozen weights
+    come from into the run's folder."""
     place = run_dir / ROWS_FOLDER
     if rows.folder != place:
         read_encoded(rows.folder)
         _put(rows.folder, place)
+    if not (run_dir / TOKENIZER_FOLDER).exists():
+        source = begins / TOKENIZER_FOLDER
+        copy_for_answers(source, run_dir / TOKENIZER_FOLDER, template=rows.template, endings=rows.endings)
     if needs_base(config) and not (run_dir / BASE_FOLDER).exists() and read_manifest(begins).base is None:
         _put(begins, run_dir / BASE_FOLDER, link=True)
 

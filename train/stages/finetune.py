@@ -10,7 +10,7 @@ from train.checkpoint.store import CheckpointStore
 from train.config.finetune import FinetuneConfig
 from train.engine import Engine
 from train.evaluate.examiner import TaskExaminer
-from train.groundwork.finetuning import ROWS_FOLDER, base_of
+from train.groundwork.finetuning import ROWS_FOLDER, TOKENIZER_FOLDER, base_of
 from train.held_out import Evaluator
 from train.initial import check_initial_model, head_changes, initial_folder
 from train.metrics import Metrics, NullMetrics
@@ -45,7 +45,7 @@ def material(config: FinetuneConfig, context: ParallelContext, attempt: Attempt,
         loader=RowLoader(rows, split="train", pin=context.device.type == "cuda", **common),
         examiner=examiner,
         begin=begin,
-        tokenizer_folder=rows.tokenizer_folder,
+        tokenizer_folder=attempt.run_dir / TOKENIZER_FOLDER,
         fingerprint=rows.fingerprint,
         base=base_of(config, attempt.run_dir),
     )
