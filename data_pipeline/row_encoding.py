@@ -96,11 +96,14 @@ class RowEncoder:
         return replace(row, messages=({"role": "system", "content": self.system}, *row.messages))
 
     def asked(self, row: Row) -> str:
-        """A dialogue's text up to where the assistant's last turn begins. Raises BadRow when the template does not take it."""
+        """A dialogue's text up to where the assistant's last turn begins. Raises BadRow when the template fails."""
         assert self.template is not None, "dialogues have a template"
         messages = self.with_system(row).messages
         last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
-        return self.template.render(messages[:last], tools=row.tools, generation_prompt=True)
+        try:
+            return self.template.render(messages[:last], tools=row.tools, generation_prompt=True)
+        except BadRow as bad:
+            raise BadRow(bad.fault, f"{row.id}: {bad}") from None
 
     @functools.cached_property
     def _specials(self) -> re.Pattern[str] | None:
@@ -204,7 +207,6 @@ class RowEncoder:
             from_left = min(over, max(0, tokens.answer - least))
             del ids[tokens.head : tokens.head + from_left], flags[tokens.head : tokens.head + from_left]
             del ids[self.sequence_length + 1 :], flags[self.sequence_length + 1 :]
-        flags[0] = False
         inputs_N = np.array(ids[:-1], dtype=np.int32)
         labels_N = np.where(np.array(flags[1:], dtype=bool), np.array(ids[1:], dtype=np.int32), np.int32(IGNORE))
         if not (labels_N != IGNORE).any():

@@ -77,7 +77,10 @@ def prepare_rows(
     if task.kind == "classification":
         _stop_at_bad_rows(data, read.tally)  # the labels are those of the good rows, so the bad ones come first
     labels = _labels(task, splits["train"]) if task.kind == "classification" else ()
-    parts = {split: _encode(encoder, rows, labels, read.tally) for split, rows in splits.items()}
+    parts: dict[Split, _Part] = {
+        "train": _encode(encoder, splits["train"], labels, tally=read.tally),
+        "validation": _encode(encoder, splits["validation"], labels, tally=read.tally, with_prompts=task.kind == "dialogue"),
+    }
     _stop_at_bad_rows(data, read.tally)
     _check_left(task, read.tally, parts)
     contents = {split: _packed(part, data) for split, part in parts.items()}
@@ -102,8 +105,7 @@ def prepare_rows(
     )
     _check_most(parts, vocab_size, tokenizer, is_language=task.kind != "classification")
     bytes_V = np.zeros(tokenizer.vocab_size, dtype=np.int32) if task.kind == "classification" else tokenizer.token_bytes()
-    asked = dataclasses.replace(contents["validation"], rows=[_as_asked(encoder, row) for row in parts["validation"].rows])
-    write_encoded(described, {**contents, "validation": asked}, bytes_V)
+    write_encoded(described, contents, bytes_V)
     return read_encoded(folder, verify=False)
 
 
@@ -218,17 +220,22 @@ class _Part:
     encoded: list[EncodedRow]
 
 
-def _encode(encoder: RowEncoder, rows: Sequence[Row], labels: Sequence[str], tally: Tally) -> _Part:
+def _encode(
+    encoder: RowEncoder, rows: Sequence[Row], labels: Sequence[str], *, tally: Tally, with_prompts: bool = False
+) -> _Part:
+    """with_prompts: give each dialogue the text that a model is to go on from, for its outputs to be scored."""
     part = _Part([], [])
     with _bar("encoding", len(rows)) as bar:
         for first in range(0, len(rows), CHUNK_ROWS):
             chunk = rows[first : first + CHUNK_ROWS]
             for row, made in zip(chunk, encoder.encode(chunk, labels), strict=True):
-                if isinstance(made, BadRow):
-                    tally.add(made)
-                else:
-                    part.rows.append(row)
+                try:
+                    if isinstance(made, BadRow):
+                        raise made
+                    part.rows.append(dataclasses.replace(row, prompt=encoder.asked(row)) if with_prompts else row)
                     part.encoded.append(made)
+                except BadRow as bad:
+                    tally.add(bad)
             bar.update(len(chunk))
     return part
 
@@ -285,11 +292,6 @@ def _report(read: _Read, parts: dict[Split, _Part], contents: dict[Split, SplitC
         validation=of("validation"),
         shared=read.shared,
     )
-
-
-def _as_asked(encoder: RowEncoder, row: Row) -> Row:
-    """A held-out dialogue with the text that the model is to go on from."""
-    return row if encoder.kind != "dialogue" else dataclasses.replace(row, prompt=encoder.asked(row))
 
 
 def _check_most(parts: dict[Split, _Part], vocab_size: int, tokenizer: Tokenizer, *, is_language: bool) -> None:

@@ -196,6 +196,16 @@ class TestBadRows:
         with pytest.raises(UserError, match=r"a.jsonl:2: the chat template of .* does not take it: long"):
             prepared(task, tokenizer, tmp_path / "rows", targets="all")
 
+    def test_a_template_that_fails_where_the_answer_begins(self, tmp_path: Path) -> None:
+        template = "{% if messages|length < 2 %}{{ raise_exception('short') }}{% endif %}{{ messages[1]['content'] }}"
+        tokenizer = tokenizer_in(tmp_path / "t", template=template)
+        path = json_lines(tmp_path / "a.jsonl", {"messages": chat("a", "b")})
+        longer = json_lines(tmp_path / "b.jsonl", {"messages": chat("a", "b", "c", "d")}, {"messages": chat("a", "b")})
+        task = task_of("dialogue", path, validation=(longer,))
+        with pytest.raises(UserError, match=r"b.jsonl:2: the chat template of .* does not take it: short"):
+            prepared(task, tokenizer, tmp_path / "rows", targets="all")
+        assert prepared(task, tokenizer, tmp_path / "rows", targets="all", bad_rows="drop").num_rows("validation") == 1
+
 
 class TestSettings:
     @pytest.mark.parametrize(
