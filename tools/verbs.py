@@ -112,6 +112,21 @@ def baseline(overrides: Sequence[str], config_dir: str | None = None) -> int:
     return run(validate(BaselineConfig, compose("baseline", overrides, config_dir)))
 
 
+def stdlib_tasks(overrides: Sequence[str], config_dir: str | None = None) -> int:
+    """`longhaul stdlib-tasks`."""
+    from tools.stdlib_tasks import StdlibTasksConfig, run
+
+    return run(validate(StdlibTasksConfig, compose("stdlib_tasks", overrides, config_dir)))
+
+
+def task_baseline(overrides: Sequence[str], config_dir: str | None = None) -> int:
+    """`longhaul task-baseline`."""
+    from tools.task_baseline import TaskBaselineConfig, run
+    from train.config.evaluation import VERBATIM
+
+    return run(validate(TaskBaselineConfig, compose("task_baseline", overrides, config_dir, verbatim=VERBATIM)))
+
+
 def inspect(overrides: Sequence[str], config_dir: str | None = None) -> int:
     """`longhaul inspect`."""
     from tools.inspect_step import InspectConfig, run

@@ -102,6 +102,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "jinja2": ("data_pipeline.chat", "slurm"),
     "sacrebleu": ("train.scores",),
     "rouge_score": ("train.scores",),
+    "sklearn": ("tools.task_baseline",),
     "regex": ("train.scores",),
     "torch": (),
     "numpy": (),
