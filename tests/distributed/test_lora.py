@@ -12,6 +12,7 @@ from conf.errors import ConfigError
 from tests.dist import run_ranks
 from tests.distributed import uneven
 from train.config.adapter import LoraConfig
+from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
 from train.model.adapters import trained_shapes
 from train.model.blueprint import Blueprint
@@ -23,7 +24,7 @@ STEPS = 10
 LORA = LoraConfig(rank=3, alpha=12)
 DORA = replace(LORA, dora=True)
 FEW = LoraConfig(rank=2, rslora=True, targets=("blocks.1.attention.*", "blocks.0.mlp.down"))
-MODELS = {"llama": uneven.TINY, "gpt2": uneven.TINY_GPT2}
+MODELS = {"llama": uneven.TINY, "gpt2": uneven.TINY_GPT2, "untied": replace(uneven.TINY, tied_head=False)}
 Case = tuple[str, LoraConfig | None, tuple[str, ...]]
 CASES: dict[str, Case] = {
     "lora": ("llama", LORA, ()),
@@ -33,6 +34,7 @@ CASES: dict[str, Case] = {
     "few": ("llama", FEW, ()),
     "lora-less": ("llama", LORA, ("blocks.0.*",)),
     "frozen-start": ("llama", None, ("embedding.*", "blocks.0.*")),
+    "head-alone": ("untied", None, ("embedding.*", "blocks.*", "final_norm.*")),
     "frozen-end": ("gpt2", None, ("blocks.1.*", "*_norm.*", "embedding.positions.weight")),
 }
 # (ZeRO stage, tensor-parallel ranks, data-parallel ranks, rows split by sequence parallelism)
@@ -147,6 +149,26 @@ def test_bf16_stays_near_fp32(layout: Layout) -> None:
         assert all(tensor.dtype == torch.float32 for tensor in state.values())
         losses, expected_losses = (torch.tensor(pairs)[:, 0] for pairs in (curve, expected))
         torch.testing.assert_close(losses, expected_losses, rtol=0, atol=0.02)
+
+
+def curve_of(context: ParallelContext, zero: int, kernels: KernelsConfig, lora: LoraConfig) -> list[tuple[float, float]]:
+    engine = uneven.make_engine(context, zero=zero, precision="fp32", kernels=kernels, lora=lora)
+    results = [engine.train_step(uneven.batches_of_step(step, context), lr=uneven.lr_of(step), step=step) for step in range(5)]
+    return [(result.loss, result.grad_norm) for result in results]
+
+
+@pytest.mark.parametrize(
+    ("zero", "kernels", "name"),
+    [
+        pytest.param(1, KernelsConfig(logits_bytes=16 * 4 * 4), "lora", id="chunked"),
+        pytest.param(2, KernelsConfig(compile=True), "dora", id="compiled"),
+        pytest.param(3, KernelsConfig(compile=True, recompute="selective"), "dora", id="compiled-zero3-selective"),
+        pytest.param(3, KernelsConfig(recompute="full"), "dora", id="full-zero3"),
+    ],
+)
+def test_kernels_give_the_plain_result(zero: int, kernels: KernelsConfig, name: str) -> None:
+    curve = run_ranks(curve_of, 2, zero, kernels, CASES[name][1], timeout_seconds=300.0)[0]
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(reference(name)[0][:5]), rtol=0, atol=1e-5)
 
 
 def dropped(context: ParallelContext, tensor: int, rows: bool) -> list[list[float]]:

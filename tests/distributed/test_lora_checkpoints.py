@@ -251,6 +251,12 @@ def test_a_base_that_is_gone_or_another_is_told(written, tmp_path: Path, given: 
     assert len(published(run / "checkpoints")) == 1, "the run's own checkpoint is not to blame"
 
 
+def test_a_checkpoint_is_read_by_way_of_a_link(written, tmp_path: Path) -> None:
+    link = tmp_path / "best"
+    link.symlink_to(checkpoint_of(written[(1, 1, 2, False)]["lora"][0]))
+    CheckpointReader(link).verify()
+
+
 def test_a_base_elsewhere_is_named_by_its_whole_path(base: Path, tmp_path: Path) -> None:
     run_ranks(write_beside, 1, str(tmp_path / "run"), str(base))
     manifest = read_manifest(checkpoint_of(tmp_path / "run"))

@@ -147,5 +147,5 @@ class CheckpointReader(StoredCheckpoint):
 
 def home_of(folder: Path) -> Path:
     """The folder that the base of a checkpoint is looked for from: its run's; of one that lies elsewhere, its own."""
-    folder = folder.absolute()
+    folder = folder.resolve()  # a link may lead to it
     return folder.parent.parent if folder.parent.name == "checkpoints" else folder

@@ -72,13 +72,14 @@ class _Product(torch.autograd.Function):
         return product(input_TI, weight_OI, (torch.float8_e4m3fn, torch.float8_e4m3fn), scaling, fast=True)
 
     @staticmethod
-    def backward(ctx: Any, gradient_TO: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient_TO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         input_TI, weight_OI = ctx.saved_tensors
         of_gradients = torch.float8_e5m2 if ctx.scaling == "tensorwise" else torch.float8_e4m3fn
         dtypes = (of_gradients, torch.float8_e4m3fn)
+        of_input, of_weight = ctx.needs_input_grad[:2]  # a frozen weight needs none, nor does what only frozen ones made
         return (
-            product(gradient_TO, weight_OI.t(), dtypes, ctx.scaling, fast=False),
-            product(gradient_TO.t(), input_TI.t(), dtypes, ctx.scaling, fast=False),
+            product(gradient_TO, weight_OI.t(), dtypes, ctx.scaling, fast=False) if of_input else None,
+            product(gradient_TO.t(), input_TI.t(), dtypes, ctx.scaling, fast=False) if of_weight else None,
             None,
         )
 

@@ -175,18 +175,20 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, chunk: int, chunk_loss: Callable
     ) -> tuple[Tensor, Tensor]:
+        trains = weight_VH.requires_grad  # a frozen head is given no memory for a gradient
         grad_hidden_TH = torch.empty_like(hidden_TH)
-        grad_weight_VH = torch.zeros(weight_VH.shape, dtype=torch.float32, device=weight_VH.device)
+        grad_weight_VH = torch.zeros(weight_VH.shape if trains else 0, dtype=torch.float32, device=weight_VH.device)
         sums = torch.zeros(2, dtype=torch.float32, device=hidden_TH.device)
-        weight_VH = weight_VH.detach().requires_grad_()
+        weight_VH = weight_VH.detach().requires_grad_(trains)
         for first in range(0, hidden_TH.shape[0], chunk):
             rows = slice(first, first + chunk)
             hidden_CH = hidden_TH[rows].detach().requires_grad_()
             with torch.enable_grad():
                 objective, loss = chunk_loss(hidden_CH, weight_VH, labels_T[rows])
-                grad_hidden_CH, grad_VH = torch.autograd.grad(objective, (hidden_CH, weight_VH))
-            grad_hidden_TH[rows] = grad_hidden_CH
-            grad_weight_VH += grad_VH
+                found = torch.autograd.grad(objective, (hidden_CH, weight_VH) if trains else (hidden_CH,))
+            grad_hidden_TH[rows] = found[0]
+            if trains:
+                grad_weight_VH += found[1]
             sums += torch.stack((objective.detach(), loss.detach()))
         ctx.save_for_backward(grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype))
         objective, loss = sums.unbind()
@@ -196,4 +198,5 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_objective: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_TH, grad_weight_VH = ctx.saved_tensors
-        return grad_hidden_TH * grad_objective, grad_weight_VH * grad_objective, None, None, None
+        grad_weight_VH = grad_weight_VH * grad_objective if ctx.needs_input_grad[1] else None
+        return grad_hidden_TH * grad_objective, grad_weight_VH, None, None, None
