@@ -109,11 +109,11 @@ VERBS: dict[str, Verb] = {
         examples=("longhaul resume run=first",),
     ),
     "generate": Verb(
-        summary="continue a prompt with a trained model",
+        summary="continue a prompt with a trained model, or chat with one that has learned dialogues",
         function="tools.verbs:generate",
         root="generate",
         schema="train.config.generate:GenerateConfig",
-        examples=('longhaul generate checkpoint=runs/first prompt="def main("',),
+        examples=('longhaul generate checkpoint=runs/first prompt="def main("', "longhaul generate checkpoint=runs/chat"),
     ),
     "evaluate": Verb(
         summary="measure a model: likelihood of texts, labels, outputs, lm-eval tasks; with confidence intervals",

@@ -40,7 +40,7 @@ def generate(overrides: Sequence[str], config_dir: str | None = None) -> int:
     from train.checkpoint.manifest import resolve_checkpoint
     from train.config.generate import GenerateConfig
 
-    words = [literal(word) if word.startswith("prompt=") else word for word in overrides]
+    words = [literal(word) if word.startswith(("prompt=", "system=")) else word for word in overrides]
     config = validate(GenerateConfig, compose("generate", words, config_dir))
     resolve_checkpoint(config.checkpoint)  # a wrong folder is told before seconds go into importing torch
     from train.stages.generate import run

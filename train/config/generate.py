@@ -13,11 +13,16 @@ class GenerateConfig:
     checkpoint: str
     """Folder of a checkpoint, or of a run, whose newest checkpoint is taken."""
     prompt: str | None = None
-    """Text to continue; give this or prompt_file."""
+    """Text to continue, or the one question of a chat; without it and prompt_file a chat begins."""
     prompt_file: str | None = None
-    """UTF-8 file with the text to continue; give this or prompt."""
+    """UTF-8 file with that text."""
+    chat: bool | None = None
+    """Turns in the form that the model has learned, with all that was said before; null: where there is no prompt, at a
+    terminal. true: standard input may also be a pipe, each line of it a turn; with a prompt, one question and its answer."""
+    system: str | None = None
+    """What the system says first in a chat; null: what it said in the model's training; '': nothing."""
     max_new_tokens: int = 256
-    """Most tokens of one continuation."""
+    """Most tokens of one continuation, or of an answer."""
     temperature: float = 0.8
     """Divides the logits before the softmax; 0 takes the likeliest token at every step."""
     top_k: int | None = None
@@ -45,8 +50,14 @@ class GenerateConfig:
         problems = []
         if not self.checkpoint:
             problems.append("checkpoint='': needs the folder of a checkpoint or of a run")
-        if (self.prompt is None) == (self.prompt_file is None):
-            problems.append("prompt: give exactly one of prompt and prompt_file")
+        if self.prompt is not None and self.prompt_file is not None:
+            problems.append("prompt: give one of prompt and prompt_file, not both")
+        if self.chat is False and not self._has_prompt:
+            problems.append("chat=false: needs a text to continue; give prompt or prompt_file")
+        if self.system is not None and not self.chats:
+            problems.append("system: is of a chat; give chat=true with it")
+        if self.chats and self.num_samples > 1:
+            problems.append(f"num_samples={self.num_samples}: a chat has one answer to a question; take 1, or give a prompt")
         if self.prompt == "":
             problems.append("prompt='': needs at least one character to continue")
         if self.max_new_tokens < 1:
@@ -69,3 +80,12 @@ class GenerateConfig:
             problems.append(f"num_samples={self.num_samples}: must be at least 1")
         if problems:
             raise ConfigError(problems)
+
+    @property
+    def chats(self) -> bool:
+        """Whether turns are exchanged, rather than a text continued."""
+        return self.chat if self.chat is not None else not self._has_prompt
+
+    @property
+    def _has_prompt(self) -> bool:
+        return self.prompt is not None or self.prompt_file is not None

@@ -1,69 +1,127 @@
-"""Generation: a checkpoint, a prompt, text on the console."""
+"""Generation: a checkpoint, and a prompt that it continues or a chat with it; text on the console."""
 
 from __future__ import annotations
 
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from conf.errors import UserError
-from data_pipeline.tokenizer import Tokenizer
-from train.checkpoint.manifest import resolve_checkpoint
-from train.checkpoint.reader import CheckpointReader
+from data_pipeline.chat_files import end_ids
 from train.companions import ranks
 from train.config.generate import GenerateConfig
-from train.config.imported import ImportedConfig
+from train.evaluate.subject import Subject, open_subject
 from train.inference.cached import CachedDecoder
+from train.inference.chat import Answering, ChatFormat, Dialogue, Reader, chat_format
+from train.inference.chat_loop import ChatLoop, Lines
 from train.inference.generation import Continuation, Request, generate_ids
 from train.inference.load import check_divisible, load_decoder, resolve_device, resolve_dtype
 from train.inference.sampling import Sampling
-from train.inference.special import special_id
 from train.inference.text import Console
-from train.parallel import single_process
+from train.parallel import ParallelContext, single_process
 
 
 def run(config: GenerateConfig) -> int:
-    """Continue the prompt on stdout; a summary goes to stderr. Returns the exit code.
+    """Continue the prompt, or answer its questions, on stdout; a summary goes to stderr. Returns the exit code.
 
-    Raises UserError for a prompt or a checkpoint that cannot be read or trusted.
+    Raises UserError for a prompt or a checkpoint that cannot be read or trusted, and for a model that cannot chat.
     """
     prompt = read_prompt(config)
-    device = resolve_device(config.device)
-    reader = CheckpointReader(resolve_checkpoint(config.checkpoint))
-    if config.verify:
-        reader.verify()
-    tokenizer = Tokenizer(reader.tokenizer_folder)
-    # Our runs read documents without an opening; models from elsewhere have learned to expect theirs.
-    opening = tokenizer.opening() if isinstance(reader.settings, ImportedConfig) else []
+    subject = open_subject(config.checkpoint, None, verify=config.verify)
+    check_divisible(subject.model, config.tensor)
+    if config.chats:
+        chat(config, subject, chat_format(subject, subject.reader.settings), prompt)
+    else:
+        assert prompt is not None, "the settings ask for one"
+        continue_prompt(config, subject, prompt)
+    return 0
+
+
+def continue_prompt(config: GenerateConfig, subject: Subject, prompt: str) -> None:
+    """The continuations of a text."""
+    tokenizer = subject.tokenizer
     request = Request(
-        prompt=(*opening, *tokenizer.encode(prompt)),
+        prompt=(*subject.opening, *tokenizer.encode(prompt)),
         max_new_tokens=config.max_new_tokens,
-        sampling=Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p),
+        sampling=sampling_of(config),
         num_samples=config.num_samples,
         seed=config.seed,
-        num_known_ids=min(tokenizer.vocab_size, reader.model.vocab_size),
+        num_known_ids=subject.known_ids,
     )
-    check_divisible(reader.model, config.tensor)
-    end = special_id(tokenizer, "eos_token")
-    ends = () if end is None else (end,)
+    ends = end_ids(tokenizer)
     continuations = [Continuation(tokenizer.stream(), stop=config.stop, ends=ends) for _ in range(request.num_samples)]
     console = Console(sys.stdout, request.num_samples, live=config.stream)
-    alone = nullcontext(single_process(device.type))
-    shared = ranks(config.tensor, device.type, tensor_parallel=config.tensor)
-    with alone if config.tensor == 1 else shared as context:
-        dtype = resolve_dtype(config.dtype, device)
-        decoder = load_decoder(reader, dtype, device=context.device, tensor=context.tensor)
+    with ranks_of(config) as context:
+        decoder = decoder_of(config, subject, context)
         started = time.perf_counter()
-        show(CachedDecoder(decoder, reader.model), request, continuations, console)
+        show(decoder, request, continuations, console)
         seconds = time.perf_counter() - started
     num_tokens = sum(continuation.num_tokens for continuation in continuations)
-    print(
-        f"{reader.path.name}, {len(request.prompt)} prompt tokens: {num_tokens} tokens in {seconds:.1f} s "
-        f"({num_tokens / seconds:.1f} tokens/s) on {device.type}",
-        file=sys.stderr,
+    speed = speed_words(num_tokens, seconds, context)
+    print(f"{subject.reader.path.name}, {len(request.prompt)} prompt tokens: {speed}", file=sys.stderr)
+
+
+def chat(config: GenerateConfig, subject: Subject, form: ChatFormat, prompt: str | None) -> None:
+    """Answers to the prompt, or to the lines of standard input."""
+    system = form.system if config.system is None else config.system or None
+    answering = Answering(
+        sampling=sampling_of(config), max_new_tokens=config.max_new_tokens, seed=config.seed, stop=config.stop
     )
-    return 0
+    with ranks_of(config) as context:
+        interactive = prompt is None and bool(context.from_first(sys.stdin.isatty()))
+        if prompt is None and not interactive and not config.chat:
+            raise UserError(
+                "prompt: give prompt or prompt_file; standard input is no terminal, chat=true takes its lines as turns"
+            )
+
+        def tell(words: str) -> None:
+            if context.is_first:
+                print(words, file=sys.stderr, flush=True)
+
+        dialogue = Dialogue(Reader(decoder_of(config, subject, context)), form, answering, system=None, tell=tell)
+        dialogue.set_system(system)
+        loop = ChatLoop(dialogue, context, output=sys.stdout, interactive=interactive, live=config.stream)
+        if prompt is not None:
+            loop.ask(prompt)
+        else:
+            if interactive:
+                said = "" if system is None else f" The system says: {system}"
+                tell(f"{subject.reader.path.name}, written out by {form.template.name}.{said} /help tells the commands.")
+            loop.run(Lines(sys.stdin, prompts=interactive))
+        tally = dialogue.tally
+        told = "1 answer" if tally.answers == 1 else f"{tally.answers} answers"
+        tell(f"{subject.reader.path.name}, {told}: {speed_words(tally.tokens, tally.seconds, context)}")
+
+
+def sampling_of(config: GenerateConfig) -> Sampling:
+    """How tokens are chosen."""
+    return Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+
+
+@contextmanager
+def ranks_of(config: GenerateConfig) -> Iterator[ParallelContext]:
+    """This process alone, or the ranks that share the model."""
+    device = resolve_device(config.device)
+    if config.tensor == 1:
+        yield single_process(device.type)
+        return
+    with ranks(config.tensor, device.type, tensor_parallel=config.tensor) as context:
+        yield context
+
+
+def decoder_of(config: GenerateConfig, subject: Subject, context: ParallelContext) -> CachedDecoder:
+    """The model with its weights; of them, this rank's part."""
+    device = context.device
+    decoder = load_decoder(subject.reader, resolve_dtype(config.dtype, device), device=device, tensor=context.tensor)
+    return CachedDecoder(decoder, subject.model)
+
+
+def speed_words(num_tokens: int, seconds: float, context: ParallelContext) -> str:
+    """How much was written, how fast, and on what."""
+    rate = num_tokens / seconds if seconds else 0.0
+    return f"{num_tokens} tokens in {seconds:.1f} s ({rate:.1f} tokens/s) on {context.device.type}"
 
 
 def show(decoder: CachedDecoder, request: Request, continuations: list[Continuation], console: Console) -> None:
@@ -83,9 +141,12 @@ def show(decoder: CachedDecoder, request: Request, continuations: list[Continuat
             console.finish(sample)
 
 
-def read_prompt(config: GenerateConfig) -> str:
-    """The text to continue. Raises UserError for a file that cannot be read or holds nothing."""
-    if config.prompt is not None:
+def read_prompt(config: GenerateConfig) -> str | None:
+    """The text to continue; None: a chat takes its turns from standard input.
+
+    Raises UserError for a file that cannot be read or holds nothing.
+    """
+    if config.prompt_file is None:
         return config.prompt
     path = Path(config.prompt_file)
     try:

@@ -16,6 +16,7 @@ from conf.compose import CONF_FOLDER, compose, validate
 from conf.errors import ConfigError
 from data_pipeline.config import PrepareConfig
 from slurm.config import SubmitConfig
+from tests.unit.config.generate_cases import GENERATE_CASES
 from tests.unit.config.words import ENOUGH, FINETUNE
 from train.config.evaluation import EvaluationConfig
 from train.config.export import ExportConfig
@@ -296,17 +297,7 @@ CASES: list[tuple[str, list[str], str]] = [
     ("prepare", ["min_document_bytes=0"], "min_document_bytes=0: must be at least 1"),
     ("prepare", ["workers=0"], "workers=0: must be at least 1; null means all cores"),
     ("prepare", ["output=' '"], "output='': needs a folder; set it to null for data/<corpus.name>"),
-    ("generate", ["checkpoint=''"], "checkpoint='': needs the folder of a checkpoint or of a run"),
-    ("generate", ["prompt_file=a"], "prompt: give exactly one of prompt and prompt_file"),
-    ("generate", ["prompt=''"], "prompt='': needs at least one character to continue"),
-    ("generate", ["max_new_tokens=0"], "max_new_tokens=0: must be at least 1"),
-    ("generate", ["temperature=-1"], "temperature=-1.0: must not be negative; 0 takes the likeliest token"),
-    ("generate", ["top_k=0"], "top_k=0: must be at least 1; null means all tokens"),
-    ("generate", ["top_p=0"], "top_p=0.0: must be above 0 and at most 1; null means all tokens"),
-    ("generate", ["temperature=0", "num_samples=2"], "num_samples=2: with temperature=0 all samples are the same"),
-    ("generate", ["stop=['']"], "stop: holds an empty text, which ends every continuation at once; remove it"),
-    ("generate", ["tensor=0"], "tensor=0: must be at least 1"),
-    ("generate", ["num_samples=0"], "num_samples=0: must be at least 1"),
+    *GENERATE_CASES,
     ("export", ["checkpoint=''"], "checkpoint='': needs the folder of a checkpoint or of a run"),
     ("export", ["out=.."], "out='..': needs the name of a folder to make, such as out=exported/first"),
     ("export", ["shard_bytes=1"], "shard_bytes=1: must be at least 1024; 5000000000 is usual"),
