@@ -62,6 +62,9 @@ class StdlibTasksConfig:
     the files, by the hash of their names."""
     labels: int = 10
     """Packages to tell apart: those with the most docstrings."""
+    most_held_out: int | None = 400
+    """Rows of each task that are kept for validation, and for the test: a sample of them, as a model writes some ten a
+    second on a CPU; null: all."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -73,6 +76,8 @@ class StdlibTasksConfig:
             problems.append("held_out_of='': needs the folder of a prepared corpus; null chooses the test files by their names")
         if self.labels < 2:
             problems.append(f"labels={self.labels}: must be at least 2")
+        if self.most_held_out is not None and self.most_held_out < 1:
+            problems.append(f"most_held_out={self.most_held_out}: must be at least 1; null keeps all")
         if problems:
             raise ConfigError(problems)
 
@@ -93,12 +98,17 @@ def run(config: StdlibTasksConfig) -> int:
     files, unread = read_sources(root)
     split_of = _splits(files, config.held_out_of)
     labels, classification = docstring_rows(files, split_of, num_labels=config.labels)
-    tasks = {"classification": classification, "summarisation": summary_rows(files, split_of)}
+    tasks = {
+        "classification": mixed(classification, most_held_out=config.most_held_out),
+        "summarisation": mixed(summary_rows(files, split_of), most_held_out=config.most_held_out),
+    }
     for task, rows in tasks.items():
         if empty := [split for split in SPLITS if not rows[split]]:
             raise UserError(f"{root}: leaves no rows of {task} for {', '.join(empty)}; it needs more files")
     counts = {task: {split: len(rows[split]) for split in SPLITS} for task, rows in tasks.items()}
-    by_label = {split: dict(sorted(Counter(row["label"] for row in classification[split]).items())) for split in SPLITS}
+    by_label = {
+        split: dict(sorted(Counter(row["label"] for row in tasks["classification"][split]).items())) for split in SPLITS
+    }
     _write(out, tasks, {"made_of": made_of, "labels": labels, "rows": counts, "rows_by_label": by_label})
     print("\n".join(_lines(config, len(files), unread, counts, by_label)))
     return 0
@@ -307,6 +317,13 @@ def first_sentence(docstring: str) -> str | None:
 
 
 # --- what is left behind
+
+
+def mixed(rows: Rows, *, most_held_out: int | None) -> Rows:
+    """The rows in an order of chance that is always the same, so that the first are as good a sample as any; of those that are
+    held out so many."""
+    order = {split: sorted(of, key=lambda row: _draw("\0".join(row.values()), "order")) for split, of in rows.items()}
+    return {split: of if split == "train" else of[:most_held_out] for split, of in order.items()}
 
 
 def _write(out: Path, tasks: Mapping[str, Rows], manifest: dict[str, Any]) -> None:

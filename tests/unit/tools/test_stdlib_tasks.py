@@ -213,7 +213,20 @@ def test_a_corpus_that_holds_none_of_the_files_out(tmp_path: Path, corpus: Path)
         run(StdlibTasksConfig(out=str(tmp_path / "out"), source=str(source), held_out_of=str(corpus), labels=2))
 
 
+def test_held_out_rows_are_a_sample_of_all_files(tmp_path: Path) -> None:
+    source = many_files(tmp_path / "tree")
+    for name, most in (("all", None), ("some", 20)):
+        run(StdlibTasksConfig(out=str(tmp_path / name), source=str(source), labels=2, most_held_out=most))
+    for task in ("classification", "summarisation"):
+        for split in ("validation", "test"):
+            every, some = (lines_of(tmp_path / name / task / f"{split}.jsonl") for name in ("all", "some"))
+            assert len(some) == 20 < len(every) and some == every[:20]
+            assert len({row["file"] for row in some}) > 2
+        path = Path(task) / "train.jsonl"
+        assert (tmp_path / "all" / path).read_bytes() == (tmp_path / "some" / path).read_bytes()
+
+
 def test_settings_that_do_not_do() -> None:
     with pytest.raises(ConfigError) as caught:
-        StdlibTasksConfig(out="", source="", held_out_of="", labels=1)
-    assert len(caught.value.problems) == 4
+        StdlibTasksConfig(out="", source="", held_out_of="", labels=1, most_held_out=0)
+    assert len(caught.value.problems) == 5
