@@ -20,7 +20,7 @@ from train.model.logical import logical_parameters
 from train.model.transformer import Decoder, Reading, build_layers
 from train.parallel import ParallelContext, split_ranks
 
-STEPS = 10
+STEPS = 6
 LORA = LoraConfig(rank=3, alpha=12)
 DORA = replace(LORA, dora=True)
 FEW = LoraConfig(rank=2, rslora=True, targets=("blocks.1.attention.*", "blocks.0.mlp.down"))

@@ -152,8 +152,7 @@ def checkpoint_of(run: Path) -> Path:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "zero{}-tensor{}-data{}-rows{}".format(*layout))
 def test_a_run_begins_with_its_base_and_goes_on_to_the_bit(written, base: Path, layout: Layout) -> None:
     reader = CheckpointReader(base)
-    others = [LAYOUTS[0], LAYOUTS[-1]]
-    for other in dict.fromkeys([layout, *others]):
+    for other in dict.fromkeys([layout, LAYOUTS[-1]]):
         runs = [str(run) for run, _ in written[other].values()]
         resumed = run_ranks(resume, layout[1] * layout[2], runs, list(CASES), layout, "fp32")[0]
         for (name, (_, (begun, losses, state))), (new_losses, new_state) in zip(written[other].items(), resumed, strict=True):
