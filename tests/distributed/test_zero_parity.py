@@ -37,13 +37,12 @@ def reference(model: ModelConfig) -> tuple[list[tuple[float, float]], dict[str, 
         batch = uneven.micro_batch(sample_ids, len(model.labels))
         for group in optimizer.param_groups:
             group["lr"] = uneven.lr_of(step)
-        objective, _, targets = module(batch.tokens, batch.labels, batch.positions, batch.document_bounds)
-        loss = objective / targets
+        objective, loss, targets = module(batch.tokens, batch.labels, batch.positions, batch.document_bounds)
         optimizer.zero_grad()
-        loss.backward()
+        (objective / targets).backward()
         norm = torch.nn.utils.clip_grad_norm_(list(named.values()), 0.5)
         optimizer.step()
-        curve.append((loss.item(), norm.item()))
+        curve.append(((loss / targets).item(), norm.item()))
     state = {f"weight/{name}": p.detach().view(p.logical.shape) for name, p in named.items()}
     for name, parameter in named.items():
         for kind in ("exp_avg", "exp_avg_sq"):

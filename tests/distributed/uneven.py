@@ -36,7 +36,7 @@ TINY_GPT2 = ModelConfig(
     vocab_size=61, vocab_multiple=16, positions="learned", norm="layer", mlp="gelu", bias=True, tied_head=True,
 )  # fmt: skip
 TINY_QWEN3 = replace(TINY, family="qwen3", head_size=12, qk_norm=True)
-TINY_LABELS = replace(TINY_QWEN3, labels=("no", "maybe", "yes"))
+TINY_LABELS = replace(TINY_QWEN3, labels=("no", "maybe", "yes"), z_loss=0.01)
 # Everything that a block can have besides, of the order of Gemma 3; and a block with its sublayers side by side.
 TINY_GEMMA = replace(
     TINY, family="custom", head_size=12, qk_norm=True, qkv_bias=True, norm_placement="both", norm_one_plus=True, mlp="geglu",
