@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from train.checkpoint.reader import CheckpointReader
+from train.config.finetune import FinetuneConfig
 from train.config.imported import ImportedConfig, Origin
 from train.config.model import ModelConfig
 from train.config.pretrain import PretrainConfig
@@ -27,8 +28,9 @@ def model_card(reader: CheckpointReader, report: dict[str, Any], evaluations: Se
         made = "taken over as it was, not trained,"
         history: list[tuple[str, object]] = [("source", _origin(settings.origin))]
     else:
-        name, tag = settings.run.name.rsplit("/", 1)[-1], "pretrained"
-        made = f"pretrained to step {reader.step:,} ({reader.tokens:,} tokens)"
+        tuned = isinstance(settings, FinetuneConfig)
+        name, tag = settings.run.name.rsplit("/", 1)[-1], "finetuned" if tuned else "pretrained"
+        made = f"{'fine-tuned' if tuned else 'pretrained'} to step {reader.step:,} ({reader.tokens:,} tokens)"
         history = _training_rows(reader, settings)
     return "\n".join(
         [
@@ -41,7 +43,7 @@ def model_card(reader: CheckpointReader, report: dict[str, Any], evaluations: Se
             "",
             f"# {name}",
             "",
-            *(_labels_use(model, made) if model.labels else _text_use(model, made)),
+            *_use(model, made, settings),
             "",
             "## Model",
             "",
@@ -63,10 +65,34 @@ def model_card(reader: CheckpointReader, report: dict[str, Any], evaluations: Se
     )
 
 
-def _text_use(model: ModelConfig, made: str) -> list[str]:
+def _use(model: ModelConfig, made: str, settings: object) -> list[str]:
+    if model.labels:
+        return _labels_use(model, made)
+    if not isinstance(settings, FinetuneConfig):
+        does = "It continues text; it was not tuned to follow instructions here."
+        return _text_use(model, made, does, _CONTINUES)
+    if settings.task.kind == "dialogue":
+        system = " ".join((settings.data.system or "").split())
+        said = f" In training the system said first: {system}" if system else ""
+        return _text_use(model, made, f"It answers in dialogues, written by its chat template.{said}", _ANSWERS)
+    return _text_use(model, made, "It writes what belongs behind a prompt, in the form of its training.", _CONTINUES)
+
+
+_CONTINUES = (
+    'inputs = tokenizer("Once upon a time", return_tensors="pt", add_special_tokens=False)',
+    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+)
+_ANSWERS = (
+    'messages = [{"role": "user", "content": "Hello"}]',
+    'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
+    "made = model.generate(**inputs, max_new_tokens=200)[0]",
+    'print(tokenizer.decode(made[inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
+)
+
+
+def _text_use(model: ModelConfig, made: str, does: str, example: Sequence[str]) -> list[str]:
     return [
-        f"A {model.family} language model of {num_parameters(model):,} parameters, {made} with Longhaul. It continues "
-        "text; it was not tuned to follow instructions here.",
+        f"A {model.family} language model of {num_parameters(model):,} parameters, {made} with Longhaul. {does}",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -74,8 +100,7 @@ def _text_use(model: ModelConfig, made: str) -> list[str]:
         'folder = "path/to/this/folder"',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         "model = AutoModelForCausalLM.from_pretrained(folder)",
-        'inputs = tokenizer("Once upon a time", return_tensors="pt", add_special_tokens=False)',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+        *example,
         "```",
     ]
 
@@ -125,18 +150,15 @@ def _head_words(model: ModelConfig) -> str:
     return f"; head {'tied' if model.tied_head else 'of its own'}"
 
 
-def _training_rows(reader: CheckpointReader, config: PretrainConfig) -> list[tuple[str, object]]:
-    blend = ", ".join(f"{source.label} (weight {source.weight:g})" for source in config.data.sources)
+def _training_rows(reader: CheckpointReader, config: PretrainConfig | FinetuneConfig) -> list[tuple[str, object]]:
     optim, schedule, health = config.optim, config.schedule, reader.manifest.health
-    apart = "apart" if config.data.document_mask else "seeing each other"
     first = config.initial_checkpoint
     return [
         ("began with", "random weights" if first is None else f"the weights of {source_name(first)}"),
         ("step", f"{reader.step:,}"),
         ("tokens", f"{reader.tokens:,}"),
         *((told, f"{health[name]:.4f}") for name, told in _LOSSES.items() if name in health),
-        ("data", blend),
-        ("sequence length", f"{config.data.sequence_length}, documents {apart}"),
+        *_data_rows(config),
         ("batch", f"{config.batch.sequences} sequences"),
         (
             "optimizer",
@@ -146,6 +168,16 @@ def _training_rows(reader: CheckpointReader, config: PretrainConfig) -> list[tup
         ("precision", config.precision),
         ("seed", config.run.seed),
     ]
+
+
+def _data_rows(config: PretrainConfig | FinetuneConfig) -> list[tuple[str, object]]:
+    if isinstance(config, FinetuneConfig):
+        rows = ", ".join(source.label for source in config.task.data)
+        kind = config.task.kind if config.task.name == config.task.kind else f"{config.task.name}, a {config.task.kind}"
+        return [("task", kind), ("data", f"rows of {rows}"), ("sequence length", f"{config.sequence_length}, rows apart")]
+    blend = ", ".join(f"{source.label} (weight {source.weight:g})" for source in config.data.sources)
+    apart = "apart" if config.data.document_mask else "seeing each other"
+    return [("data", blend), ("sequence length", f"{config.data.sequence_length}, documents {apart}")]
 
 
 def _table(rows: list[tuple[str, object]]) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 
 from conf.errors import UserError
 from train.checkpoint.reader import CheckpointReader
+from train.config.finetune import FinetuneConfig
 from train.config.imported import ImportedConfig
 from train.convert.hf_export import resolve_export_dtype
 from train.convert.publication import Unfinished
@@ -132,6 +133,9 @@ def find_held_out(reader: CheckpointReader) -> Loader | Finding:
     if isinstance(reader.settings, ImportedConfig):
         return Finding(name="held_out_loss", figures={"not_measured": "the model was imported, and nothing was held out"})
     config = reader.config
+    if isinstance(config, FinetuneConfig):
+        told = "the model was fine-tuned on rows: longhaul evaluate measures it on those that are held out"
+        return Finding(name="held_out_loss", figures={"not_measured": told})
     data = replace(config.data, verify="sizes")
     try:
         fingerprint = inspect_sources(data).fingerprint
