@@ -149,20 +149,20 @@ VERBS: dict[str, Verb] = {
         examples=("longhaul baseline run=runs/first",),
     ),
     "stdlib-tasks": Verb(
-        summary="make two labelled tasks of Python's standard library: whose docstring is it, what does a function do",
+        summary="make two labelled tasks of Python's standard library: whose docstring is it, what does this do",
         function="tools.verbs:stdlib_tasks",
         root="stdlib_tasks",
         schema="tools.stdlib_tasks:StdlibTasksConfig",
         examples=("longhaul stdlib-tasks out=data/stdlib_tasks held_out_of=data/stdlib",),
     ),
     "task-baseline": Verb(
-        summary="what simple means reach on a task's rows: the commonest label, TF-IDF and logistic regression, copying",
+        summary="what simple means reach on a task's rows: the commonest label, logistic regression, ...",
         function="tools.verbs:task_baseline",
         root="task_baseline",
         schema="tools.task_baseline:TaskBaselineConfig",
         examples=(
             "longhaul task-baseline 'task.data=[{path: sst2/train.tsv}]' 'task.validation=[{path: sst2/dev.tsv}]'",
-            "longhaul task-baseline task=summarisation 'task.data=[{path: train.jsonl}]' 'task.validation=[{path: dev.jsonl}]'",
+            "longhaul task-baseline task=summarisation 'task.data=[{path: a.jsonl}]' 'task.validation=[{path: b.jsonl}]'",
         ),
     ),
     "inspect": Verb(

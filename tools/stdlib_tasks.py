@@ -110,7 +110,8 @@ def run(config: StdlibTasksConfig) -> int:
         split: dict(sorted(Counter(row["label"] for row in tasks["classification"][split]).items())) for split in SPLITS
     }
     _write(out, tasks, {"made_of": made_of, "labels": labels, "rows": counts, "rows_by_label": by_label})
-    print("\n".join(_lines(config, len(files), unread, counts, by_label)))
+    could_not = f", {unread:,} could not be read" if unread else ""
+    print(f"read             {len(files):,} files that are no tests{could_not}", *_lines(config, counts, by_label), sep="\n")
     return 0
 
 
@@ -346,16 +347,10 @@ def _write(out: Path, tasks: Mapping[str, Rows], manifest: dict[str, Any]) -> No
 
 
 def _lines(
-    config: StdlibTasksConfig,
-    num_files: int,
-    unread: int,
-    counts: Mapping[str, Mapping[str, int]],
-    by_label: Mapping[str, Mapping[str, int]],
+    config: StdlibTasksConfig, counts: Mapping[str, Mapping[str, int]], by_label: Mapping[str, Mapping[str, int]]
 ) -> list[str]:
     whose = "held out of the corpus" if config.held_out_of else "by file; a corpus of these files holds them too"
-    lines = [f"read             {num_files:,} files that are no tests" + (f", {unread:,} could not be read" if unread else "")]
-    for task, of_split in counts.items():
-        lines.append(f"{task:<16} {', '.join(f'{count:,} {split}' for split, count in of_split.items())}")
+    lines = [f"{task:<16} {', '.join(f'{count:,} {split}' for split, count in of.items())}" for task, of in counts.items()]
     lines.append("labels           " + ", ".join(f"{label} {count}" for label, count in by_label["train"].items()))
     lines.append(f"test rows        {whose}; the commonest label has {max(by_label['test'].values())} of them")
     return [*lines, f"lies in          {config.out}"]

@@ -91,7 +91,8 @@ def run(config: TaskBaselineConfig) -> int:
     settings = score_settings(replace(task, label_texts=()))
     how = {"resamples": config.resamples, "confidence": config.confidence, "seed": config.seed}
     scores = {name: measure(tallies(kind, _examples(scored, texts), settings)[""], **how) for name, texts in outputs.items()}
-    print("\n".join(_lines(kind, scores, len(train), len(scored), facts)))
+    decided = ", ".join(f"{key}: {value}" for key, value in facts.items())
+    print(f"{len(train):,} rows to learn from, {len(scored):,} to score; {decided}", *_lines(kind, scores), sep="\n")
     if config.out is not None:
         _write(Path(config.out), config, facts, scores)
     return 0
@@ -212,9 +213,8 @@ def nearest(texts: Sequence[str], answers: Sequence[str], asked: Sequence[str]) 
 # --- what is left behind
 
 
-def _lines(kind: Kind, scores: dict[str, dict[str, Score]], learned: int, scored: int, facts: dict[str, Any]) -> list[str]:
-    lines = [f"{learned:,} rows to learn from, {scored:,} to score; " + ", ".join(f"{key}: {facts[key]}" for key in facts)]
-    lines.append(f"{'':<10} {'figure':<12} {'value':>7}  interval")
+def _lines(kind: Kind, scores: dict[str, dict[str, Score]]) -> list[str]:
+    lines = [f"{'':<10} {'figure':<12} {'value':>7}  interval"]
     for name, figures in scores.items():
         for figure in SHOWN[kind]:
             score = figures.get(figure)
