@@ -120,7 +120,14 @@ class Saver:
         self._note(self.store.finish(), state.step)
         self._wanted = False
         self.mark(state.step, goodput)
-        self.store.save(engine, step=state.step, tokens=state.tokens, state=state.to_plain(), health=self._figures(state))
+        self.store.save(
+            engine,
+            step=state.step,
+            tokens=state.tokens,
+            state=state.to_plain(),
+            health=self._figures(state),
+            best=state.best.steps,
+        )
         if not self.store.config.asynchronous:
             self._note(self.store.finish(), state.step)
         seconds = time.perf_counter() - began

@@ -142,6 +142,8 @@ def resolve_checkpoint(text: str) -> Path:
     Raises UserError when there is none.
     """
     path = Path(text)
+    if path.is_symlink():  # a run's best
+        path = path.parent / path.readlink()
     if (path / MANIFEST).is_file():
         return path
     for root in (path / "checkpoints", path):

@@ -25,7 +25,6 @@ from train.checkpoint.manifest import (
     adapter_from_plain,
     file_facts,
     published,
-    read_manifest,
     step_of,
     sync_folder,
     unpublished,
@@ -33,7 +32,7 @@ from train.checkpoint.manifest import (
 )
 from train.config.adapter import LoraConfig
 
-QUARANTINE = "quarantined"
+QUARANTINE, BEST = "quarantined", "best"
 _SPARE_BYTES = 8 * 1024**2  # for manifest, state, tokenizer, and what else writes to the file system meanwhile
 
 
@@ -43,7 +42,8 @@ class Keep:
 
     last: int
     every_steps: int | None
-    best: int
+    best: tuple[int, ...] = ()
+    """Steps of the best evaluations, the best first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Publication:
         """The inverse of `to_json`."""
         raw = json.loads(text)
         nested = {
-            "keep": Keep(**raw["keep"]),
+            "keep": Keep(**{**raw["keep"], "best": tuple(raw["keep"]["best"])}),
             "base": Base.from_plain(raw["base"]),
             "adapter": adapter_from_plain(raw["adapter"]),
         }
@@ -137,12 +137,13 @@ def publish(publication: Publication, reports: Sequence[Mapping[str, Any]]) -> N
     sync_folder(folder)
     sync_folder(folder.parent)
     retain(folder.parent, publication.keep)
+    _link_best(folder.parent, publication.keep)
 
 
 def retain(root: Path, keep: Keep) -> None:
     """Remove what is not kept; the manifest first, so that half a removal is no checkpoint."""
     folders = published(root)
-    kept = set(folders[-keep.last :]) | set(_best(folders, keep.best))
+    kept = set(folders[-keep.last :]) | {folder for folder in folders if step_of(folder) in keep.best}
     for folder in folders:
         if folder not in kept and (keep.every_steps is None or step_of(folder) % keep.every_steps):
             (folder / MANIFEST).unlink()
@@ -153,16 +154,16 @@ def retain(root: Path, keep: Keep) -> None:
             shutil.rmtree(folder)
 
 
-def _best(folders: Sequence[Path], count: int) -> list[Path]:
-    """The `count` checkpoints with the lowest held-out loss; one without is none of them."""
-    losses = {}
-    for folder in folders if count else ():
-        try:
-            losses[folder] = read_manifest(folder).health.get("validation_loss")
-        except CheckpointError:
-            continue  # a damaged one is dealt with when it is to be loaded
-    scored = [folder for folder, loss in losses.items() if loss is not None]
-    return sorted(scored, key=lambda folder: losses[folder])[:count]
+def _link_best(root: Path, keep: Keep) -> None:
+    """Let `best` beside the folder of the checkpoints lead to the best of them that is there."""
+    there = {step_of(folder): folder for folder in published(root)}
+    best = next((there[step] for step in keep.best if step in there), None)
+    if best is None:
+        return
+    link, partial = root.parent / BEST, root.parent / f".{BEST}.partial"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(best.relative_to(root.parent))
+    partial.replace(link)
 
 
 def set_aside(folder: Path, reason: str) -> Path:

@@ -83,9 +83,17 @@ class CheckpointStore:
         self._total_bytes = 0
 
     def save(
-        self, engine: Engine, *, step: int, tokens: int, state: Mapping[str, Any], health: Mapping[str, float] | None = None
+        self,
+        engine: Engine,
+        *,
+        step: int,
+        tokens: int,
+        state: Mapping[str, Any],
+        health: Mapping[str, float] | None = None,
+        best: Sequence[int] = (),
     ) -> None:
-        """Begin to save; all ranks together. Waits for the save before, if that is still going on.
+        """Begin to save; all ranks together. Waits for the save before, if that is still going on. `best`: steps of the best
+        evaluations, the best first, whose checkpoints are kept as far as the settings say.
 
         The values are those of now, whatever the training does meanwhile, provided that `before_update` is called before it
         changes them. How it went is what `poll` or `finish` returns; a save that fails publishes nothing.
@@ -101,7 +109,7 @@ class CheckpointStore:
             tensors[PROBE] = logits
         number = next(self._saves)
         task = SaveTask(
-            publication=self._publication(engine, step, tokens=tokens, state=state, health=health or {}),
+            publication=self._publication(engine, step, tokens=tokens, state=state, health=health or {}, best=best),
             file=f"rank-{self.context.rank:05d}.safetensors",
             index=_index(pieces),
             has_probe=self.context.is_first,
@@ -285,9 +293,18 @@ class CheckpointStore:
         return self._total_bytes
 
     def _publication(
-        self, engine: Engine, step: int, *, tokens: int, state: Mapping[str, Any], health: Mapping[str, float]
+        self,
+        engine: Engine,
+        step: int,
+        *,
+        tokens: int,
+        state: Mapping[str, Any],
+        health: Mapping[str, float],
+        best: Sequence[int],
     ) -> Publication:
-        keep = Keep(last=self.config.keep_last, every_steps=self.config.keep_every_steps, best=self.config.keep_best)
+        keep = Keep(
+            last=self.config.keep_last, every_steps=self.config.keep_every_steps, best=tuple(best)[: self.config.keep_best]
+        )
         layout = {
             "world_size": self.context.world_size,
             "tensor": self.context.tensor.size,

@@ -23,10 +23,24 @@ KINDS: dict[str, Kind] = {
     "model.dropout": "adjustable",
     "model.z_loss": "adjustable",
     "initial_checkpoint": "fixed",
+    "task": "fixed",  # what the rows are follows from it, as far as their fingerprint does not tell
+    "task.data": "free",
+    "task.validation": "free",
+    "task.metrics": "free",
+    "task.max_new_tokens": "free",
+    "task.stop": "free",
+    "task.language": "free",
+    "method": "fixed",
+    "method.neftune_alpha": "adjustable",
+    "method.layer_decay": "adjustable",
+    "method.lora.dropout": "adjustable",
+    "opening": "fixed",
+    "scoring": "free",
     "data": "fixed",  # the sample order follows from it
     "data.sources": "free",  # a corpus may be moved; that its content is the same is told by the data's fingerprint
     "data.max_epochs": "free",
     "data.verify": "free",
+    "data.bad_rows": "free",  # what follows from it is in the rows' fingerprint
     "batch": "adjustable",
     "batch.micro_batch": "layout",
     "budget": "adjustable",

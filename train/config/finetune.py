@@ -73,6 +73,11 @@ class FinetuneConfig(RunSettings):
         return self.method.frozen
 
     @property
+    def embedding_noise(self) -> float | None:
+        """Strength of NEFTune's noise."""
+        return self.method.neftune_alpha
+
+    @property
     def rates(self) -> OptimConfig:
         """The optimizer's settings; where rates fall from layer to layer, with a rule for each that no other rule names."""
         decay, layers = self.method.layer_decay, self.model.num_layers
@@ -96,10 +101,10 @@ class FinetuneConfig(RunSettings):
             problems.append("initial_checkpoint='': needs the folder of a checkpoint or of a run; give checkpoint=runs/first")
         if self.task.kind not in TRAINABLE:
             problems.append(f"task.kind={self.task.kind}: is measured, not learned; choose a task of {', '.join(TRAINABLE)}")
-        elif not self.task.data:
-            problems.append("task.data=[]: needs files with rows to learn from; give 'task.data=[{path: train.jsonl}]'")
         if self.evaluate.probes:
             problems.append(f"evaluate.probes={list(self.evaluate.probes)}: are of pretraining; give evaluate.probes=[]")
+        if self.method.lora is not None and self.optim.kind == "muon":
+            problems.append("optim.kind=muon: is for whole matrices, and with lora none is trained; use optim.kind=adamw")
         if self.method.lora is not None and self.precision == "fp8":
             problems.append("precision=fp8: adapters stand beside weights in bf16 or fp32; use precision=bf16")
         return problems

@@ -79,6 +79,11 @@ class RunSettings:
         return ()
 
     @property
+    def embedding_noise(self) -> float | None:
+        """Strength of NEFTune's noise."""
+        return None
+
+    @property
     def rates(self) -> OptimConfig:
         """The optimizer's settings, with all that follows for the rates of groups of parameters."""
         return self.optim

@@ -252,8 +252,10 @@ class Engine:
         if self.zero < 3:
             yield self.module
             return
-        with load_deepspeed(self.context).zero.GatheredParameters(list(self.module.parameters())):
+        gathered = load_deepspeed(self.context).zero.GatheredParameters(list(self.module.parameters()))
+        with gathered, fragments.without_hooks(self.module):
             yield self.module
+        fragments.gather_small(self._optimizer)
 
     def fragments(self) -> list[fragments.Fragment]:
         """This rank's part of the fp32 weights that train and of the optimizer's state, as live views."""

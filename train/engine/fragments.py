@@ -7,6 +7,9 @@ fragments are the weights that the model computes with.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +110,19 @@ def frozen_fragments(module: nn.Module, zero: int) -> list[Fragment]:
     return found
 
 
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Leave out what stage 3 does around every module: it gathers and gives back weights, which all ranks must do alike."""
+    kept = [(part, part._forward_pre_hooks, part._forward_hooks) for part in module.modules()]
+    try:
+        for part, _, _ in kept:
+            part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
+        yield
+    finally:
+        for part, before, after in kept:
+            part._forward_pre_hooks, part._forward_hooks = before, after
+
+
 def publish_weights(optimizer: Any, zero: int) -> None:
     """Copy the fp32 weights into the weights that the model computes with, on all ranks together.
 
@@ -117,8 +133,14 @@ def publish_weights(optimizer: Any, zero: int) -> None:
         return
     for group in range(len(optimizer.fp32_partitioned_groups_flat)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    if optimizer.persistent_parameters:  # small ones that stage 3 keeps whole on every rank
+    if optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters, has_been_updated=False)
+    gather_small(optimizer)
+
+
+def gather_small(optimizer: Any) -> None:
+    """Put together the small weights that stage 3 keeps whole on every rank; it counts on them from step to step."""
+    if optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 

@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from conf.errors import UserError
+from conf.errors import ConfigError, UserError
 from data_pipeline.io import read_json
 from data_pipeline.task_config import TaskConfig
 from data_pipeline.tasks import labelled_rows, read_rows
@@ -25,6 +25,8 @@ def check(config: EvaluationConfig) -> None:
     if config.checkpoint is not None:
         resolve_checkpoint(config.checkpoint)
     labels = labels_of(config) if config.task.kind == "classification" else ()
+    if not labels and (problems := config.task.evaluation_problems()):
+        raise ConfigError([f"task.{problem}" for problem in problems])
     score_settings(replace(config.task, labels=labels or config.task.labels))
     if config.out is not None and os.path.lexists(config.out):
         raise UserError(f"out={config.out}: exists; an evaluation never replaces another, give a folder that is not there")

@@ -198,7 +198,7 @@ def write_rows(
                 source=row.source,
                 input=row.prompt,
                 truths=row.truths,
-                output=text_until(subject.tokenizer.decode(ids), task.stop_texts).strip(),
+                output=_answer(text_until(subject.tokenizer.decode(ids), task.stop_texts).strip(), task),
                 loss=None if likelihood is None else likelihood.loss,
                 input_tokens=min(len(context), most),
                 target_tokens=0 if pair is None else len(pair.continuation),
@@ -207,6 +207,11 @@ def write_rows(
             )
         )
     return Outcome(examples=examples, cut_off=sum(len(context) > most for context in contexts))
+
+
+def _answer(text: str, task: TaskConfig) -> str:
+    """What counts as the answer: that there is none, said in the words that a model has learned for it, is an empty one."""
+    return "" if "answers" in task.metrics and text == task.no_answer else text
 
 
 def _context(row: Row, subject: TextModel) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from conf.errors import UserError
+from conf.errors import ConfigError, UserError
 from data_pipeline.chat_files import copy_for_answers
 from data_pipeline.encoded_rows import EncodedRows, read_encoded
 from data_pipeline.row_preparation import prepare_rows
@@ -25,6 +25,7 @@ from train.config.imported import ImportedConfig
 from train.config.training import BudgetConfig
 from train.groundwork.findings import Findings
 from train.initial import check_initial_model, initial_folder
+from train.model.adapters import problems_of
 
 ROWS_FOLDER = "rows"
 BASE_FOLDER = "base"
@@ -46,6 +47,8 @@ def look_into(config: FinetuneConfig) -> Findings[FinetuneConfig]:
         model=replace(config.model, labels=rows.labels),
         budget=_in_steps(config, sequences=rows.num_sequences("train")),
     )
+    if problems := problems_of(config.model, lora=config.adapter, frozen=config.frozen):
+        raise ConfigError([f"method.{problem}" for problem in problems])
     return Findings(
         config=config,
         fingerprint=rows.fingerprint,

@@ -28,5 +28,7 @@ class Blueprint:
     """How the products of linear layers are scaled into 8-bit floats; None: they are computed in `dtype`."""
     lora: LoraConfig | None = None
     """Adapters beside linear layers, which then train alone; None: the layers themselves train."""
+    neftune_alpha: float | None = None
+    """Strength of the noise on the embeddings in training; None: there is none."""
     frozen: tuple[str, ...] = ()
     """Patterns of the logical names of tensors that keep their values."""

@@ -134,6 +134,7 @@ class Embedding(nn.Module):
         super().__init__()
         model = blueprint.model
         self.dropout, self.scale = model.dropout, model.embedding_scale
+        self.neftune_alpha = blueprint.neftune_alpha
         self.tensor = blueprint.tensor
         self.tokens = vocab_embedding("embedding.tokens", blueprint)
         self.positions = None
@@ -155,7 +156,16 @@ class Embedding(nn.Module):
     def forward(self, state: State) -> State:
         """Replace the tokens of the tuple by their hidden states."""
         tokens_T, labels_T, positions_T, bounds = state
-        return self.embed(tokens_T, positions_T), labels_T, positions_T, bounds
+        hidden_TH = self.embed(tokens_T, positions_T)
+        if self.training and self.neftune_alpha is not None:
+            hidden_TH = hidden_TH + self._noise(hidden_TH, positions_T, bounds)
+        return hidden_TH, labels_T, positions_T, bounds
+
+    def _noise(self, hidden_TH: Tensor, positions_T: Tensor, bounds: Tensor) -> Tensor:
+        """Uniform within alpha / sqrt(L x H), L the tokens of the row that a token is of (NEFTune, Jain et al. 2023)."""
+        length_T = own_rows(last_positions(positions_T, bounds) + 1, self.tensor)
+        strength_T1 = self.neftune_alpha / (length_T * hidden_TH.shape[1]).sqrt().unsqueeze(1)
+        return torch.empty_like(hidden_TH).uniform_(-1, 1) * strength_T1.to(hidden_TH.dtype)
 
 
 class Attention(nn.Module):

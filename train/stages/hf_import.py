@@ -49,7 +49,8 @@ def run(config: ImportConfig) -> int:
             report = prove_in_child(task)
         else:
             report = write_report(reader, partial / REPORT, format="checkpoint", dtype=found.dtype, findings=None)
-    print("\n".join([*summary(report), f"imported to {out}; next: longhaul generate checkpoint={out} prompt=..."]))
+    use = f"evaluate checkpoint={out} task=classification" if found.model.labels else f"generate checkpoint={out} prompt=..."
+    print("\n".join([*summary(report), f"imported to {out}; next: longhaul {use}"]))
     return 0
 
 

@@ -68,6 +68,7 @@ def blueprint_of(config: RunSettings, context: ParallelContext) -> Blueprint:
         dtype=torch.float32 if config.precision == "fp32" else torch.bfloat16,
         float8=config.kernels.fp8_scaling if config.precision == "fp8" else None,
         lora=config.adapter,
+        neftune_alpha=config.embedding_noise,
         frozen=config.frozen,
     )
 

@@ -10,9 +10,10 @@ from conf.errors import ConfigError
 from conf.schema import leaf_names
 from tests.unit.config.words import pretrain_config
 from train.config.changes import KINDS, changes, check_resume, kind_of
+from train.config.finetune import FinetuneConfig
 from train.config.pretrain import PretrainConfig
 
-LEAVES = leaf_names(PretrainConfig)
+LEAVES = list(dict.fromkeys([*leaf_names(PretrainConfig), *leaf_names(FinetuneConfig)]))
 
 
 @pytest.mark.parametrize("field", LEAVES)

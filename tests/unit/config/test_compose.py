@@ -15,8 +15,9 @@ from conf.errors import ConfigError, UserError
 from conf.schema import dataclass_in, leaf_names, nearest
 from data_pipeline.config import PrepareConfig
 from slurm.config import SubmitConfig
-from tests.unit.config.words import ENOUGH, pretrain_config, problems_of
+from tests.unit.config.words import ENOUGH, FINETUNE, pretrain_config, problems_of
 from train.config.evaluation import EvaluationConfig
+from train.config.finetune import FinetuneConfig
 from train.config.pretrain import PretrainConfig
 
 ROOTS = {
@@ -24,11 +25,15 @@ ROOTS = {
     "prepare": (PrepareConfig, ["corpus.paths=[/somewhere]", "tokenizer.path=/t"]),
     "submit": (SubmitConfig, []),
     "evaluate": (EvaluationConfig, ["checkpoint=runs/a"]),
+    "finetune": (FinetuneConfig, FINETUNE),
 }
 OF_THE_USER = {  # what an option leaves open on purpose
     "task/harness.yaml": ["task.tasks=[arc_easy]"],
     "task/classification.yaml": ["task.data=[{path: a.tsv}]", "task.prompt='{text}'", "task.labels=[a,b]"],
-    **{f"task/{name}.yaml": ["task.data=[{path: a.tsv}]"] for name in ("answers", "summarisation", "translation")},
+    **{
+        f"task/{name}.yaml": ["task.data=[{path: a.tsv}]"]
+        for name in ("answers", "dialogue", "generation", "summarisation", "translation")
+    },
 }
 
 
@@ -209,25 +214,32 @@ def yaml_files() -> list[str]:
     return sorted(path.relative_to(CONF_FOLDER).as_posix() for path in CONF_FOLDER.glob("*/*.yaml"))
 
 
-def root_of(group: str) -> str:
+def root_of(group: str, text: str = "") -> str:
+    """The verb that draws from the group; of an experiment the one whose groups it chooses from."""
+    if group == "experiment" and "/task:" in text:
+        return "finetune"
     return next(root for root in ROOTS if group in groups(root))
 
 
 @pytest.mark.parametrize("file", yaml_files())
 def test_every_option_composes_and_validates(file: str) -> None:
     group, option = file.removesuffix(".yaml").split("/")
-    schema, given = ROOTS[root_of(group)]
+    root = root_of(group, (CONF_FOLDER / file).read_text())
+    schema, given = ROOTS[root]
     if group == "experiment":
-        given = []  # an experiment is a whole run: it needs nothing beside itself
+        given = (
+            ["+model=llama_tiny"] if root == "finetune" else []
+        )  # it needs nothing beside itself, and the checkpoint's model
     words = [*(word for word in given if not word.startswith(f"{group}=")), *OF_THE_USER.get(file, [])]
-    validate(schema, compose(root_of(group), [f"{group}={option}", *words]))
+    validate(schema, compose(root, [f"{group}={option}", *words]))
 
 
 @pytest.mark.parametrize("file", yaml_files())
 def test_every_leaf_of_an_option_is_a_field(file: str) -> None:
     group = file.partition("/")[0]
-    schema = ROOTS[root_of(group)][0]
-    section = schema if group == "experiment" else dataclass_in(_hints(schema)[group])
+    schema = ROOTS[root_of(group, (CONF_FOLDER / file).read_text())][0]
+    is_whole = "# @package _global_" in (CONF_FOLDER / file).read_text()
+    section = schema if is_whole else dataclass_in(_hints(schema)[group])
     tree = yaml.safe_load((CONF_FOLDER / file).read_text())
     tree.pop("defaults", None)
     unknown = set(_leaves(tree)) - set(leaf_names(section))

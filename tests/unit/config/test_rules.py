@@ -16,6 +16,7 @@ from conf.compose import CONF_FOLDER, compose, validate
 from conf.errors import ConfigError
 from data_pipeline.config import PrepareConfig
 from slurm.config import SubmitConfig
+from tests.unit.config.finetune_cases import FINETUNE_CASES
 from tests.unit.config.generate_cases import GENERATE_CASES
 from tests.unit.config.words import ENOUGH, FINETUNE
 from train.config.evaluation import EvaluationConfig
@@ -46,6 +47,7 @@ LONGROPE = ["model.rope.scaling=longrope", f"model.rope.short_factors={[1] * 16}
 
 # verb, words, and how the one problem begins
 CASES: list[tuple[str, list[str], str]] = [
+    *FINETUNE_CASES,
     ("prepare", ["part=3"], "part=3: must be from 0 to below parts=1"),
     ("prepare", ["parts=3"], "parts=3: phase=all is done in one; only read and encode are split"),
     ("submit", [VARIABLE.format("A-B", "x", "y")], "cluster.environment[0].name='A-B': must be a variable's name"),
@@ -127,9 +129,6 @@ CASES: list[tuple[str, list[str], str]] = [
     ("pretrain", ["model.attention_scale=0"], "model.attention_scale=0.0: must be above 0; null is the usual"),
     ("pretrain", ["model.attention_softcap=-1"], "model.attention_softcap=-1.0: must be above 0; null is the usual"),
     ("pretrain", ["model.z_loss=-1"], "model.z_loss=-1.0: must not be negative; 0 turns it off"),
-    ("pretrain", ["model.labels=[yes]"], "model.labels=['yes']: a head tells at least 2 apart"),
-    ("pretrain", ["model.labels=[a,b,a]"], "model.labels: hold a more than once"),
-    ("pretrain", ["model.labels=[a,'']"], "model.labels: hold an empty name"),
     ("pretrain", ["model.rope.base=1"], "model.rope.base=1.0: must be above 1; Llama 2 has 10000, Llama 3 has 500000"),
     (
         "pretrain",
@@ -204,9 +203,6 @@ CASES: list[tuple[str, list[str], str]] = [
         ["budget.steps=null", "budget.tokens=6400", "batch.ramp_start=64", "batch.ramp_samples=101"],
         "batch.ramp_samples=101: the ramp is longer than budget.tokens=6400; shorten it",
     ),
-    ("pretrain", ["budget.steps=null", "budget.epochs=0"], "budget.epochs=0.0: must be above 0"),
-    ("pretrain", ["budget.steps=null", "budget.epochs=2"], "budget.epochs=2: is of fine-tuning; give budget.tokens or"),
-    ("pretrain", ["budget.epochs=2"], "budget.steps=5000: budget.epochs=2.0 is given too; set one of them to null"),
     ("pretrain", ["budget.steps=null"], "budget.tokens=null: a run needs an end; give budget.tokens=3e9, say, or budget.steps"),
     ("pretrain", ["budget.tokens=9e9"], "budget.tokens=9000000000: budget.steps=5000 is given too; set one of them to null"),
     ("pretrain", ["budget.stop_at_step=0"], "budget.stop_at_step=0: must be at least 1"),
@@ -305,37 +301,6 @@ CASES: list[tuple[str, list[str], str]] = [
     ("import", ["out=.."], "out='..': needs the name of a folder to make, such as out=imported/first"),
     ("import", ["shard_bytes=1"], "shard_bytes=1: must be at least 1024; 5000000000 is usual"),
     ("export", ["proof_sequences=0"], "proof_sequences=0: must be at least 1; null means all of them"),
-    ("finetune", ["initial_checkpoint=''"], "initial_checkpoint='': needs the folder of a checkpoint or of a run"),
-    (
-        "finetune",
-        ["task=language"],
-        "task.kind=language: is measured, not learned; choose a task of classification, generation",
-    ),
-    ("finetune", ["task.data=[]"], "task.data=[]: needs files with rows to learn from"),
-    ("finetune", ["evaluate.probes=[copying]"], "evaluate.probes=['copying']: are of pretraining"),
-    (
-        "finetune",
-        ["method=lora", "precision=fp8", "model.num_layers=4"],
-        "precision=fp8: adapters stand beside weights in bf16",
-    ),
-    ("finetune", ["method=lora", "method.frozen=[embedding.*]"], "method.frozen=['embedding.*']: with lora all weights are"),
-    ("finetune", ["method.layer_decay=0"], "method.layer_decay=0.0: must be above 0 and at most 1"),
-    ("finetune", ["method.neftune_alpha=0"], "method.neftune_alpha=0.0: must be above 0; null adds no noise"),
-    ("finetune", ["method.lora.rank=0"], "method.lora.rank=0: must be at least 1; 8 to 64 is usual"),
-    ("finetune", ["method.lora.alpha=0"], "method.lora.alpha=0.0: must be positive; twice the rank is usual"),
-    ("finetune", ["method.lora.dropout=1"], "method.lora.dropout=1.0: must be at least 0 and below 1"),
-    ("finetune", ["method.lora.targets=[]"], "method.lora.targets=[]: leaves nothing to train"),
-    ("finetune", ["scoring.max_rows=-1"], "scoring.max_rows=-1: must not be negative; null takes all, 0 writes none"),
-    ("finetune", ["scoring.shown=-1"], "scoring.shown=-1: must not be negative; 0 shows none"),
-    ("finetune", ["data.sequence_length=1"], "data.sequence_length=1: must be at least 2, one to read and one to predict"),
-    ("pretrain", ["model.labels=[a]"], "model.labels=['a']: a head tells at least 2 apart"),
-    ("pretrain", ["model.labels=[a,b,a]"], "model.labels: hold a more than once"),
-    ("pretrain", ["model.labels=[a,'']"], "model.labels: hold an empty name"),
-    ("pretrain", ["schedule.warmup_steps=0", "schedule.warmup_fraction=2"], "schedule.warmup_fraction=2.0: must lie between 0"),
-    ("pretrain", ["schedule.warmup_fraction=0.1"], "schedule.warmup_fraction=0.1: warmup_steps=200 is given too; set it to 0"),
-    ("pretrain", ["evaluate.patience=0"], "evaluate.patience=0: must be at least 1; null never ends a run early"),
-    ("pretrain", ["evaluate.patience=2", "evaluate.every_steps=null"], "evaluate.patience=2: needs evaluations on the way"),
-    ("pretrain", ["evaluate.least_gain=-1"], "evaluate.least_gain=-1.0: must not be negative"),
     ("evaluate", ["hf=models/a"], "checkpoint: give exactly one of checkpoint and hf, such as checkpoint=runs/first"),
     ("evaluate", ["checkpoint=''"], "checkpoint='': needs the folder of a model"),
     ("evaluate", ["checkpoint=null", "hf=''"], "hf='': needs the folder of a model"),

@@ -8,6 +8,7 @@ from conf.compose import compose, validate
 from conf.errors import ConfigError
 from train.config.pretrain import PretrainConfig
 
+FINETUNE = ["+model=llama_tiny", "initial_checkpoint=runs/a", "task.data=[{path: a.jsonl}]", "data.sequence_length=64"]
 ENOUGH = ["model=llama_tiny", "data.sequence_length=64", "budget.steps=5000"]
 
 
