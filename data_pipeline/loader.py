@@ -43,15 +43,19 @@ class MicroBatch:
     sample_ids: tuple[int, ...]
     """The samples, B of them."""
     target_tokens: int
-    """Labels that are not IGNORE."""
+    """Labels that are not IGNORE; of preferences the pairs, which are what counts as one there."""
     target_bytes: int
     """UTF-8 bytes of those labels' text: the denominator of bits per byte."""
     data_hash: int
     """Sum of the samples' hashes (see `data_pipeline.ledger`), modulo 2**64."""
+    references: torch.Tensor | None = None
+    """Of preferences, fp32 [max_bounds]: log-probability of the targets of the document that begins at a bound, by the model
+    that the run began with; 0 where none has targets."""
 
     def pin_memory(self) -> MicroBatch:
         """The same batch in page-locked memory, from where a GPU copies without making the CPU wait."""
-        pinned = {name: getattr(self, name).pin_memory() for name in ("tokens", "labels", "positions", "document_bounds")}
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        pinned = {name: value.pin_memory() for name, value in found.items() if isinstance(value, torch.Tensor)}
         return dataclasses.replace(self, **pinned)
 
 

@@ -205,6 +205,7 @@ class Trainer:
                 "loss": result.loss,
                 "grad_norm": result.grad_norm,
                 "target_tokens": result.target_tokens,
+                **{f"task/{name}": value for name, value in result.means.items()},
                 "skipped": int(result.skipped),
                 "sample_ranges": format_ranges(ranges_between(first, state.samples, state.left_out)),
                 "step_seconds": seconds,

@@ -64,6 +64,7 @@ class Batch:
     positions: Tensor
     document_bounds: Tensor
     target_tokens: int
+    references: None = None
 
 
 def lr_of(step: int) -> float:

@@ -68,6 +68,7 @@ class Batch:
     positions: Tensor
     document_bounds: Tensor
     target_tokens: int
+    references: None = None
 
     @staticmethod
     def of(rows: Rows) -> Batch:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from train.config.training import ParallelConfig, Precision
-from train.engine.engine import Batch, build_module, deepspeed_config, initialize
+from train.engine.contract import Batch
+from train.engine.engine import build_module, deepspeed_config, initialize
 from train.model.transformer import Layer
 from train.optim import OptimizerSpec
 from train.parallel import ParallelContext

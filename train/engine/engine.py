@@ -12,10 +12,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import StringIO
 from types import ModuleType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from train.config.adapter import LoraConfig
 from train.config.training import OptimConfig, ParallelConfig, Precision
 from train.engine import fragments
+from train.engine.contract import Answers, Batch, EvaluationResult, StepResult
 from train.engine.optimizers import make_optimizer, update_stance
 from train.model.heads import IGNORE, ClassificationHead, LossHead
 from train.model.init import keyed_seed
@@ -38,51 +39,6 @@ Taken = TypeVar("Taken")
 
 def _nothing() -> None:
     pass
-
-
-class Batch(Protocol):
-    """What the engine reads of a micro-batch; shapes as in `data_pipeline.loader.MicroBatch`."""
-
-    tokens: Tensor
-    labels: Tensor
-    positions: Tensor
-    document_bounds: Tensor
-    target_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """One optimizer step over all ranks. `grad_norm` is taken before clipping; `skipped` means no weight was touched."""
-
-    loss_sum: float
-    target_tokens: int
-    grad_norm: float
-    skipped: bool
-    busy_seconds: float
-    """What this rank computed up to the end of its last forward pass, without waiting for the sums over the ranks."""
-
-    @property
-    def loss(self) -> float:
-        """Mean loss of a target token, in nats."""
-        return self.loss_sum / self.target_tokens if self.target_tokens else math.nan
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationResult:
-    """Sums over one micro-batch of this rank."""
-
-    loss_sum: float
-    target_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """What a model expects at P places."""
-
-    log_probability: Tensor
-    """fp32 [P, O] of the ids that were asked for."""
-    likeliest: Tensor
-    """int64 [P]: the likeliest id of the vocabulary."""
 
 
 class _Clock:
@@ -155,20 +111,21 @@ class Engine:
         busy = _Clock(device)
         # DeepSpeed averages gradients over the data-parallel ranks: undo that, divide by the global count instead.
         scale = self.context.data_parallel / targets.clamp(min=1)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        names = self.module.layers[-1].figures
+        sums = torch.zeros(1 + len(names), dtype=torch.float64, device=device)
         self._deepspeed.train()
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             self._deepspeed.set_gradient_accumulation_boundary(last)
             self._seed_dropout(step, index)
-            objective, loss, _ = self._deepspeed(*self._on_device(batch))
-            loss_sum += loss
+            objective, loss, _, *figures = self._deepspeed(*self._on_device(batch))
+            sums += torch.cat((loss.view(1), *figures))
             if last:
                 busy.stop()
-                self.context.sum_over_data(loss_sum)
+                self.context.sum_over_data(sums)
                 # A loss that is not finite may have gradients that are. They are made NaN here, without the CPU looking, so
                 # that one check, DeepSpeed's of the gradients' norm, keeps both from weights and moments.
-                scale = torch.where(loss_sum.isfinite(), scale, torch.nan)
+                scale = torch.where(sums[0].isfinite(), scale, torch.nan)
             self._deepspeed.backward(objective * scale, scale_wrt_gas=False)
         before_update()
         for group in self._optimizer.param_groups:
@@ -181,12 +138,14 @@ class Engine:
             # A step that is skipped leaves out what stage 3 does behind one with the small weights that it keeps gathered,
             # and a later evaluation then stops with a "tracing error". The weights are put where they were.
             fragments.publish_weights(self._optimizer, self.zero)
+        loss_sum, *figure_sums = sums.tolist()
         return StepResult(
-            loss_sum=loss_sum.item(),
+            loss_sum=loss_sum,
             target_tokens=int(targets.item()),
             grad_norm=float(self._deepspeed.get_global_grad_norm()),
             skipped=skipped,
             busy_seconds=busy.seconds(),
+            figures=dict(zip(names, figure_sums, strict=True)),
         )
 
     @torch.no_grad()
@@ -197,8 +156,14 @@ class Engine:
         """
         self._deepspeed.eval()
         with nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
-            _, loss, targets = self._deepspeed(*self._on_device(batch))
-        return EvaluationResult(loss_sum=float(loss), target_tokens=int(targets))
+            _, loss, targets, *figures = self._deepspeed(*self._on_device(batch))
+        sums = figures[0].tolist() if figures else ()
+        return EvaluationResult(loss_sum=float(loss), target_tokens=int(targets), figures=tuple(sums))
+
+    @torch.no_grad()
+    def log_probabilities(self, batch: Batch) -> Tensor:
+        """Of the targets of each document of a micro-batch, summed, fp32 [D]; a model of preferences, all ranks together."""
+        return self._before_head(self._on_device(batch), lambda head, state: head.log_probabilities(state)[0]).cpu()
 
     def ask(self, tokens_BS: Tensor, places_P: Tensor, options_PO: Tensor) -> Answers:
         """What the model expects behind some tokens, whose places count through B x S; all ranks together.
@@ -225,24 +190,30 @@ class Engine:
     @torch.no_grad()
     def _on_the_way(self, tokens_BS: Tensor, take: Callable[[LossHead | ClassificationHead, Tensor], Taken]) -> Taken:
         """What `take` makes of the head and of the hidden states that reach it, for sequences of any length."""
-        model, seen = self.module, []
+        model = self.module
         reading, (batch, length) = model.reading, tokens_BS.shape
         tokens_T = tokens_BS.reshape(-1)
         positions_T, bounds = torch.arange(length).repeat(batch), torch.tensor([0, len(tokens_T)], dtype=torch.int32)
         no_labels_T = torch.full_like(tokens_T, IGNORE)
         tensors = [tensor.to(self.context.device) for tensor in (tokens_T, no_labels_T, positions_T, bounds)]
-        # A whole forward pass, with what is wanted taken on the way: stage 3 keeps the order of the modules in mind, and one
-        # that ended before the head would be an error at the next evaluation.
-        hook = model.layers[-1].register_forward_pre_hook(lambda head, inputs: seen.append(take(head, inputs[0][0])))
         model.read_as(replace(reading, sequence_length=length, document_mask=False))
-        self._deepspeed.eval()
         try:
             # Compiled, this shape would take a minute, and it is seen only here.
             with torch.compiler.set_stance("force_eager"):
-                self._deepspeed(*tensors)
+                return self._before_head(tensors, lambda head, state: take(head, state[0]))
+        finally:
+            model.read_as(reading)
+
+    def _before_head(self, tensors: Sequence[Tensor], take: Callable[[Any, tuple[Tensor, ...]], Taken]) -> Taken:
+        # A whole forward pass, with what is wanted taken on the way: stage 3 keeps the order of the modules in mind, and one
+        # that ended before the head would be an error at the next evaluation.
+        seen: list[Taken] = []
+        hook = self.module.layers[-1].register_forward_pre_hook(lambda head, inputs: seen.append(take(head, inputs[0])))
+        self._deepspeed.eval()
+        try:
+            self._deepspeed(*tensors)
         finally:
             hook.remove()
-            model.read_as(reading)
         return seen[0]
 
     @contextmanager
@@ -310,9 +281,9 @@ class Engine:
         rows = tensor.rank if tensor.sequence_parallel else 0
         torch.manual_seed(keyed_seed(self.dropout_seed, "dropout", step, micro_batch, self.context.data_rank, rows))
 
-    def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tensors = (batch.tokens, batch.labels, batch.positions, batch.document_bounds)
-        return tuple(tensor.to(self.context.device, non_blocking=True) for tensor in tensors)
+    def _on_device(self, batch: Batch) -> tuple[Tensor, ...]:
+        tensors = (batch.tokens, batch.labels, batch.positions, batch.document_bounds, batch.references)
+        return tuple(tensor.to(self.context.device, non_blocking=True) for tensor in tensors if tensor is not None)
 
 
 def load_deepspeed(context: ParallelContext) -> ModuleType:

@@ -9,6 +9,7 @@ import torch
 from train.config.adapter import LoraConfig
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
+from train.config.preference import PreferenceConfig
 from train.model.float8 import Scaling
 from train.parallel import ALONE, TensorRanks
 
@@ -32,3 +33,5 @@ class Blueprint:
     """Strength of the noise on the embeddings in training; None: there is none."""
     frozen: tuple[str, ...] = ()
     """Patterns of the logical names of tensors that keep their values."""
+    preference: PreferenceConfig | None = None
+    """How pairs of rows are compared; None: rows are learned as they are."""

@@ -26,6 +26,9 @@ LOGIT_BYTES = 4  # the loss is taken in fp32
 class LossHead(nn.Module):
     """Output matrix, own or tied to the embedding, and the loss."""
 
+    figures: tuple[str, ...] = ()
+    """What is summed over the targets besides; a head that has such names returns the sums behind the count of targets."""
+
     def __init__(self, blueprint: Blueprint) -> None:
         super().__init__()
         model = blueprint.model
@@ -120,6 +123,8 @@ class ClassificationHead(nn.Module):
     All tensor ranks hold the whole matrix. Scores are taken at every token, not at the labelled ones alone: there are few
     labels, so they cost nothing beside a block, and neither a shape nor the CPU waits for where the labels lie.
     """
+
+    figures: tuple[str, ...] = ()
 
     def __init__(self, blueprint: Blueprint) -> None:
         super().__init__()

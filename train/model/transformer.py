@@ -3,7 +3,8 @@
 Every layer takes and returns one tuple of fixed-shape tensors, so that the same list runs in one process, under ZeRO, or
 cut into pipeline stages:
 
-    (tokens [T] int64 | hidden [T, H], labels [T] int64, positions [T] int64, document bounds [max bounds] int32)
+    (tokens [T] int64 | hidden [T, H], labels [T] int64, positions [T] int64, document bounds [max bounds] int32,
+     and for preferences what the reference gives each document [max bounds] fp32)
 
 Shapes: B sequences, S positions, T = B x S tokens batch-major, H hidden, N query heads, K key-value heads, D head size.
 """
@@ -32,11 +33,12 @@ from train.model.init import initial_value
 from train.model.layers import GatedMLP, Norm, NormAcrossHeads, PlainMLP
 from train.model.logical import LogicalTensor, logical_of, tag
 from train.model.lora import freeze
+from train.model.preference import PreferenceHead
 from train.model.recompute import trained
 from train.model.rotary import Rotary, last_positions, rotate
 from train.model.tensor_parallel import expand_linear, reduce_linear, vocab_embedding
 
-State: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+State: TypeAlias = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,11 +157,11 @@ class Embedding(nn.Module):
 
     def forward(self, state: State) -> State:
         """Replace the tokens of the tuple by their hidden states."""
-        tokens_T, labels_T, positions_T, bounds = state
+        tokens_T, labels_T, positions_T, bounds, *more = state
         hidden_TH = self.embed(tokens_T, positions_T)
         if self.training and self.neftune_alpha is not None:
             hidden_TH = hidden_TH + self._noise(hidden_TH, positions_T, bounds)
-        return hidden_TH, labels_T, positions_T, bounds
+        return hidden_TH, labels_T, positions_T, bounds, *more
 
     def _noise(self, hidden_TH: Tensor, positions_T: Tensor, bounds: Tensor) -> Tensor:
         """Uniform within alpha / sqrt(L x H), L the tokens of the row that a token is of (NEFTune, Jain et al. 2023)."""
@@ -267,9 +269,9 @@ class Block(nn.Module):
 
     def forward(self, state: State) -> State:
         """Advance the hidden states of the tuple by one block."""
-        hidden_TH, labels_T, positions_T, bounds = state
+        hidden_TH, labels_T, positions_T, bounds, *more = state
         derived = self.deriver.derive(positions_T, bounds, hidden_TH.dtype)
-        return self.run(hidden_TH, derived), labels_T, positions_T, bounds
+        return self.run(hidden_TH, derived), labels_T, positions_T, bounds, *more
 
     def _drop(self, update_TH: Tensor) -> Tensor:
         return F.dropout(update_TH, self.dropout, self.training) if self.dropout else update_TH
@@ -280,8 +282,8 @@ class FinalNorm(Norm):
 
     def forward(self, state: State) -> State:
         """Normalise the hidden states of the tuple."""
-        hidden_TH, labels_T, positions_T, bounds = state
-        return super().forward(hidden_TH), labels_T, positions_T, bounds
+        hidden_TH, *more = state
+        return super().forward(hidden_TH), *more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +322,7 @@ def build_layers(blueprint: Blueprint, reading: Reading, *, seed: int | None) ->
         plan = blueprint if inner else replace(blueprint, float8=None)
         layers.append(Layer(name=f"blocks.{number}", build=made(partial(Block, number, plan, deriver))))
     layers.append(Layer(name="final_norm", build=made(lambda: FinalNorm("final_norm", blueprint))))
-    head = ClassificationHead if model.labels else LossHead
+    head = ClassificationHead if model.labels else PreferenceHead if blueprint.preference else LossHead
     layers.append(Layer(name="head", build=made(lambda: head(blueprint)), tied_key=tied, tied_weight=tied and "output.weight"))
     return layers
 
@@ -379,9 +381,8 @@ class Decoder(nn.Module):
         for block in self.blocks:
             block.deriver.read_as(reading)
 
-    def forward(self, tokens_T: Tensor, labels_T: Tensor, positions_T: Tensor, bounds: Tensor) -> tuple:
-        """(objective, loss, targets) of a micro-batch: see the heads' `forward`."""
-        state = (tokens_T, labels_T, positions_T, bounds)
+    def forward(self, *state: Tensor) -> tuple:
+        """(objective, loss, targets) of a micro-batch, and the sums of the head's figures: see the heads' `forward`."""
         for layer in self.layers:
             state = layer(state)
         return state
