@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.chat_files import end_ids
 from data_pipeline.task_config import TaskSource
 from data_pipeline.tokenizer import Tokenizer
 from train.checkpoint.manifest import MANIFEST, file_facts, resolve_checkpoint
@@ -78,6 +79,7 @@ def open_subject(checkpoint: str | None, hf: str | None, *, verify: bool, hashed
         reader=foreign,
         tokenizer=tokenizer,
         opening=tuple(tokenizer.opening()),
+        endings=end_ids(tokenizer),
         identity=identity,
         folder=Path(),
     )
@@ -105,6 +107,7 @@ def _of_checkpoint(reader: CheckpointReader) -> Subject:
         reader=reader,
         tokenizer=tokenizer,
         opening=tuple(tokenizer.opening()) if opens else (),
+        endings=end_ids(tokenizer),
         identity=identity,
         folder=home,
     )
