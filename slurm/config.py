@@ -248,7 +248,7 @@ class SubmitConfig:
     name: str | None = None
     """Name of the run for verbs that have no run.name; null: the verb and the name of what it makes."""
     folder: str = "runs"
-    """Folder in which such a run keeps its scripts and logs; pretrain has run.folder."""
+    """Folder in which such a run keeps its scripts and logs; pretrain and finetune have run.folder."""
     dry_run: bool = False
     """Print the script and what would happen; write and submit nothing."""
 

@@ -19,6 +19,7 @@ from slurm.script import render
 from slurm.snapshot import take_snapshot
 from slurm.submission import SUBMISSION_FILE, Stage, Submission, read_submission
 from slurm.work import MAKERS, Order, Work
+from train.config.runs import RUNS
 from train.outcome import STOP_FILE
 
 VERBS = tuple(MAKERS)
@@ -36,8 +37,8 @@ def sweep(words: Sequence[str], config_dir: str | None = None) -> int:
 
 def _submit(words: Sequence[str], config_dir: str | None, *, sweeps: bool) -> int:
     verb, mine, rest = _split(words)
-    if sweeps and verb != "pretrain":
-        raise UserError(f"-m: a sweep is of pretrain; submit {verb} takes one value for each setting")
+    if sweeps and verb not in RUNS:
+        raise UserError(f"-m: a sweep is of {' or '.join(RUNS)}; submit {verb} takes one value for each setting")
     settings = validate(SubmitConfig, compose("submit", mine, config_dir))
     combinations = named_combinations(rest) if sweeps else [list(rest)]
     dependencies = [_dependency(name, settings, rest) for name in settings.after]

@@ -88,7 +88,7 @@ def status(overrides: Sequence[str], config_dir: str | None = None) -> int:
         return 0
     roots = find_runs(folder)
     if not roots:
-        print(f"{folder}: no runs; `longhaul submit` or `longhaul pretrain` makes them")
+        print(f"{folder}: no runs; `longhaul submit`, `longhaul pretrain` or `longhaul finetune` makes them")
         return 0
     rows, queue = [], Queue()
     for root in roots:
@@ -286,7 +286,7 @@ def resume(overrides: Sequence[str], config_dir: str | None = None) -> int:
     config = validate(ResumeConfig, compose("resume", overrides, config_dir))
     root = find_run(Path(config.folder), config.run)
     if not (root / SUBMISSION_FILE).exists():
-        raise UserError(f"run={config.run}: was not submitted; the words of `longhaul pretrain` that began it go on with it")
+        raise UserError(f"run={config.run}: was not submitted; the words of `longhaul` that began it go on with it")
     submission: Submission = read_submission(root)
     scheduler = scheduler_of(submission.scheduler)
     refuse_if_active(root)

@@ -198,7 +198,7 @@ def _state(submission: Submission, history: History, jobs: Sequence[Job]) -> tup
 
 
 def _unsubmitted(root: Path) -> Standing:
-    """A run that was started by `longhaul pretrain`."""
+    """A run that was started by `longhaul pretrain` or `longhaul finetune`."""
     attempt, progress = last_attempt(root), read_progress(root)
     outcome = read_outcome(root, attempt) if attempt else None
     state, reason, nodes = "lost", "no word of its end", "-"

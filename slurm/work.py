@@ -16,7 +16,8 @@ from slurm.submission import Submission
 from train.config.evaluation import VERBATIM, EvaluationConfig
 from train.config.export import ExportConfig
 from train.config.hf_import import ImportConfig
-from train.config.pretrain import PretrainConfig
+from train.config.runs import RUNS
+from train.config.settings import RunSettings
 from train.evaluate.checks import check, score_settings
 from train.initial import configure
 from train.launch import check_elsewhere
@@ -50,7 +51,7 @@ class Work:
     root: Path
     jobs: tuple[Job, ...]
     """One behind the other."""
-    configs: tuple[PretrainConfig, ...] = ()
+    configs: tuple[RunSettings, ...] = ()
     """Of its units, where they train."""
     resolved: object = None
     """The configuration of any other verb."""
@@ -58,14 +59,14 @@ class Work:
     """What would happen, for a person."""
 
 
-def _pretrain(order: Order) -> Work:
-    settings = order.settings
+def _train(order: Order) -> Work:
+    settings, verb = order.settings, order.verb
     if settings.parts > 1 or settings.name is not None:
-        raise UserError("parts and name are not for pretrain: it is named by run.name=..., and split by nodes=...")
+        raise UserError(f"parts and name are not for {verb}: it is named by run.name=..., and split by nodes=...")
     configs = []
     told: list[str] = []
     for words in order.combinations:
-        config = _placed(configure(words, order.config_dir), settings)
+        config = _placed(configure(words, order.config_dir, stage=verb), settings)
         if not order.dependencies:  # otherwise what it reads may not be there yet; the job itself checks as well
             config, lines = check_elsewhere(config)
             told += lines
@@ -77,7 +78,7 @@ def _pretrain(order: Order) -> Work:
     if is_sweep and folders != [root / unit for unit in units]:
         raise UserError("run.name: the runs of a sweep are numbered below one name; give run.name one value")
     job = Job(
-        stage="pretrain",
+        stage=verb,
         name=str(Path(configs[0].run.name).parent if is_sweep else configs[0].run.name),
         root=root,
         directory=Path.cwd(),
@@ -93,7 +94,7 @@ def _pretrain(order: Order) -> Work:
     return Work(name=job.name, root=root, jobs=(job,), configs=tuple(configs), told=tuple(told))
 
 
-def _placed(config: PretrainConfig, settings: SubmitConfig) -> PretrainConfig:
+def _placed(config: RunSettings, settings: SubmitConfig) -> RunSettings:
     """The configuration with what follows from the cluster. Raises UserError where both say something else."""
     cluster, launch = settings.cluster, config.launch
     processes = settings.nodes * cluster.ranks_per_node
@@ -199,7 +200,7 @@ def _plain_job(order: Order, name: str, more: Sequence[str] = ()) -> Job:
 
 
 MAKERS: dict[str, Callable[[Order], Work]] = {
-    "pretrain": _pretrain,
+    **dict.fromkeys(RUNS, _train),
     "prepare": _prepare,
     "import": _import,
     "export": _export,

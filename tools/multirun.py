@@ -11,6 +11,7 @@ from typing import Self
 
 from conf.compose import combinations
 from conf.sweep import named_combinations
+from train.config.runs import RUNS
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -20,7 +21,7 @@ def run_all(verb: str, overrides: Sequence[str], config_dir: str | None) -> int:
 
     Raises ConfigError for words that cannot be read.
     """
-    jobs = named_combinations(overrides) if verb == "pretrain" else combinations(overrides)
+    jobs = named_combinations(overrides) if verb in RUNS else combinations(overrides)
     codes: list[int] = []
     with _Job() as job:
         for number, words in enumerate(jobs, start=1):
