@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from conf.errors import ConfigError
 from train.config.settings import RunSettings
 from train.model import cost
+from train.model.adapters import trained_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,8 @@ class RunPlan:
     total_samples: int
     warmup_samples: int
     parameters: int
+    """Of the model, adapters included."""
+    trained_parameters: int
     flops_per_token_full: int
     flops_per_token_causal: int
     memory: cost.MemoryEstimate
@@ -93,6 +98,7 @@ def make_plan(config: RunSettings, world_size: int) -> RunPlan:
     problems += _schedule_problems(config, total_steps, total_samples, warmup_samples)
     if problems:
         raise ConfigError(problems)
+    trained = trained_shapes(config.model, lora=config.adapter, frozen=config.frozen)
     full, causal = cost.flops_per_token(config.model, sequence_length)
     return RunPlan(
         world_size=world_size,
@@ -103,7 +109,8 @@ def make_plan(config: RunSettings, world_size: int) -> RunPlan:
         total_steps=total_steps,
         total_samples=total_samples,
         warmup_samples=warmup_samples,
-        parameters=cost.num_parameters(config.model),
+        parameters=_count({**cost.parameter_shapes(config.model), **trained}),
+        trained_parameters=_count(trained),
         flops_per_token_full=full,
         flops_per_token_causal=causal,
         memory=cost.memory_per_rank(
@@ -114,9 +121,13 @@ def make_plan(config: RunSettings, world_size: int) -> RunPlan:
             zero=config.parallel.zero,
             bytes_per_value=4 if config.precision == "fp32" else 2,
             kernels=config.kernels,
-            muon=config.optim.kind == "muon",
+            trained=cost.Trained(shapes=trained, muon=config.optim.kind == "muon"),
         ),
     )
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _rule_problems(config: RunSettings) -> list[str]:
@@ -203,7 +214,8 @@ def describe(plan: RunPlan, config: RunSettings, *, train_tokens: int | None = N
         f"ranks            {plan.world_size} ({plan.data_parallel} data-parallel x {config.parallel.tensor} tensor-parallel"
         f"{' with rows split' if config.parallel.sequence_parallel else ''}), ZeRO {config.parallel.zero}, "
         f"{config.precision}",
-        f"model            {plan.parameters:,} parameters",
+        f"model            {plan.parameters:,} parameters"
+        + (f", {plan.trained_parameters:,} of them trained" if plan.trained_parameters < plan.parameters else ""),
         f"step             {plan.ramp.full} sequences x {plan.sequence_length} = {plan.tokens_per_step:,} tokens; "
         f"{passes} micro-batches of {plan.micro_batch} on each rank",
         f"budget           {plan.total_steps:,} steps, {plan.total_tokens:,} tokens"

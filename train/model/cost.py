@@ -6,6 +6,7 @@ Sources: Kaplan et al. 2020 and the PaLM paper, appendix B, for the two FLOP con
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -16,6 +17,12 @@ GIB = 1024**3
 BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(attention\.(qkv|output)|mlp\.(gate_up|up|down))\.weight")
 OUTPUT_HEAD, LABEL_HEAD = "head.weight", "score.weight"
 """Logical names of the matrices behind the final norm: of a language model, and of one that tells labels apart."""
+_WHOLE = (
+    "norm.weight", "norm.bias", "positions.weight", "attention.output.bias", "mlp.down.bias", LABEL_HEAD,
+    "qkv.lora_a.weight", "up.lora_a.weight", "output.lora_b.weight", "down.lora_b.weight",
+    "output.lora_magnitude.weight", "down.lora_magnitude.weight",
+)  # fmt: skip
+"""How the names of tensors end that every tensor-parallel rank holds whole."""
 
 
 def is_block_matrix(name: str) -> bool:
@@ -91,11 +98,15 @@ def parameters_per_rank(model: ModelConfig, tensor_parallel: int) -> int:
 
     Of norms across heads each rank has what belongs to its heads.
     """
-    whole = ("norm.weight", "norm.bias", "positions.weight", "attention.output.bias", "mlp.down.bias", LABEL_HEAD)
+    return _values_per_rank(model, parameter_shapes(model), tensor_parallel)
+
+
+def _values_per_rank(model: ModelConfig, shapes: Mapping[str, tuple[int, ...]], tensor_parallel: int) -> int:
+    """Numbers that one rank holds of tensors with these logical names and shapes, which may be adapters."""
     cut = ("query_norm.weight", "key_norm.weight") if model.qk_norm_across_heads else ()
-    counts = {name: prod(shape) for name, shape in parameter_shapes(model).items()}
     return sum(
-        count if name.endswith(whole) and not name.endswith(cut) else count // tensor_parallel for name, count in counts.items()
+        prod(shape) if name.endswith(_WHOLE) and not name.endswith(cut) else prod(shape) // tensor_parallel
+        for name, shape in shapes.items()
     )
 
 
@@ -144,6 +155,15 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What of a model trains, and how."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Logical name -> logical shape, adapters among them."""
+    muon: bool = False
+
+
 def memory_per_rank(
     model: ModelConfig,
     *,
@@ -153,15 +173,18 @@ def memory_per_rank(
     zero: int,
     bytes_per_value: int,
     kernels: KernelsConfig,
-    muon: bool = False,
+    trained: Trained | None = None,
 ) -> MemoryEstimate:
     """Estimate the bytes that one rank holds, for `micro_tokens` tokens at a time.
 
     bf16 keeps fp32 gradient accumulators, fp32 master weights and both moments; fp32 the same without a bf16 copy. Muon has
-    one moment of the blocks' matrices.
+    one moment of the blocks' matrices. `trained` None: all, by AdamW.
     """
-    parameters = parameters_per_rank(model, tensor_parallel)
-    shard = -(-parameters // data_parallel)
+    if trained is None:
+        trained = Trained(shapes=parameter_shapes(model))
+    parameters = _values_per_rank(model, {**parameter_shapes(model), **trained.shapes}, tensor_parallel)
+    learned = _values_per_rank(model, trained.shapes, tensor_parallel)
+    shard = -(-learned // data_parallel)
     queries = model.num_heads * model.head_dim
     fused = queries + 2 * model.kv_heads * model.head_dim
     mlp = model.ffn_size * (2 if model.gated_mlp else 1)
@@ -177,10 +200,10 @@ def memory_per_rank(
     }[kernels.recompute]
     again = 0 if kernels.recompute == "none" else whole  # the block whose backward pass runs
     activations = micro_tokens * bytes_per_value * (model.num_layers * kept + again + 2 * model.hidden_size)
-    saved = 4 * sum(prod(shape) for name, shape in parameter_shapes(model).items() if muon and is_block_matrix(name))
+    saved = 4 * sum(prod(shape) for name, shape in trained.shapes.items() if trained.muon and is_block_matrix(name))
     return MemoryEstimate(
-        weights=bytes_per_value * (shard if zero == 3 else parameters),
-        gradients=4 * (shard if zero >= 2 else parameters),
+        weights=bytes_per_value * (-(-parameters // data_parallel) if zero == 3 else parameters),
+        gradients=4 * (shard if zero >= 2 else learned),
         optimizer=12 * shard - saved // data_parallel,
         activations=activations,
         logits=_logits_bytes(model, micro_tokens, tensor_parallel, kernels.logits_bytes) * (8 + bytes_per_value) // 4,

@@ -12,11 +12,14 @@ from tests.parity import hugging_face
 from tests.parity.custom import CUSTOM
 from tests.parity.pairs import CASES
 from tests.unit.config.words import pretrain_config
+from train.config.adapter import LoraConfig
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
 from train.model import cost
+from train.model.adapters import trained_shapes
 from train.model.blueprint import Blueprint
 from train.model.logical import logical_parameters
+from train.model.lora import freeze
 from train.model.transformer import Decoder, Reading, build_layers
 from train.plan import make_plan
 
@@ -170,13 +173,50 @@ def test_memory_of_the_model_state_by_hand() -> None:
 
 def test_muon_has_one_moment_of_the_blocks_matrices() -> None:
     def optimizer(muon: bool) -> int:
+        trained = cost.Trained(shapes=cost.parameter_shapes(model("gpt2_124m")), muon=muon)
         return cost.memory_per_rank(
             model("gpt2_124m"), micro_tokens=1, data_parallel=2, tensor_parallel=1, zero=1, bytes_per_value=2,
-            kernels=KernelsConfig(), muon=muon,
+            kernels=KernelsConfig(), trained=trained,
         ).optimizer  # fmt: skip
 
     matrices = 12 * 12 * 768 * 768  # per block 3 + 1 of attention, 4 + 4 of the MLP
     assert optimizer(False) - optimizer(True) == 4 * matrices / 2
+
+
+FROZEN = ("embedding.*", "blocks.0.*")
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("lora", "frozen"), [(LoraConfig(rank=4), ()), (LoraConfig(rank=4, dora=True), ()), (None, FROZEN)], ids=str
+)
+def test_what_is_frozen_has_no_gradients_and_no_moments(zero: int, lora: LoraConfig | None, frozen: tuple[str, ...]) -> None:
+    settings = replace(model("llama_160m"), num_layers=2, vocab_size=1000)
+    blueprint = Blueprint(model=settings, lora=lora, frozen=frozen)
+    decoder = freeze(Decoder(build_layers(blueprint, Reading(sequence_length=8, document_mask=False), seed=0)), blueprint)
+    held = sum(parameter.numel() for parameter in decoder.parameters())
+    learned = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
+    found = cost.memory_per_rank(
+        settings, micro_tokens=8, data_parallel=2, tensor_parallel=1, zero=zero, bytes_per_value=2, kernels=KernelsConfig(),
+        trained=cost.Trained(shapes=trained_shapes(settings, lora=lora, frozen=frozen)),
+    )  # fmt: skip
+    parts = (1 if zero < 3 else 2, 1 if zero == 1 else 2)
+    assert (found.weights, found.gradients, found.optimizer) == (2 * held // parts[0], 4 * learned // parts[1], 6 * learned)
+
+
+def test_ranks_share_adapters_as_they_share_their_layers() -> None:
+    """Of query-key-value and of gate and up the second matrix is cut, of what sums over the ranks the first."""
+    settings, lora = model("llama_160m"), LoraConfig(rank=4, dora=True)
+    width, inner, heads = settings.hidden_size, settings.ffn_size, settings.num_heads * settings.head_dim
+    fused = heads + 2 * settings.kv_heads * settings.head_dim
+    firsts = 4 * (3 * width + heads // 2 + 2 * width + inner // 2)
+    seconds = 4 * (fused // 2 + width + 2 * inner // 2 + width)
+    lengths = fused // 2 + width + 2 * inner // 2 + width
+    found = cost.memory_per_rank(
+        settings, micro_tokens=8, data_parallel=1, tensor_parallel=2, zero=1, bytes_per_value=2, kernels=KernelsConfig(),
+        trained=cost.Trained(shapes=trained_shapes(settings, lora=lora, frozen=())),
+    )  # fmt: skip
+    assert found.gradients == 4 * settings.num_layers * (firsts + seconds + lengths)
 
 
 def test_memory_is_sane() -> None:
