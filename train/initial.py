@@ -31,14 +31,20 @@ def configure(overrides: Sequence[str], config_dir: str | None = None, *, stage:
     Single settings of the model may be given beside it, such as model.dropout=0.1.
     Raises ConfigError with all that is wrong, and UserError when the checkpoint cannot be read.
     """
-    if stage == "finetune":  # `checkpoint` alone is the section of a run's own checkpoints
-        short = "checkpoint="
-        overrides = [f"initial_{word}" if word.startswith(short) and word != short else word for word in overrides]
+    overrides = spelled_out(stage, overrides)
     composed = compose(stage, overrides, config_dir, verbatim=VERBATIM.get(stage, ()))
     places = [composed.tree.get("initial_checkpoint"), *_run_of(composed.tree)]
     if all(isinstance(place, str) for place in places):  # else validation says what is wrong
         composed = _with_its_model(composed, overrides, config_dir, stage)
     return validate(RUNS[stage], composed)
+
+
+def spelled_out(stage: str, words: Sequence[str]) -> list[str]:
+    """The words, checkpoint=FOLDER of a fine-tuning as initial_checkpoint: the former is the section of a run's own ones."""
+    short = "checkpoint="
+    if stage != "finetune":
+        return list(words)
+    return [f"initial_{word}" if word.startswith(short) and word != short else word for word in words]
 
 
 def _run_of(tree: Mapping[str, Any]) -> tuple[Any, Any]:

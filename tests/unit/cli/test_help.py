@@ -14,6 +14,7 @@ from conf.compose import combinations, compose, groups, options, validate
 from conf.schema import leaf_names
 from tools.cli import VERBS, load, main
 from tools.help import field_documents
+from train.initial import spelled_out
 
 COMMAND = [sys.executable, "-P", "-m", "tools.cli"]
 OPTIONS = ("-m", "--help")
@@ -106,7 +107,10 @@ def test_every_example_is_valid_as_a_shell_would_give_it(verb: str, example: str
     assert (program, named) == ("longhaul", verb)
     given = [word for word in words if word not in OPTIONS]
     for job in combinations(given) if "-m" in words else [given]:
-        validate(load(VERBS[verb].schema), compose(VERBS[verb].root, job, verbatim=("prompt", "task.prompt")))
+        # What a fine-tuning takes from the checkpoint is put in its place.
+        theirs = ["+model=llama_tiny", "data.sequence_length=64"] if verb == "finetune" else []
+        composed = compose(VERBS[verb].root, [*spelled_out(verb, job), *theirs], verbatim=("prompt", "task.prompt"))
+        validate(load(VERBS[verb].schema), composed)
 
 
 def test_version(capsys: pytest.CaptureFixture) -> None:
