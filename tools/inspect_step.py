@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from conf.compose import read_config
 from conf.errors import ConfigError, UserError
 from data_pipeline.ledger import combined, parse_ranges, sample_hash
+from train.config.finetune import FinetuneConfig
 from train.config.pretrain import PretrainConfig
+from train.config.runs import RUNS
+from train.config.settings import RunSettings
+from train.groundwork.finetuning import ROWS_FOLDER, TOKENIZER_FOLDER
 from train.metrics.jsonl import FILE_NAME, read_lines
+
+if TYPE_CHECKING:
+    from data_pipeline.loader import SampleSource
+    from data_pipeline.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +51,7 @@ def run(config: InspectConfig) -> int:
     Raises UserError when the run has no such step, or the corpus is gone.
     """
     run_dir = Path(config.run)
-    settings = read_config(PretrainConfig, run_dir / "config.yaml")
+    settings = read_config(RUNS, run_dir / "config.yaml")
     found = [
         record for record in read_lines(run_dir / FILE_NAME) if record["kind"] == "train" and record["step"] == config.step
     ]
@@ -60,11 +69,7 @@ def run(config: InspectConfig) -> int:
     if config.sample is not None and config.sample not in samples:
         raise UserError(f"sample={config.sample}: is not of step {config.step}, which read {record['sample_ranges']}")
 
-    from data_pipeline.loader import Loader
-    from data_pipeline.tokenizer import Tokenizer
-
-    loader = Loader(settings.data, split="train", seed=settings.run.seed, vocab_size=settings.model.vocab_size)
-    tokenizer = Tokenizer(loader.tokenizer_folder)
+    loader, tokenizer = _open(run_dir, settings)
     shown = [config.sample] if config.sample is not None else samples[: config.limit]
     hashes = []
     for sample in samples:
@@ -81,3 +86,21 @@ def run(config: InspectConfig) -> int:
     verdict = "is what the step read" if same else f"IS NOT what the step read, whose hash is {record['data_hash']}"
     print(f"data             {verdict} (hash {combined(hashes)})")
     return int(not same)
+
+
+def _open(run_dir: Path, settings: RunSettings) -> tuple[SampleSource, Tokenizer]:
+    """The training samples of a run, and its tokenizer."""
+    from data_pipeline.encoded_rows import read_encoded
+    from data_pipeline.loader import Loader
+    from data_pipeline.row_loader import RowLoader
+    from data_pipeline.tokenizer import Tokenizer
+
+    seed, vocab_size = settings.run.seed, settings.model.vocab_size
+    if isinstance(settings, FinetuneConfig):
+        rows = read_encoded(run_dir / ROWS_FOLDER)
+        length = settings.sequence_length
+        loader = RowLoader(rows, split="train", sequence_length=length, seed=seed, vocab_size=vocab_size)
+        return loader, Tokenizer(run_dir / TOKENIZER_FOLDER)
+    assert isinstance(settings, PretrainConfig), "there are no others"
+    corpus = Loader(settings.data, split="train", seed=seed, vocab_size=vocab_size)
+    return corpus, Tokenizer(corpus.tokenizer_folder)

@@ -1,4 +1,4 @@
-"""`longhaul report`: a run as one page: its curves, its attempts, where its time went, what it was made of.
+"""`longhaul report`: a run as one page: its curves, its attempts, where its time went, what it was made of, what it writes.
 
 With wandb=true the records go to Weights & Biases instead, under the run's own id.
 """
@@ -20,8 +20,12 @@ from tools.curves import draw
 from tools.history import History
 from tools.page import bar, charts, folded, hidden, note, page, section, table, tiles
 from tools.run_charts import make_charts
+from tools.run_rows import outputs_table, rows_table
 from train.checkpoint.manifest import write_durably
+from train.config.finetune import FinetuneConfig
 from train.config.pretrain import PretrainConfig
+from train.config.runs import RUNS
+from train.config.settings import RunSettings
 from train.metrics.console import duration
 from train.metrics.goodput import CATEGORIES
 from train.metrics.jsonl import FILE_NAME
@@ -42,7 +46,7 @@ class ReportConfig:
     out: str | None = None
     """Folder for the page and its pictures; null: report/ in the run's folder."""
     samples: int | None = None
-    """Continuations by the newest checkpoint; null: 2 of a small model, none of a large one."""
+    """Of a pretraining run: continuations by the newest checkpoint; null: 2 of a small model, none of a large one."""
     prompt: str | None = None
     """What they continue; null: the beginning of the held-out text."""
     wandb: bool = False
@@ -61,7 +65,7 @@ def run(config: ReportConfig) -> int:
     Raises UserError for a folder that is no run's, and what sending can meet.
     """
     run_dir = Path(config.run)
-    settings = read_config(PretrainConfig, run_dir / "config.yaml")
+    settings = read_config(RUNS, run_dir / "config.yaml")
     if config.wandb:
         return _send(run_dir, settings)
     out = Path(config.out) if config.out is not None else run_dir / "report"
@@ -77,7 +81,7 @@ def run(config: ReportConfig) -> int:
     return 0
 
 
-def _send(run_dir: Path, settings: PretrainConfig) -> int:
+def _send(run_dir: Path, settings: RunSettings) -> int:
     from train.metrics import RunIdentity
     from train.metrics.weights_and_biases import replay
 
@@ -122,7 +126,7 @@ def _lead(run_dir: Path) -> str:
     return f"{record.get('run_id', '')}, begun {created}, commit {(record.get('git_commit') or 'unknown')[:12]}, {versions}"
 
 
-def _sections(config: ReportConfig, settings: PretrainConfig, history: History, drawn: list[str]) -> list[str]:
+def _sections(config: ReportConfig, settings: RunSettings, history: History, drawn: list[str]) -> list[str]:
     run_dir = Path(config.run)
     return [
         tiles(_facts(run_dir, history)),
@@ -130,8 +134,7 @@ def _sections(config: ReportConfig, settings: PretrainConfig, history: History, 
         section("Where the time went", *_time(history)),
         section("Attempts", *_attempts(run_dir, history)),
         section("Rollbacks", *_rollbacks(run_dir)),
-        section("Samples", *_samples(run_dir, config, settings)),
-        section("Corpus", *_corpus(settings)),
+        *_read_and_written(run_dir, config, settings),
         section("Configuration", folded("config.yaml", (run_dir / "config.yaml").read_text(encoding="utf-8"))),
     ]
 
@@ -222,6 +225,14 @@ def _rollbacks(run_dir: Path) -> list[str]:
     if not rows:
         return [note("None.")]
     return [table(["at step", "back to", "samples left out", "reason"], rows)]
+
+
+def _read_and_written(run_dir: Path, config: ReportConfig, settings: RunSettings) -> list[str]:
+    """What the run read, and what its model writes."""
+    if isinstance(settings, FinetuneConfig):
+        return [section("Outputs", *outputs_table(run_dir)), section("Rows", *rows_table(run_dir))]
+    assert isinstance(settings, PretrainConfig), "there are no others"
+    return [section("Samples", *_samples(run_dir, config, settings)), section("Corpus", *_corpus(settings))]
 
 
 def _samples(run_dir: Path, config: ReportConfig, settings: PretrainConfig) -> list[str]:

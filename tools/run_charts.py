@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from tools.history import History
 from train.probes import CHANCE
 
 NORMS_SHOWN = 8
+FIGURES_SHOWN = 8  # of a task in one chart
 CHANCE_POINTS = 50  # of a level line: so many are drawn without dots
 
 
@@ -40,6 +42,7 @@ def make_charts(history: History) -> list[Chart]:
     clipped = [curve("grad_norm", "before clipping")]
     charts = [
         Chart(name="loss", title="loss", unit="nats per token", curves=losses, marks=marks),
+        *_task(history, stopped),
         Chart(name="probes", title="probes", unit="% right", curves=_probes(history), marks=stopped),
         Chart(name="probe_gains", title="probes: loss at first less loss the second time", unit="nats", curves=_gains(history)),
         Chart(name="lr", title="learning rate", unit="", curves=[curve("lr", "learning rate")]),
@@ -61,6 +64,29 @@ def make_charts(history: History) -> list[Chart]:
         if curves:
             filled.append(replace(chart, curves=curves))
     return filled
+
+
+def _task(history: History, marks: Mapping[str, Sequence[float]]) -> list[Chart]:
+    """The figures of the task that a model is fine-tuned on, those of 0 to 1 apart from those of 0 to 100."""
+    found = {
+        name.removeprefix("task/"): sorted(values.items())
+        for name, values in history.evaluations.get("", {}).items()
+        if name.startswith("task/")
+    }
+    large = [name for name, pairs in found.items() if any(abs(value) > 1 for _, value in pairs)]
+    small = [name for name in found if name not in large]
+    for names in (large, small):  # what is well known is drawn together, before parts and means of it such as recall_micro
+        names.sort(key=lambda name: "_" in name)
+    charts = []
+    for start, names in [(start, kind) for kind in (small, large) for start in range(0, len(kind), FIGURES_SHOWN)]:
+        shown = names[start : start + FIGURES_SHOWN]
+        curves = [
+            Curve(label=name, steps=[step for step, _ in found[name]], values=[value for _, value in found[name]], points=True)
+            for name in shown
+        ]
+        number = f"_{len(charts) + 1}" if charts else ""
+        charts.append(Chart(name=f"task{number}", title="held-out rows", unit="", curves=curves, marks=marks))
+    return charts
 
 
 def _probes(history: History) -> list[Curve]:

@@ -72,7 +72,7 @@ def cost_of(subject: Subject) -> Cost:
     if isinstance(settings, ImportedConfig):
         return Cost(state="imported", parameters=parameters)
     tokens = subject.tokens
-    full, causal = flops_per_token(settings.model, settings.data.sequence_length)
+    full, causal = flops_per_token(settings.model, settings.sequence_length)
     productive, lost = subject.newest("seconds_productive"), subject.newest("seconds_lost")
     rates_N = subject.column("tokens_per_second")[1]
     losses_N = subject.column("loss")[1]

@@ -21,6 +21,8 @@ MEANING = {
     "layout": "how the work is spread and carried out; the numbers agree but for rounding",
     "free": "names, cadence and monitoring; nothing of it changes the model",
 }
+FIXED = {"model": "model", "data": "data", "task": "data", "opening": "data"}
+"""Sections that no run may change, and the class of each."""
 NOTHING = "-"  # stands where a subject has no such setting
 
 
@@ -36,7 +38,7 @@ class Row:
 
 def class_of(field: str) -> str:
     """Which of CLASSES a dotted field belongs to."""
-    if field.startswith(("data.sources", "run.seed")):
+    if field.startswith(("data.sources", "task.data", "task.validation", "run.seed")):
         return "data"  # to a resumed run the place of a corpus is free; the seed decides the order
     if field in ("launch.processes", "launch.device"):
         return "layout"
@@ -44,7 +46,7 @@ def class_of(field: str) -> str:
         return "model"
     kind = kind_of(field)
     if kind == "fixed":
-        return {"model": "model", "data": "data"}.get(field.partition(".")[0], "optimisation")
+        return FIXED.get(field.partition(".")[0], "optimisation")
     return "optimisation" if kind == "adjustable" else kind
 
 

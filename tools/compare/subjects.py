@@ -13,13 +13,18 @@ import numpy as np
 
 from conf.compose import read_config
 from conf.errors import ConfigError, UserError
+from data_pipeline.encoded_rows import read_encoded
 from data_pipeline.facts import inspect_sources
 from tools.curves import COLOURS
 from tools.history import History
 from train.checkpoint.manifest import MANIFEST, Manifest, published, read_manifest, resolve_checkpoint
 from train.checkpoint.settings import read_settings
+from train.config.finetune import FinetuneConfig
 from train.config.imported import ImportedConfig
 from train.config.pretrain import PretrainConfig
+from train.config.runs import RUNS
+from train.config.settings import RunSettings
+from train.groundwork.finetuning import ROWS_FOLDER
 from train.metrics.jsonl import FILE_NAME
 
 LETTERS = "ABCDEFGH"
@@ -52,7 +57,7 @@ class Subject:
     """The run's folder, or the checkpoint's."""
     run_dir: Path | None
     """Folder of the run that it is of; None: an imported checkpoint, or one that was moved away from its run."""
-    settings: PretrainConfig | ImportedConfig
+    settings: RunSettings | ImportedConfig
     record: dict[str, Any] = field(default_factory=dict)
     """run.json."""
     history: History = field(default_factory=History)
@@ -140,10 +145,13 @@ class Subject:
 
     @cached_property
     def _corpus(self) -> tuple[str | None, str | None]:
-        """Hash of the tokenizer and fingerprint of the corpus as it lies there now."""
-        if isinstance(self.settings, ImportedConfig):
-            return None, None
+        """Hash of the tokenizer and fingerprint of the corpus, or of the rows, as it lies there now."""
         try:
+            if isinstance(self.settings, FinetuneConfig) and self.run_dir is not None:
+                rows = read_encoded(self.run_dir / ROWS_FOLDER, verify=False)
+                return rows.tokenizer_sha256, rows.fingerprint
+            if not isinstance(self.settings, PretrainConfig):
+                return None, None
             facts = inspect_sources(self.settings.data)
         except UserError:  # it was moved or removed since, which takes nothing from the run
             return None, None
@@ -185,7 +193,7 @@ def _read_run(one: Named, letter: str, histories: dict[Path, History]) -> Subjec
         raise UserError(f"{one}: is no run; if it is a checkpoint, give checkpoint={one.path}")
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{one}: holds no config.yaml, so it is no run; give the folder of a run, such as runs/first")
-    settings = read_config(PretrainConfig, folder / "config.yaml")
+    settings = read_config(RUNS, folder / "config.yaml")
     checkpoint = next(reversed(published(folder / "checkpoints")), None)
     return Subject(
         letter=letter,
