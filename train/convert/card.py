@@ -65,6 +65,50 @@ def model_card(reader: CheckpointReader, report: dict[str, Any], evaluations: Se
     )
 
 
+def adapter_card(reader: CheckpointReader, base_model: str, evaluations: Sequence[Evaluation] = ()) -> str:
+    """The same for adapters alone."""
+    settings, model, lora = reader.settings, reader.model, reader.adapter
+    assert isinstance(settings, FinetuneConfig) and lora is not None, "only a fine-tuning trains adapters"
+    name = settings.run.name.rsplit("/", 1)[-1]
+    labels = f", id2label={dict(enumerate(model.labels))}" if model.labels else ""
+    auto = f"AutoModelFor{'SequenceClassification' if model.labels else 'CausalLM'}"
+    kind = "DoRA" if lora.dora else "rsLoRA" if lora.rslora else "LoRA"
+    return "\n".join(
+        [
+            "---",
+            "library_name: peft",
+            f"base_model: {base_model}",
+            f"pipeline_tag: text-{'classification' if model.labels else 'generation'}",
+            f"tags: [{model.family}, lora, longhaul, finetuned]",
+            *model_index(name, evaluations),
+            "---",
+            "",
+            f"# {name}",
+            "",
+            f"Adapters ({kind}, rank {lora.rank}, alpha {lora.alpha:g}) beside {base_model}, trained to step {reader.step:,} "
+            "with Longhaul.",
+            "",
+            "```python",
+            "from peft import PeftModel",
+            f"from transformers import {auto}, AutoTokenizer",
+            "",
+            'folder = "path/to/this/folder"',
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            f'model = PeftModel.from_pretrained({auto}.from_pretrained("{base_model}"{labels}), folder)',
+            "```",
+            "",
+            "## Training",
+            "",
+            *_table(_training_rows(reader, settings)),
+            "",
+            "## Scores",
+            "",
+            *score_lines(evaluations),
+            "",
+        ]
+    )
+
+
 def _use(model: ModelConfig, made: str, settings: object) -> list[str]:
     if model.labels:
         return _labels_use(model, made)

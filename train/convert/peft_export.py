@@ -49,9 +49,7 @@ def write_adapter(reader: CheckpointReader, folder: Path, *, base_model: str) ->
     A head that the run has trained besides is written with them. Raises UserError when the checkpoint has no adapters, or
     the family has no place for them.
     """
-    lora = reader.adapter
-    if lora is None:
-        raise UserError(f"{reader.path}: has no adapters, its run trained the weights themselves; export the model instead")
+    lora = check_adapted(reader)
     adapters = foreign_adapters(reader)
     heads = [name for name in reader.names if name.startswith(NEW_HEAD)]
     tensors = {f"{PREFIX}{name}": reader.read(name).contiguous() for name in heads}
@@ -66,6 +64,13 @@ def write_adapter(reader: CheckpointReader, folder: Path, *, base_model: str) ->
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     settings = peft_settings(lora, adapters, KeyMap(reader.model), heads=heads, base_model=base_model)
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def check_adapted(reader: CheckpointReader) -> LoraConfig:
+    """The settings of its adapters. Raises UserError when the checkpoint has none."""
+    if reader.adapter is None:
+        raise UserError(f"{reader.path}: has no adapters, its run trained the weights themselves; export the model instead")
+    return reader.adapter
 
 
 def foreign_adapters(reader: CheckpointReader) -> dict[str, ForeignAdapter]:

@@ -23,7 +23,7 @@ UNFINISHED = ".unfinished-conversion"
 """Marks a folder as ours while it is being filled; holds what it is made from, and is locked by who fills it."""
 
 
-Format: TypeAlias = Literal["hf", "checkpoint"]
+Format: TypeAlias = Literal["hf", "checkpoint", "adapter"]
 """What a conversion makes."""
 
 

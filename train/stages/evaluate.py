@@ -21,6 +21,7 @@ from data_pipeline.texts import open_texts
 from train.checkpoint.manifest import write_durably
 from train.companions import ranks
 from train.config.evaluation import EvaluationConfig
+from train.config.finetune import FinetuneConfig
 from train.evaluate.checks import score_settings
 from train.evaluate.engines import Engines
 from train.evaluate.labels import inputs_of, read_labelled, tell_labels
@@ -133,6 +134,8 @@ def _texts(config: EvaluationConfig, subject: Subject) -> Work:
     wanted = task.data or _with_text(subject.own_sources(), task)
     if not wanted:
         whose = "a model from elsewhere has no held-out text" if subject.run is None else f"its run has no {task.split} text"
+        if isinstance(getattr(subject.reader, "settings", None), FinetuneConfig):
+            whose = "its run was fine-tuned on rows, and has no held-out text"
         raise UserError(f"task.data=[]: {whose} of its own; give task.data=[{{path: ...}}]")
     how = {"tokenizer": subject.tokenizer, "end_of_document": subject.end_of_document, "verify": config.verify}
     sources = [open_texts(task, source, **how) for source in wanted]

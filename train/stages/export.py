@@ -1,18 +1,20 @@
-"""Export: a checkpoint becomes a Hugging Face model folder, proved before it appears."""
+"""Export: a checkpoint becomes a Hugging Face model folder, proved before it appears; or its adapters one of PEFT."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from conf.errors import UserError
 from train.checkpoint.manifest import MANIFEST, file_facts, resolve_checkpoint
 from train.checkpoint.reader import CheckpointReader
 from train.config.export import ExportConfig
 from train.config.imported import ImportedConfig
-from train.convert.card import model_card
+from train.convert.card import adapter_card, model_card
 from train.convert.card_scores import evaluations_of
 from train.convert.hf_config import check_expressible
-from train.convert.hf_export import plan_weights, resolve_export_dtype, write_model
+from train.convert.hf_export import copy_tokenizer, plan_weights, resolve_export_dtype, write_model
+from train.convert.peft_export import check_adapted, write_adapter
 from train.convert.prove import Task, check_can_prove, prove_in_child
 from train.convert.publication import REPORT, Publication, check_apart, check_room
 from train.convert.report import summary, write_report
@@ -24,6 +26,8 @@ def run(config: ExportConfig) -> int:
 
     Raises UserError, and publishes nothing, when the checkpoint cannot be trusted or expressed, or the proof fails.
     """
+    if config.adapter:
+        return _export_adapter(config)
     if config.proof:
         check_can_prove()
     reader = CheckpointReader(resolve_checkpoint(config.checkpoint))
@@ -49,6 +53,39 @@ def run(config: ExportConfig) -> int:
         (folder / "README.md").write_text(model_card(reader, report, evaluations), encoding="utf-8")
     print("\n".join([*summary(report), f"exported to {out}"]))
     return 0
+
+
+def _export_adapter(config: ExportConfig) -> int:
+    reader = CheckpointReader(resolve_checkpoint(config.checkpoint))
+    check_adapted(reader)
+    check_expressible(reader.model)
+    base_model = config.base_model or _imported_from(reader)
+    evaluations = evaluations_of(reader)
+    usual = default_folder(reader)
+    out = usual.with_name(f"{usual.name}-adapter") if config.out is None else Path(config.out)
+    check_apart(out, reader.path)
+    source = {"manifest": file_facts(reader.path / MANIFEST).sha256, "base_model": base_model}
+    with Publication(out, "adapter", overwrite=config.overwrite, source=source) as folder:
+        print(f"{reader.path.name}: checking its files, then writing its adapters", file=sys.stderr)
+        reader.verify()
+        write_adapter(reader, folder, base_model=base_model)
+        copy_tokenizer(reader.tokenizer_folder, folder)
+        write_report(reader, folder / REPORT, format="adapter", dtype="fp32", findings=None)
+        (folder / "README.md").write_text(adapter_card(reader, base_model, evaluations), encoding="utf-8")
+    print(f"base        {base_model}: what PEFT loads below them\nexported to {out}")
+    return 0
+
+
+def _imported_from(reader: CheckpointReader) -> str:
+    """The name on the hub of the model that the adapters stand beside. Raises UserError when it has none."""
+    assert reader.base is not None, "adapters stand beside a base"
+    settings = reader.base.settings
+    if isinstance(settings, ImportedConfig) and settings.origin.revision is not None:
+        return settings.origin.source
+    raise UserError(
+        f"base_model=null: {reader.base.path} is of no name on the hub; give base_model=NAME, or a folder: longhaul export "
+        f"checkpoint={reader.base.path} makes one"
+    )
 
 
 def default_folder(reader: CheckpointReader) -> Path:
