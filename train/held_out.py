@@ -90,7 +90,7 @@ class Evaluator:
             for index, chosen in enumerate(sources.values())
             for first in range(0, len(chosen), size)
         ]
-        for (index, chosen), counts in self._shared_out(groups):
+        for (index, chosen), counts in shared_out(groups, self.context):
             yield index, self.loader.micro_batch(chosen), counts
 
     def _run_probes(self, before_batch: Callable[[], None]) -> dict[str, Value]:
@@ -99,7 +99,7 @@ class Evaluator:
         for index, probe in enumerate(self.probes):
             rows, total = self._probe_rows(probe), len(probe.tokens_NS)
             groups = [(first, min(first + rows, total)) for first in range(0, total, rows)]
-            for (first, last), counts in self._shared_out(groups):
+            for (first, last), counts in shared_out(groups, self.context):
                 before_batch()
                 found = self._answers_of(probe.of(first, last), rows)
                 if counts:
@@ -134,19 +134,18 @@ class Evaluator:
         tokens = max(LEAST_TOKENS, self.micro_batch * self.config.sequence_length)
         return step * min(max(1, tokens // (length * step)), -(-total // step))
 
-    def _shared_out(self, groups: Sequence[Group]) -> Iterator[tuple[Group, bool]]:
-        """This rank's groups, and whether each counts: every rank gets equally many, as ZeRO 3 needs."""
-        ranks, rank = self.context.data_parallel, self.context.data_rank
-        for index in range(-(-len(groups) // ranks)):
-            mine = index * ranks + rank
-            yield groups[min(mine, len(groups) - 1)], mine < len(groups)
+
+def shared_out(groups: Sequence[Group], context: ParallelContext) -> Iterator[tuple[Group, bool]]:
+    """This rank's groups, and whether each counts: every rank gets equally many, as ZeRO 3 needs."""
+    ranks, rank = context.data_parallel, context.data_rank
+    for index in range(-(-len(groups) // ranks)):
+        mine = index * ranks + rank
+        yield groups[min(mine, len(groups) - 1)], mine < len(groups)
 
 
 def _figures(loss_sum: float, targets: float, target_bytes: float) -> dict[str, Value]:
     loss = loss_sum / targets if targets else math.nan
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, LARGEST_EXPONENT)),
-        "bits_per_byte": loss_sum / math.log(2) / target_bytes if target_bytes else math.nan,
-        "target_tokens": int(targets),
-    }
+    figures: dict[str, Value] = {"loss": loss, "perplexity": math.exp(min(loss, LARGEST_EXPONENT))}
+    if target_bytes:  # labels have none
+        figures["bits_per_byte"] = loss_sum / math.log(2) / target_bytes
+    return figures | {"target_tokens": int(targets)}

@@ -14,7 +14,10 @@ from train.config.training import ProbeName
 from train.metrics.record import Level, Output, Record, Value
 
 PROBES = get_args(ProbeName)
-TASK_FIGURES = ("accuracy", "f1_macro", "mcc", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "f1")
+TASK_FIGURES = (
+    "accuracy", "f1_macro", "mcc", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "f1", "reward_accuracy",
+    "reward_margin", "reward_chosen", "reward_rejected",
+)  # fmt: skip
 """Of a task's figures those that a person looks for first; metrics.jsonl has all of them."""
 _RATE_WINDOW = 50
 _SHOWN_CHARACTERS = 110
@@ -128,12 +131,8 @@ def evaluation_line(record: Record, total_steps: int) -> str:
     parts = [
         _position(record, total_steps),
         f"{title}: loss {_number(record.get('loss'), '.4f')}",
-        f"perplexity {_number(record.get('perplexity'), '.2f')}",
-        *(
-            [f"bits per byte {_number(record.get('bits_per_byte'), '.4f')}"]
-            if record.get("bits_per_byte") == record.get("bits_per_byte")
-            else []
-        ),
+        *([f"perplexity {_number(record['perplexity'], '.2f')}"] if "perplexity" in record else []),
+        *([f"bits per byte {_number(record['bits_per_byte'], '.4f')}"] if "bits_per_byte" in record else []),
         *(f"{name} {_percent(record[f'probe/{name}'])}" for name in PROBES if f"probe/{name}" in record),
         *(f"{name} {_number(record[f'task/{name}'], '.4f')}" for name in TASK_FIGURES if f"task/{name}" in record),
     ]
