@@ -80,7 +80,7 @@ def test_a_mistake_of_a_resume_is_noticed(checkpoint: Path, rows: dict[str, Path
     def make(**more):
         return settings(checkpoint, rows["classification"], method=LORA, **more)
 
-    change = faults.moments_not_restored
+    change = faults.updates_not_restored
     reference = whole_run(make(), tmp_path / "whole", ranks=1, change=change)
     assert differences(reference, resumed_run(make, tmp_path / "resumed", ranks=1, change=change))
 
