@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +32,60 @@ def dialogue_of(layout: Layout, values: Values) -> list[Message]:
     if any(not message["content"].strip() and not message.get("tool_calls") for message in answers):
         raise BadRow(Fault.EMPTY, "an answer of the assistant is empty")
     return messages
+
+
+def pair_of(layout: Layout, values: Values) -> tuple[list[Message], list[Message], int]:
+    """Two dialogues, the preferred one first, and how many turns they begin with alike, which are their prompt.
+
+    Both are given whole, or their answers alone, behind the column `prompt`. Raises BadRow, without a place, where they do
+    not begin alike, or no answer is to be told from another.
+    """
+    pair = [_checked(_list(_needed(layout, values, name), name), name) for name in ("chosen", "rejected")]
+    if all(messages[0]["role"] == "assistant" for messages in pair):
+        prompt = _needed(layout, values, "prompt")
+        asked = _checked(prompt, "prompt") if isinstance(prompt, list) else [_turn("user", prompt, "prompt")]
+        pair = [[*asked, *messages] for messages in pair]
+    system = layout.get(values, "system")
+    if system not in (MISSING, None, ""):
+        turn = {"role": "system", "content": _text(system, "system")}
+        pair = [messages if messages[0]["role"] == "system" else [turn, *messages] for messages in pair]
+    chosen, rejected = pair
+    if chosen == rejected:
+        raise BadRow(Fault.VALUE, "chosen and rejected are the same, so neither is preferred")
+    alike = 0
+    while alike < min(len(chosen), len(rejected)) - 1 and chosen[alike] == rejected[alike]:
+        alike += 1
+    for name, messages in zip(("chosen", "rejected"), pair, strict=True):
+        if not alike or messages[alike]["role"] != "assistant":
+            raise BadRow(Fault.VALUE, f"{name} does not begin with the other's prompt and then a turn of the assistant")
+        if messages[-1]["role"] != "assistant":
+            raise BadRow(Fault.VALUE, f"{name} does not end with a turn of the assistant")
+        answers = [message for message in messages[alike:] if message["role"] == "assistant"]
+        if any(not message["content"].strip() and not message.get("tool_calls") for message in answers):
+            raise BadRow(Fault.EMPTY, f"an answer in {name} is empty")
+    return chosen, rejected, alike
+
+
+def text_pair_of(layout: Layout, values: Values, chosen: str, rejected: str) -> tuple[str | None, str, str]:
+    """Prompt and two answers, the preferred one first; None for a prompt that is to be made of the row's columns.
+
+    Without such a column the texts are whole, and what they begin with alike, in whole words, is the prompt. Raises BadRow,
+    without a place, where no answer is to be told from another.
+    """
+    prompt = layout.get(values, "prompt")
+    if isinstance(prompt, list):
+        raise BadRow(Fault.VALUE, "prompt holds messages, chosen and rejected text; give messages for all of them, or text")
+    if chosen.strip() == rejected.strip():
+        raise BadRow(Fault.VALUE, "chosen and rejected are the same, so neither is preferred")
+    asked: str | None = None
+    if prompt is MISSING and layout.name:
+        alike = os.path.commonprefix([chosen, rejected])
+        asked = alike[: max((place.start() for place in re.finditer(r"\s+", alike)), default=0)]
+        chosen, rejected = chosen[len(asked) :], rejected[len(asked) :]
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text.strip():
+            raise BadRow(Fault.EMPTY, f"{name} is empty")
+    return asked, chosen, rejected
 
 
 def tools_of(found: Any) -> list[Mapping[str, Any]]:

@@ -16,6 +16,7 @@ PREVIEW = 20
 TARGET = "target"
 """What TaskConfig.target is unless it was given."""
 WAY_OUT = {
+    "preference": "name them by task.fields={prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}",
     "dialogue": "name them by task.fields={instruction: COLUMN, output: COLUMN}",
     "classification": "name them by task.fields={sentence: COLUMN, label: COLUMN}, or give task.prompt and task.target",
     "generation": "name them by task.fields={document: COLUMN, summary: COLUMN}, or give task.prompt and task.target",
@@ -106,7 +107,19 @@ GENERATIONS = (
         prefix="",
     ),
 )
-FAMILIES = {"dialogue": DIALOGUES, "classification": CLASSIFICATIONS, "generation": GENERATIONS}
+PREFERENCES = (
+    Family(
+        name="chosen and rejected",
+        columns={"chosen": ("chosen",), "rejected": ("rejected",)},
+        optional={"prompt": ("prompt", "question", "instruction"), "system": ("system",), "tools": ("tools",)},
+        prompt="{prompt}",
+        target="chosen",
+        prefix="",
+    ),
+)
+FAMILIES = {
+    "dialogue": DIALOGUES, "classification": CLASSIFICATIONS, "generation": GENERATIONS, "preference": PREFERENCES,
+}  # fmt: skip
 # Names that the prompts of conf/task use, and the other names that files have for them.
 ALIASES = {
     "document": ("article", "text"), "summary": ("highlights",), "completion": ("response",), "answers": ("answer",),
@@ -259,8 +272,8 @@ def _check_fields(task: TaskConfig, families: Sequence[Family]) -> None:
 
 
 def _nothing_fits(task: TaskConfig, families: Sequence[Family], values: Values) -> str:
-    if {"chosen", "rejected"} <= set(values):
-        return "its columns chosen and rejected are preferences, which are not trained on yet; take rows with answers alone"
+    if {"chosen", "rejected"} <= set(values) and task.kind != "preference":
+        return "its columns chosen and rejected are preferences; give task=preference, or take rows with answers alone"
     usual = "; ".join(
         dict.fromkeys(
             f"{family.name}: {', '.join('|'.join(names) for names in family.columns.values())}" for family in families

@@ -1,4 +1,4 @@
-"""Samples to micro-batches. With row_loader the only module of this package that uses torch.
+"""Samples to micro-batches. With row_loader and pair_loader the only module of this package that uses torch.
 
 Everything about documents is worked out here, on the CPU with numpy: positions, bounds and labels come from the places of
 end-of-document, so that no model block has to look at token ids.

@@ -72,6 +72,12 @@ def one_each(num_rows: int) -> Packing:
     return _grouped(np.arange(num_rows, dtype=np.int64), num_rows)
 
 
+def in_groups(packing: Packing, size: int) -> Packing:
+    """A packing of groups as one of their rows, which are neighbours: those of group n are the rows from n x size on."""
+    order_R = (packing.order_R[:, None] * size + np.arange(size)).reshape(-1)
+    return Packing(order_R=order_R, starts_Q1=packing.starts_Q1 * size)
+
+
 def _grouped(sequence_R: np.ndarray, num_sequences: int) -> Packing:
     counts_Q = np.bincount(sequence_R, minlength=num_sequences)
     starts_Q1 = np.concatenate([[0], np.cumsum(counts_Q)]).astype(np.int64)

@@ -38,7 +38,9 @@ IGNORE = -100  # as in data_pipeline.loader, which this module does not import: 
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class Tokens:
+    """A row before it is cut."""
+
     ids: list[int]
     flags: list[bool]
     """Whether each is a target."""
@@ -72,12 +74,20 @@ class RowEncoder:
 
     def encode(self, rows: Sequence[Row], labels: Sequence[str] = ()) -> list[EncodedRow | BadRow]:
         """Each of the rows. `labels`: those of a classification, in the order of their numbers."""
-        if self.kind == "dialogue":
-            return self._dialogues(rows)
         if self.kind == "classification":
             numbers = {label: number for number, label in enumerate(labels)}
             found = self.tokenizer.encode_all([row.prompt for row in rows])
             return [self._labelled(row, ids, numbers) for row, ids in zip(rows, found, strict=True)]
+        whole = zip(rows, self.tokens_of(rows), strict=True)
+        return [made if isinstance(made, BadRow) else self.shifted(made, row) for row, made in whole]
+
+    def tokens_of(self, rows: Sequence[Row]) -> list[Tokens | BadRow]:
+        """Each of the rows, prompts and dialogues, uncut."""
+        talks = iter(self._dialogues([row for row in rows if row.messages]))
+        prompts = iter(self._prompts([row for row in rows if not row.messages]))
+        return [next(talks if row.messages else prompts) for row in rows]
+
+    def _prompts(self, rows: Sequence[Row]) -> list[Tokens | BadRow]:
         texts = [row.prompt + row.prefix + self.answer_of(row) for row in rows]
         alone = self.tokenizer.encode_all([row.prompt for row in rows])
         return [
@@ -109,7 +119,7 @@ class RowEncoder:
     def _specials(self) -> re.Pattern[str] | None:
         return spelled_specials(self.tokenizer)
 
-    def _prompted(self, row: Row, alone: list[int], whole: list[int]) -> EncodedRow | BadRow:
+    def _prompted(self, row: Row, alone: list[int], whole: list[int]) -> Tokens | BadRow:
         if not self.answer_of(row).strip():
             return BadRow(Fault.EMPTY, f"{row.id}: its answer is empty, so there is nothing to learn")
         place = next((at for at, (one, other) in enumerate(zip(alone, whole, strict=False)) if one != other), len(alone))
@@ -121,7 +131,7 @@ class RowEncoder:
         begin = len(head) + place
         learned = 1 if self.targets == "all" else begin
         flags = [at >= learned for at in range(len(ids))]
-        return self._shifted(_Tokens(ids=ids, flags=flags, head=len(head), answer=begin), row)
+        return Tokens(ids=ids, flags=flags, head=len(head), answer=begin)
 
     def _labelled(self, row: Row, ids: list[int], numbers: dict[str, int]) -> EncodedRow | BadRow:
         if not row.prompt.strip():
@@ -135,7 +145,7 @@ class RowEncoder:
         labels_N[-1] = numbers[row.truths[0]]
         return EncodedRow(inputs_N, labels_N, is_cut=len(ids) > room)
 
-    def _dialogues(self, rows: Sequence[Row]) -> list[EncodedRow | BadRow]:
+    def _dialogues(self, rows: Sequence[Row]) -> list[Tokens | BadRow]:
         written = [self._written(row) for row in rows]
         texts = [found[0] for found in written if not isinstance(found, BadRow)]
         backend = self.tokenizer.backend
@@ -144,7 +154,7 @@ class RowEncoder:
             encodings = iter(backend.encode_batch(texts, add_special_tokens=False))
         finally:
             backend.encode_special_tokens = True
-        made: list[EncodedRow | BadRow] = []
+        made: list[Tokens | BadRow] = []
         for row, found in zip(rows, written, strict=True):
             if isinstance(found, BadRow):
                 made.append(found)
@@ -154,7 +164,9 @@ class RowEncoder:
         return made
 
     def _written(self, row: Row) -> tuple[str, list[Span]] | BadRow:
-        assert self.template is not None, "dialogues have a template"
+        if self.template is None:
+            text = f"{row.id}: is a dialogue, and the tokenizer has no chat template; give data.template=FILE"
+            return BadRow(Fault.TEMPLATE, text)
         row = self.with_system(row)
         forged = self._specials.search(all_text(row.messages, row.tools)) if self._specials else None
         if forged:
@@ -163,11 +175,13 @@ class RowEncoder:
         try:
             if self.targets == "all":
                 return self.template.render(row.messages, tools=row.tools), []
-            return self.template.render_marked(row.messages, tools=row.tools, last_only=self.targets == "last_turn")
+            last_only = self.targets == "last_turn" or row.answers == 1
+            text, spans = self.template.render_marked(row.messages, tools=row.tools, last_only=last_only)
+            return text, spans[-row.answers :]
         except BadRow as bad:
             return BadRow(bad.fault, f"{row.id}: {bad}")
 
-    def _answered(self, row: Row, ids: list[int], offsets: Sequence[Span], spans: list[Span]) -> EncodedRow | BadRow:
+    def _answered(self, row: Row, ids: list[int], offsets: Sequence[Span], spans: list[Span]) -> Tokens:
         flags = [False] * len(ids) if self.targets != "all" else [True] * len(ids)
         answer = 0
         for begin, end in spans:
@@ -185,7 +199,7 @@ class RowEncoder:
         head = len(self.opening)
         if tuple(ids[:head]) != self.opening:
             ids, flags, answer = [*self.opening, *ids], [*[False] * head, *flags], answer + head
-        return self._shifted(_Tokens(ids=ids, flags=flags, head=head, answer=answer), row)
+        return Tokens(ids=ids, flags=flags, head=head, answer=answer)
 
     def _end_of_turn(self, ids: Sequence[int], end: int, begin: int) -> int:
         """Last target of a turn of the tokens [begin, end): its end mark, which may be the next; not the blanks behind that."""
@@ -197,7 +211,7 @@ class RowEncoder:
             return marks[-1]
         return end - 1
 
-    def _shifted(self, tokens: _Tokens, row: Row) -> EncodedRow | BadRow:
+    def shifted(self, tokens: Tokens, row: Row) -> EncodedRow | BadRow:
         """Inputs and the next token of each, cut to the length of a sequence."""
         ids, flags = list(tokens.ids), list(tokens.flags)
         over = len(ids) - (self.sequence_length + 1)
@@ -225,5 +239,6 @@ def _overlap(first: int, last: int, begin: int, end: int) -> bool:
 
 def resolved_targets(task: TaskConfig, data: RowsConfig) -> Targets:
     """`data.targets` for this kind of task, auto resolved; nothing else but auto is of use for classification."""
-    usual: dict[str, Targets] = {"dialogue": "assistant", "generation": "completion", "classification": "completion"}
-    return usual[task.kind] if data.targets == "auto" else data.targets
+    if data.targets != "auto":
+        return data.targets
+    return "assistant" if task.kind == "dialogue" else "completion"

@@ -15,11 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 from conf.errors import UserError
-from data_pipeline.chat import chat_template
+from data_pipeline.chat import ChatTemplate, chat_template
 from data_pipeline.encoded_rows import FORMAT_VERSION, ROWS_FILE, EncodedRows, SplitContents, read_encoded, write_encoded
 from data_pipeline.io import read_json, sha256_of_texts
 from data_pipeline.manifest import Split
-from data_pipeline.packing import Packing, one_each, pack
+from data_pipeline.packing import Packing, in_groups, one_each, pack
+from data_pipeline.preferences import ROWS_OF_A_PAIR, encode_pairs
 from data_pipeline.records import BadRow, Fault
 from data_pipeline.row_encoding import IGNORE, EncodedRow, RowEncoder, resolved_targets
 from data_pipeline.row_report import RowReport, SplitReport, Tally
@@ -54,7 +55,7 @@ def prepare_rows(
     Raises UserError for data or settings that do not do, before anything is written, and for a folder that is damaged.
     """
     _check_settings(task, data)
-    template = chat_template(tokenizer, data.template) if task.kind == "dialogue" else None
+    template = _template(task, data, tokenizer)
     facts = [tokenizer.sha256, *map(str, (tuple(opening), end_of_document, seed)), template.text if template else ""]
     fingerprint = _fingerprint(task, data, facts)
     if _is_there(folder, fingerprint):
@@ -77,13 +78,17 @@ def prepare_rows(
     if task.kind == "classification":
         _stop_at_bad_rows(data, read.tally)  # the labels are those of the good rows, so the bad ones come first
     labels = _labels(task, splits["train"]) if task.kind == "classification" else ()
-    parts: dict[Split, _Part] = {
-        "train": _encode(encoder, splits["train"], labels, tally=read.tally),
-        "validation": _encode(encoder, splits["validation"], labels, tally=read.tally, with_prompts=task.kind == "dialogue"),
-    }
+    parts: dict[Split, _Part] = {}
+    for split, rows in splits.items():
+        if task.kind == "preference":
+            parts[split] = _encode_pairs(encoder, rows, tally=read.tally, as_turns=data.template is not None)
+        else:
+            with_prompts = split == "validation" and task.kind == "dialogue"
+            parts[split] = _encode(encoder, rows, labels, tally=read.tally, with_prompts=with_prompts)
     _stop_at_bad_rows(data, read.tally)
     _check_left(task, read.tally, parts)
-    contents = {split: _packed(part, data) for split, part in parts.items()}
+    size = ROWS_OF_A_PAIR if task.kind == "preference" else 1
+    contents = {split: _packed(part, data, size=size) for split, part in parts.items()}
     described = EncodedRows(
         folder=folder,
         fingerprint=fingerprint,
@@ -97,16 +102,28 @@ def prepare_rows(
         end_of_document=end_of_document,
         endings=_endings(parts["train"].encoded, tokenizer) if task.kind != "classification" else (),
         no_answer=task.no_answer,
-        template=template.text if template else None,
+        template=template.text if template and any(row.messages for row in parts["train"].rows) else None,
         tokenizer_folder=tokenizer.folder.resolve(),
         tokenizer_sha256=tokenizer.sha256,
         settings={"task": dataclasses.asdict(task), "data": dataclasses.asdict(data), "seed": seed},
-        report=_report(read, parts, contents, data),
+        report=_report(read, contents, data, size=size),
     )
     _check_most(parts, vocab_size, tokenizer, is_language=task.kind != "classification")
     bytes_V = np.zeros(tokenizer.vocab_size, dtype=np.int32) if task.kind == "classification" else tokenizer.token_bytes()
     write_encoded(described, contents, bytes_V)
     return read_encoded(folder, verify=False)
+
+
+def _template(task: TaskConfig, data: RowsConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """What dialogues are written out by; preferences may be of texts, and then need none."""
+    if task.kind not in ("dialogue", "preference"):
+        return None
+    try:
+        return chat_template(tokenizer, data.template)
+    except UserError:
+        if task.kind == "dialogue" or data.template is not None:
+            raise
+        return None
 
 
 def _check_settings(task: TaskConfig, data: RowsConfig) -> None:
@@ -116,11 +133,12 @@ def _check_settings(task: TaskConfig, data: RowsConfig) -> None:
         "dialogue": ("auto", "all", "assistant", "last_turn"),
         "generation": ("auto", "all", "completion"),
         "classification": ("auto",),
+        "preference": ("auto", "completion"),
     }[task.kind]
     if data.targets not in fitting:
         raise UserError(f"data.targets={data.targets}: is not for task={task.kind}; give one of {', '.join(fitting)}")
     for name in ("template", "system"):
-        if task.kind != "dialogue" and getattr(data, name) is not None:
+        if task.kind not in ("dialogue", "preference") and getattr(data, name) is not None:
             raise UserError(f"data.{name}: is for dialogues, this is task={task.kind}; leave it out, or give task=dialogue")
 
 
@@ -240,6 +258,21 @@ def _encode(
     return part
 
 
+def _encode_pairs(encoder: RowEncoder, pairs: Sequence[Row], *, tally: Tally, as_turns: bool) -> _Part:
+    part = _Part([], [])
+    with _bar("encoding", len(pairs)) as bar:
+        for first in range(0, len(pairs), CHUNK_ROWS):
+            chunk = pairs[first : first + CHUNK_ROWS]
+            for made in encode_pairs(encoder, chunk, as_turns=as_turns):
+                if isinstance(made, BadRow):
+                    tally.add(made)
+                    continue
+                part.rows.extend(row for row, _ in made)
+                part.encoded.extend(encoded for _, encoded in made)
+            bar.update(len(chunk))
+    return part
+
+
 def _stop_at_bad_rows(data: RowsConfig, tally: Tally) -> None:
     """Rows that are too long are always left out; for others the user decides."""
     bad = tally.dropped(but=[Fault.NO_TARGET])
@@ -261,10 +294,11 @@ def _check_left(task: TaskConfig, tally: Tally, parts: dict[Split, _Part]) -> No
             raise UserError(f"task.{name}: no row is left of it ({reasons or 'all are held out'}); give other rows")
 
 
-def _packed(part: _Part, data: RowsConfig) -> SplitContents:
-    lengths_R = np.array([len(row.inputs_N) for row in part.encoded], dtype=np.int64)
-    packing: Packing = pack(lengths_R, data.sequence_length) if data.packing else one_each(len(lengths_R))
-    return SplitContents(rows=part.rows, encoded=part.encoded, packing=packing)
+def _packed(part: _Part, data: RowsConfig, *, size: int) -> SplitContents:
+    """size: rows that stay together."""
+    lengths_G = np.array([len(row.inputs_N) for row in part.encoded], dtype=np.int64).reshape(-1, size).sum(axis=1)
+    packing: Packing = pack(lengths_G, data.sequence_length) if data.packing else one_each(len(lengths_G))
+    return SplitContents(rows=part.rows, encoded=part.encoded, packing=in_groups(packing, size))
 
 
 def _endings(encoded: Sequence[EncodedRow], tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -272,12 +306,12 @@ def _endings(encoded: Sequence[EncodedRow], tokenizer: Tokenizer) -> tuple[int, 
     return tuple(sorted(last & tokenizer.special_ids))
 
 
-def _report(read: _Read, parts: dict[Split, _Part], contents: dict[Split, SplitContents], data: RowsConfig) -> RowReport:
+def _report(read: _Read, contents: dict[Split, SplitContents], data: RowsConfig, *, size: int) -> RowReport:
     def of(split: Split) -> SplitReport:
-        encoded, sequences = parts[split].encoded, contents[split].packing.num_sequences
+        encoded, sequences = contents[split].encoded, contents[split].packing.num_sequences
         return SplitReport(
-            rows=len(encoded),
-            cut=sum(row.is_cut for row in encoded),
+            rows=len(encoded) // size,
+            cut=sum(row.is_cut for row in encoded) // size,
             tokens=sum(len(row.inputs_N) for row in encoded),
             targets=sum(int((row.labels_N != IGNORE).sum()) for row in encoded),
             sequences=sequences,

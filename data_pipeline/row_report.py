@@ -27,7 +27,7 @@ class SplitReport:
     """One split."""
 
     rows: int = 0
-    """Rows that are used."""
+    """Rows that are used; of preferences the pairs."""
     cut: int = 0
     """Of them, those that were longer than a sequence."""
     tokens: int = 0

@@ -15,7 +15,8 @@ class RowsConfig:
     """How labelled rows become sequences to train on."""
 
     sequence_length: int = 1024
-    """Tokens of a sequence; of a longer row the beginning of its prompt is cut off, then the end of its answer."""
+    """Tokens of a sequence; of a longer row the beginning of its prompt is cut off, then the end of its answer. Both answers of
+    a preference, each with the prompt, share a sequence."""
     packing: bool = True
     """Put several whole rows into one sequence, where none sees another; false: one row in a sequence."""
     targets: Targets = "auto"
@@ -27,7 +28,8 @@ class RowsConfig:
     """What happens when a row cannot be used: say which and why, or leave such rows out and count them."""
     template: str | None = None
     """How dialogues are written out: a jinja file, or chatml or plain, which are built in; null: the tokenizer's own chat
-    template, else chatml where the tokenizer has its tokens, else plain."""
+    template, else chatml where the tokenizer has its tokens, else plain. Preferences that are texts are written out as
+    dialogues only when a template is given."""
     system: str | None = None
     """What the system says first in a dialogue where it says nothing; null: nothing."""
 

@@ -11,8 +11,8 @@ from typing import Literal
 
 from conf.errors import ConfigError
 
-TaskKind = Literal["language", "classification", "generation", "dialogue", "harness"]
-ROW_KINDS = ("classification", "generation", "dialogue")
+TaskKind = Literal["language", "classification", "generation", "dialogue", "preference", "harness"]
+ROW_KINDS = ("classification", "generation", "dialogue", "preference")
 TaskMetric = Literal["bleu", "chrf", "ter", "rouge", "answers"]
 RowFormat = Literal["auto", "jsonl", "csv", "tsv", "parquet", "lines", "dataset"]
 
@@ -51,7 +51,7 @@ class TaskSource:
 class TaskConfig:
     kind: TaskKind = "language"
     """language: the likelihood of texts; classification: the likeliest of some labels; generation: what the model writes;
-    dialogue: what an assistant says, for finetune; harness: tasks of lm-eval."""
+    dialogue: what an assistant says, preference: which of two answers is better, both for finetune; harness: of lm-eval."""
     name: str = "language"
     """Name of the task in folders and tables."""
     data: tuple[TaskSource, ...] = ()
@@ -167,6 +167,10 @@ class TaskConfig:
             problems += self._prompt_problems()
         if not self.target:
             problems.append("target='': needs the column of the truth")
+        if self.kind == "preference" and self.target not in ("", "target"):
+            problems.append(
+                f"target={self.target}: a preference has two; name their columns by task.fields={{chosen: COLUMN}}"
+            )
         if self.kind == "dialogue" and self.target not in ("", "target"):
             problems.append(f"target={self.target}: a dialogue has its answers; name columns by task.fields={{output: ...}}")
         for name in ("prompt", "target_prefix", "labels", "label_texts"):
@@ -189,6 +193,10 @@ class TaskConfig:
     def evaluation_problems(self) -> list[str]:
         """What `longhaul evaluate` needs beyond what fine-tuning does."""
         problems = []
+        if self.kind == "preference":
+            problems.append(
+                "kind=preference: is for finetune; score what a model writes by task=generation, with a prompt"
+            )
         if self.kind == "dialogue":
             problems.append("kind=dialogue: is for finetune; score what a model writes by task=generation, with a prompt")
         if self.kind == "classification" and not self.prompt:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from conf.errors import ConfigError, UserError
-from data_pipeline.dialogues import Message, dialogue_of, tools_of
+from data_pipeline.dialogues import Message, dialogue_of, pair_of, text_pair_of, tools_of
 from data_pipeline.layouts import MISSING, Layout, layout_of, lookup, names_of
 from data_pipeline.records import BadRow, Fault, Record, RecordReader
 from data_pipeline.task_config import TaskConfig, TaskSource
@@ -36,6 +36,10 @@ class Row:
     """Of a dialogue: its turns, in the form that chat templates take."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """Of a dialogue: the functions that the assistant may call, as JSON schemas."""
+    answers: int = 0
+    """Of a preference's dialogue: how many of the last turns of the assistant are the answer; those before are its prompt."""
+    rejected: Row | None = None
+    """Of a preference: the same prompt with the answer that is not preferred."""
 
 
 def read_rows(task: TaskConfig, *, limit: int | None = None) -> list[Row]:
@@ -126,13 +130,17 @@ class _RowMaker:
     def row(self, record: Record) -> Row:
         if self.task.kind == "dialogue":
             made = self._dialogue(record)
+        elif self.task.kind == "preference":
+            made = self._pair(record)
         else:
             prompt, truths = self._prompt(record), self._truths(record)
             if self.task.kind == "classification":
                 self._check_label(truths, record)
             made = Row(id=record.id, source=self.source.label, prompt=prompt, truths=truths, prefix=self.layout.prefix)
         try:
-            "".join((made.prompt, *made.truths, json.dumps(made.messages, ensure_ascii=False))).encode()
+            both = (made, made.rejected or made)
+            texts = [json.dumps([row.prompt, row.truths, row.messages], ensure_ascii=False) for row in both]
+            "".join(texts).encode()
         except UnicodeEncodeError:
             text = f"{record.id}: holds half of a surrogate pair, which is no character; mend its escapes"
             raise BadRow(Fault.ENCODING, text) from None
@@ -153,6 +161,34 @@ class _RowMaker:
             messages=tuple(messages),
             tools=tuple(tools),
         )
+
+    def _pair(self, record: Record) -> Row:
+        values, common = record.values, {"source": self.source.label, "prefix": self.layout.prefix}
+        try:
+            answers = [self.layout.get(values, name) for name in ("chosen", "rejected")]
+            if all(isinstance(answer, str) and not answer.lstrip().startswith("[{") for answer in answers):
+                prompt, chosen, rejected = text_pair_of(self.layout, values, *answers)
+                if prompt is None:
+                    prompt = self._prompt(record)
+                made = [Row(id=record.id, prompt=prompt, truths=(text,), **common) for text in (chosen, rejected)]
+            else:
+                *pair, alike = pair_of(self.layout, values)
+                common["tools"] = tuple(tools_of(self.layout.get(values, "tools")))
+                made = [
+                    Row(
+                        id=record.id,
+                        prompt="",
+                        truths=(messages[-1]["content"],),
+                        messages=tuple(messages),
+                        answers=sum(message["role"] == "assistant" for message in messages[alike:]),
+                        **common,
+                    )
+                    for messages in pair
+                ]
+        except BadRow as bad:
+            text = str(bad) if str(bad).startswith(record.id) else f"{record.id}: {bad}; there are {names_of(values)}"
+            raise BadRow(bad.fault, text) from None
+        return replace(made[0], rejected=made[1])
 
     def _prompt(self, record: Record) -> str:
         values = record.values

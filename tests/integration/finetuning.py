@@ -66,6 +66,19 @@ def written_file(folder: Path, *, rows: int = 120, seed: int = 0) -> Path:
     return path
 
 
+def pairs_file(folder: Path, *, rows: int = 120, seed: int = 0) -> Path:
+    """Pairs whose shorter answer is preferred: one animal or tool, and several of them."""
+    draw = random.Random(seed)
+    path = folder / f"pairs-{seed}.jsonl"
+    lines = []
+    for _ in range(rows):
+        prompt = " ".join(draw.choice((*ANIMALS, *TOOLS)) for _ in range(draw.randrange(1, 4)))
+        words = [draw.choice((*ANIMALS, *TOOLS)) for _ in range(draw.randrange(2, 4))]
+        lines.append(json.dumps({"prompt": f"{prompt} >", "chosen": f" {words[0]}", "rejected": f" {' '.join(words)}"}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def settings(
     checkpoint: Path,
     rows: Path,

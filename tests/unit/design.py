@@ -37,6 +37,7 @@ ORDER = (
     "train.scores",
     "train.probes",
     "train.held_out",
+    "train.reference",
     "train.loop",
     "train.convert",
     "train.evaluate",

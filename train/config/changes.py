@@ -34,6 +34,8 @@ KINDS: dict[str, Kind] = {
     "method.neftune_alpha": "adjustable",
     "method.layer_decay": "adjustable",
     "method.lora.dropout": "adjustable",
+    "preference": "adjustable",
+    "preference.reference": "free",
     "opening": "fixed",
     "scoring": "free",
     "data": "fixed",  # the sample order follows from it

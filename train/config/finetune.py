@@ -10,17 +10,18 @@ from data_pipeline.rows_config import RowsConfig
 from data_pipeline.task_config import TaskConfig
 from train.config.adapter import LoraConfig
 from train.config.method import MethodConfig
+from train.config.preference import PreferenceConfig
 from train.config.settings import RunSettings
 from train.config.training import BudgetConfig, GroupRule, OptimConfig
 
-TRAINABLE = ("classification", "generation", "dialogue")
+TRAINABLE = ("classification", "generation", "dialogue", "preference")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
     metric: str | None = None
     """Figure of the held-out rows by which one checkpoint is better than another: loss, accuracy, f1_macro, bleu, rougeL, ...;
-    null: accuracy of a classification, otherwise the loss."""
+    null: accuracy of a classification, reward_accuracy of preferences, otherwise the loss."""
     max_rows: int | None = 200
     """Held-out rows for which the model writes its outputs at every evaluation, the first ones; null: all; 0: none."""
     shown: int = 3
@@ -51,6 +52,8 @@ class FinetuneConfig(RunSettings):
     """How rows become sequences."""
     method: MethodConfig = field(default_factory=MethodConfig)
     """What of the model is trained."""
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    """task=preference: how the two answers of a pair are compared."""
     opening: bool | None = None
     """Begin each row as the tokenizer begins a text, which models from elsewhere have learned to expect; null: as the
     checkpoint's own texts began."""
@@ -78,6 +81,11 @@ class FinetuneConfig(RunSettings):
         return self.method.neftune_alpha
 
     @property
+    def pairs(self) -> PreferenceConfig | None:
+        """How pairs of rows are compared; None: rows are learned as they are."""
+        return self.preference if self.task.kind == "preference" else None
+
+    @property
     def rates(self) -> OptimConfig:
         """The optimizer's settings; where rates fall from layer to layer, with a rule for each that no other rule names."""
         decay, layers = self.method.layer_decay, self.model.num_layers
@@ -101,6 +109,8 @@ class FinetuneConfig(RunSettings):
             problems.append("initial_checkpoint='': needs the folder of a checkpoint or of a run; give checkpoint=runs/first")
         if self.task.kind not in TRAINABLE:
             problems.append(f"task.kind={self.task.kind}: is measured, not learned; choose a task of {', '.join(TRAINABLE)}")
+        if self.task.kind != "preference" and self.preference != PreferenceConfig():
+            problems.append(f"preference: is of pairs of answers, this is task={self.task.kind}; leave it out")
         if self.evaluate.probes:
             problems.append(f"evaluate.probes={list(self.evaluate.probes)}: are of pretraining; give evaluate.probes=[]")
         if self.method.lora is not None and self.optim.kind == "muon":

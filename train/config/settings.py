@@ -10,6 +10,7 @@ from train.config.guard import GuardConfig
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
 from train.config.monitor import MonitorConfig
+from train.config.preference import PreferenceConfig
 from train.config.training import (
     BatchConfig,
     BudgetConfig,
@@ -81,6 +82,11 @@ class RunSettings:
     @property
     def embedding_noise(self) -> float | None:
         """Strength of NEFTune's noise."""
+        return None
+
+    @property
+    def pairs(self) -> PreferenceConfig | None:
+        """How pairs of rows are compared; None: rows are learned as they are."""
         return None
 
     @property

@@ -15,6 +15,7 @@ from pathlib import Path
 from conf.errors import ConfigError, UserError
 from data_pipeline.chat_files import copy_for_answers
 from data_pipeline.encoded_rows import EncodedRows, read_encoded
+from data_pipeline.preferences import ROWS_OF_A_PAIR
 from data_pipeline.row_preparation import prepare_rows
 from data_pipeline.shown_example import shown_example
 from data_pipeline.tokenizer import Tokenizer
@@ -44,7 +45,7 @@ def look_into(config: FinetuneConfig) -> Findings[FinetuneConfig]:
     rows = _encoded(config, begins, run_dir)
     config = replace(
         config,
-        model=replace(config.model, labels=rows.labels),
+        model=replace(config.model, labels=rows.labels, **_of_pairs(config)),
         budget=_in_steps(config, sequences=rows.num_sequences("train")),
     )
     if problems := problems_of(config.model, lora=config.adapter, frozen=config.frozen):
@@ -75,6 +76,13 @@ def base_of(config: FinetuneConfig, run_dir: Path) -> Path | None:
         return None
     kept = run_dir / BASE_FOLDER
     return kept if (kept / MANIFEST).is_file() else Path(config.initial_checkpoint)
+
+
+def _of_pairs(config: FinetuneConfig) -> dict[str, float]:
+    """What of the model is otherwise where pairs are compared: their loss has no other part."""
+    if config.pairs is None:
+        return {}
+    return {"z_loss": 0.0} | ({} if config.pairs.dropout is None else {"dropout": config.pairs.dropout})
 
 
 def _opens(config: FinetuneConfig, begins: Path) -> bool:
@@ -124,8 +132,15 @@ def _report_lines(rows: EncodedRows) -> list[str]:
 
 
 def _example_lines(rows: EncodedRows) -> list[str]:
-    example = shown_example(rows, Tokenizer(rows.tokenizer_folder), colour=sys.stdout.isatty())
-    return ["first example, what is learned of it marked:", *(f"  | {line}" for line in example.splitlines())]
+    tokenizer, colour = Tokenizer(rows.tokenizer_folder), sys.stdout.isatty()
+    first = range(ROWS_OF_A_PAIR if rows.kind == "preference" else 1)
+    examples = [shown_example(rows, tokenizer, colour=colour, row=row) for row in first]
+    titles = ["first example, what is learned of it marked:", "and the answer that is not preferred:"]
+    return [
+        line
+        for title, example in zip(titles, examples, strict=False)
+        for line in (title, *(f"  | {part}" for part in example.splitlines()))
+    ]
 
 
 def _make_ready(config: FinetuneConfig, rows: EncodedRows, begins: Path, run_dir: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 LOWER_IS_BETTER = {
     "loss", "perplexity", "bits_per_byte", "ece", "brier", "ter", "word_perplexity", "byte_perplexity",
 }  # fmt: skip
-NEITHER_IS_BETTER = {"support", "length_ratio"}
+NEITHER_IS_BETTER = {"support", "length_ratio", "reward_rejected"}
 
 
 def direction(name: str) -> Literal[-1, 0, 1]:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from data_pipeline.encoded_rows import read_encoded
+from functools import partial
+
+import numpy as np
+
+from data_pipeline.encoded_rows import EncodedRows, read_encoded
+from data_pipeline.manifest import Split
+from data_pipeline.pair_loader import PairLoader
 from data_pipeline.row_loader import RowLoader
 from train.attempt import Attempt
+from train.checkpoint.manifest import MANIFEST, file_facts
 from train.checkpoint.reader import CheckpointReader
 from train.checkpoint.store import CheckpointStore
 from train.config.finetune import FinetuneConfig
 from train.engine import Engine
 from train.evaluate.examiner import TaskExaminer
+from train.evaluate.preferences import PreferenceExaminer
 from train.groundwork.finetuning import ROWS_FOLDER, TOKENIZER_FOLDER, base_of
 from train.held_out import Evaluator
 from train.initial import check_initial_model, head_changes, initial_folder
 from train.metrics import Metrics, NullMetrics
 from train.model.transformer import Reading
 from train.parallel import ParallelContext
+from train.reference import Identity, Reference, compute_references
 from train.stages.training import Material
 
 
@@ -28,24 +37,68 @@ def material(config: FinetuneConfig, context: ParallelContext, attempt: Attempt,
         "vocab_size": config.model.vocab_size,
     }
 
+    if config.pairs is not None:
+        return _of_pairs(config, context, attempt, rows=rows, common=common)
+
     def examiner(engine: Engine) -> TaskExaminer | None:
         if config.evaluate.max_samples == 0 or not rows.num_rows("validation"):
             return None
         held_out = Evaluator(config, context=context, engine=engine, loader=RowLoader(rows, split="validation", **common))
         return TaskExaminer(config, context=context, engine=engine, held_out=held_out, rows=rows)
 
-    def begin(engine: Engine, store: CheckpointStore) -> None:
-        check_initial_model(config)
-        folder = initial_folder(config.initial_checkpoint)
-        heads = head_changes(CheckpointReader(folder).model, config.model)
-        store.load_weights(engine, folder, new=heads.new, left_out=heads.left_out)
-
     return Material(
         reading=Reading(sequence_length=config.sequence_length, document_mask=True),
         loader=RowLoader(rows, split="train", pin=context.device.type == "cuda", **common),
         examiner=examiner,
-        begin=begin,
+        begin=partial(_begin, config),
         tokenizer_folder=attempt.run_dir / TOKENIZER_FOLDER,
         fingerprint=rows.fingerprint,
         base=base_of(config, attempt.run_dir),
+    )
+
+
+def _begin(config: FinetuneConfig, engine: Engine, store: CheckpointStore) -> None:
+    check_initial_model(config)
+    folder = initial_folder(config.initial_checkpoint)
+    heads = head_changes(CheckpointReader(folder).model, config.model)
+    store.load_weights(engine, folder, new=heads.new, left_out=heads.left_out)
+
+
+def _of_pairs(
+    config: FinetuneConfig, context: ParallelContext, attempt: Attempt, *, rows: EncodedRows, common: dict[str, int]
+) -> Material:
+    """Of a run that learns preferences: pairs of rows, and what the model that it begins with thinks of each."""
+    loaders: dict[Split, PairLoader] = {
+        "train": PairLoader(rows, split="train", pin=context.device.type == "cuda", **common),
+    }
+    if config.evaluate.max_samples != 0 and rows.num_rows("validation"):
+        loaders["validation"] = PairLoader(rows, split="validation", **common)
+
+    def prepare(engine: Engine, store: CheckpointStore) -> None:
+        base = initial_folder(config.initial_checkpoint) / MANIFEST
+        identity = Identity(rows=rows.fingerprint, base=file_facts(base).sha256, precision=config.precision)
+        reference = Reference(identity=identity, run_dir=attempt.run_dir, elsewhere=config.preference.reference)
+
+        def compute() -> dict[Split, np.ndarray]:
+            _begin(config, engine, store)
+            alive = partial(attempt.watchdog.phase, "evaluate")
+            found = compute_references(loaders, engine, context, micro_batch=config.batch.micro_batch, before_batch=alive)
+            attempt.watchdog.phase("start-up")
+            return found
+
+        reference.give(loaders, compute, context)
+
+    def examiner(engine: Engine) -> PreferenceExaminer | None:
+        held_out = loaders.get("validation")
+        return held_out and PreferenceExaminer(config, context=context, engine=engine, loader=held_out)
+
+    return Material(
+        reading=Reading(sequence_length=config.sequence_length, document_mask=True),
+        loader=loaders["train"],
+        examiner=examiner,
+        begin=partial(_begin, config),
+        tokenizer_folder=attempt.run_dir / TOKENIZER_FOLDER,
+        fingerprint=rows.fingerprint,
+        base=base_of(config, attempt.run_dir),
+        prepare=prepare,
     )

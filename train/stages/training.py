@@ -56,6 +56,8 @@ class Material:
     """Identity of the data."""
     base: Path | None = None
     """The checkpoint that holds what the run does not train; None: it trains all."""
+    prepare: Callable[[Engine, CheckpointStore], None] = lambda engine, store: None
+    """Finds out what the loaders need of the model that the run begins with; what it leaves in the engine is loaded over."""
 
 
 def blueprint_of(config: RunSettings, context: ParallelContext) -> Blueprint:
@@ -70,6 +72,7 @@ def blueprint_of(config: RunSettings, context: ParallelContext) -> Blueprint:
         lora=config.adapter,
         neftune_alpha=config.embedding_noise,
         frozen=config.frozen,
+        preference=config.pairs,
     )
 
 
@@ -101,6 +104,7 @@ def build(config: RunSettings, context: ParallelContext, attempt: Attempt, metri
         base=material.base,
     )
     deadline = None if attempt.ends_at is None else Deadline(attempt.ends_at - time.time())
+    material.prepare(engine, store)
     return Trainer(
         config=config,
         plan=plan,

@@ -32,7 +32,7 @@ OF_THE_USER = {  # what an option leaves open on purpose
     "task/classification.yaml": ["task.data=[{path: a.tsv}]", "task.prompt='{text}'", "task.labels=[a,b]"],
     **{
         f"task/{name}.yaml": ["task.data=[{path: a.tsv}]"]
-        for name in ("answers", "dialogue", "generation", "summarisation", "translation")
+        for name in ("answers", "dialogue", "generation", "preference", "summarisation", "translation")
     },
 }
 

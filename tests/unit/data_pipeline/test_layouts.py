@@ -106,7 +106,7 @@ class TestWhatIsNotClear:
             ("generation", {"document": "d", "article": "e", "summary": "s"}, {}, ["document|article"]),
             ("classification", {"text": "t", "sentence": "u", "label": 1}, {}, ["sentence|text", "task.fields={sentence"]),
             ("classification", {"text": "t", "stars": 1}, {}, ["its columns text, stars are none", "label: COLUMN"]),
-            ("dialogue", {"prompt": "p", "chosen": "c", "rejected": "r"}, {}, ["preferences, which are not trained on"]),
+            ("dialogue", {"prompt": "p", "chosen": "c", "rejected": "r"}, {}, ["are preferences; give task=preference"]),
             ("dialogue", {"messages": [], "instruction": "i", "output": "o"}, {}, ["fit messages (messages) and alpaca"]),
             ("dialogue", {"text": "t"}, {}, ["its columns text are none", "task.fields={instruction: COLUMN"]),
             ("generation", TRANSLATION, {}, ["column translation has de, en", "task.source_language and task.target_language"]),
