@@ -57,6 +57,7 @@ VERBS: dict[str, Verb] = {
             "longhaul finetune checkpoint=runs/first task=classification 'task.data=[{path: sst2/train.tsv}]' run.name=sst2",
             "longhaul finetune checkpoint=runs/first task=translation 'task.data=[{path: train.de, targets: train.en}]'",
             "longhaul finetune checkpoint=imported/qwen3 task=dialogue method=lora 'task.data=[{path: chats.jsonl}]'",
+            "longhaul finetune checkpoint=runs/first task=translation 'task.data=[{path: train.tsv}]' launch.dry_run=true",
         ),
     ),
     "plan": Verb(
@@ -67,13 +68,14 @@ VERBS: dict[str, Verb] = {
         examples=("longhaul plan model=llama_8b budget.tokens=15e12 batch.sequences=512 launch.processes=64 parallel=zero3",),
     ),
     "submit": Verb(
-        summary="run `pretrain`, `prepare`, `import`, `export` or `evaluate` as Slurm jobs until it is done, or here",
+        summary="run `pretrain`, `finetune`, `prepare`, `import`, `export`, `evaluate` as Slurm jobs until done, or here",
         function="slurm.submit:submit",
         root="submit",
         schema="slurm.config:SubmitConfig",
         examples=(
             "longhaul submit pretrain experiment=quickstart cluster=slurm_gpu cluster.account=abc nodes=4 dry_run=true",
             "longhaul submit prepare corpus=jsonl 'corpus.paths=[dump/*.jsonl.zst]' parts=16 cluster=slurm_cpu",
+            "longhaul submit finetune checkpoint=runs/first 'task.data=[{path: rows.jsonl}]' cluster=slurm_gpu nodes=2",
             "longhaul submit export checkpoint=runs/first after=[first] cluster=slurm_cpu",
             "longhaul submit evaluate checkpoint=runs/first after=[first] processes=8 cluster=slurm_gpu",
             "longhaul submit pretrain experiment=quickstart optim.lr=1e-3,3e-3 -m throttle=2 cluster=slurm_gpu",
@@ -135,11 +137,14 @@ VERBS: dict[str, Verb] = {
         examples=("longhaul import hf=models/Qwen3-0.6B out=imported/qwen3", "longhaul import hf=HuggingFaceTB/SmolLM2-135M"),
     ),
     "export": Verb(
-        summary="write a checkpoint as a Hugging Face model folder, with the proof that both compute the same",
+        summary="write a checkpoint as a Hugging Face model folder, with a proof that both are the same; or its adapters",
         function="tools.verbs:export",
         root="export",
         schema="train.config.export:ExportConfig",
-        examples=("longhaul export checkpoint=runs/first out=exported/first",),
+        examples=(
+            "longhaul export checkpoint=runs/first out=exported/first",
+            "longhaul export checkpoint=runs/chat adapter=true out=exported/chat-adapter",
+        ),
     ),
     "baseline": Verb(
         summary="compare a run's held-out loss with a bigram model fitted on the tokens that the run read",

@@ -355,4 +355,7 @@ def test_the_examples_of_the_help_are_understood(example: str) -> None:
     for job in combinations(rest):
         from tools.cli import load
 
+        if verb == "finetune":  # its model is the checkpoint's
+            job = [*(word.replace("checkpoint=", "initial_checkpoint=") for word in job)]
+            job += ["+model=llama_tiny", "data.sequence_length=64"]
         validate(load(VERBS[verb].schema), compose(VERBS[verb].root, job))  # type: ignore[arg-type]
