@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from conf.compose import compose, validate
-from conf.errors import UserError
+from conf.errors import ConfigError, UserError
 from data_pipeline.config import PrepareConfig
 from slurm.config import SubmitConfig
 from slurm.script import TASK, UNIT, Job
@@ -66,7 +66,7 @@ def _train(order: Order) -> Work:
     configs = []
     told: list[str] = []
     for words in order.combinations:
-        config = _placed(configure(words, order.config_dir, stage=verb), settings)
+        config = _placed(_configured(order, words), settings)
         if not order.dependencies:  # otherwise what it reads may not be there yet; the job itself checks as well
             config, lines = check_elsewhere(config)
             told += lines
@@ -92,6 +92,20 @@ def _train(order: Order) -> Work:
         after=[str(one.root) for one in order.dependencies],
     )
     return Work(name=job.name, root=root, jobs=(job,), configs=tuple(configs), told=tuple(told))
+
+
+def _configured(order: Order, words: Sequence[str]) -> RunSettings:
+    try:
+        return configure(words, order.config_dir, stage=order.verb)
+    except ConfigError:
+        raise
+    except UserError as error:
+        if not order.dependencies:
+            raise
+        raise UserError(
+            f"{error}. The model of the run is that checkpoint's, so it has to be there when the run is submitted; submit "
+            f"{order.verb} once what comes before it has written one"
+        ) from None
 
 
 def _placed(config: RunSettings, settings: SubmitConfig) -> RunSettings:

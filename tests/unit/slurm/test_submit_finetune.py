@@ -15,6 +15,8 @@ from slurm.submission import read_submission
 from slurm.submit import submit, sweep
 from slurm.verbs import cancel, logs, resume, status
 from tests.integration import finetuning
+from tests.unit.convert.checkpoints import write_checkpoint
+from tests.unit.slurm.test_submit import words as pretrain_words
 from train.outcome import read_outcome
 
 
@@ -67,6 +69,17 @@ def test_what_does_not_fit_is_told_before_anything_is_written(
         submit([*words, "cluster=slurm_cpu", *more])
     assert said in str(caught.value)
     assert not Path("runs").exists() and slurm.read_text() == ""
+
+
+def test_a_run_behind_one_that_has_no_checkpoint_yet(words: list[str], corpus: Path, slurm: Path, tmp_path: Path) -> None:
+    submit(pretrain_words(corpus))
+    (tmp_path / "bin/queue").write_text("100|PENDING|Priority||N/A\n")
+    later = [*words, "checkpoint=runs/first", "after=[first]", "cluster=slurm_cpu"]
+    with pytest.raises(UserError, match="runs/first: holds no checkpoint.* has to be there when the run is submitted"):
+        submit(later)
+    write_checkpoint(Path("runs/first"), finetuning.MODEL, corpus=corpus)
+    submit(later)
+    assert "--dependency=afterok:100" in slurm.read_text()
 
 
 def test_a_sweep_is_an_array(words: list[str], slurm: Path) -> None:
