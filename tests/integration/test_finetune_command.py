@@ -1,0 +1,93 @@
+"""`longhaul finetune` as a person runs it: shown, refused, stopped, resumed, finished, called once more, measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration import finetuning
+from train.checkpoint.manifest import published
+
+COMMAND = [sys.executable, "-P", "-m", "tools.cli"]
+
+
+def longhaul(*words: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=240, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def files(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint and rows."""
+    folder = tmp_path_factory.mktemp("finetune")
+    return finetuning.base(folder, corpus), finetuning.labelled_file(folder)
+
+
+def words_of(files: tuple[Path, Path], folder: Path, *more: str) -> list[str]:
+    checkpoint, rows = files
+    return [
+        "finetune", f"checkpoint={checkpoint}", "task=classification", f"task.data=[{{path: {rows}}}]", "budget.steps=8",
+        "data.sequence_length=64", "batch.sequences=4", "batch.micro_batch=2", "checkpoint.every_steps=4", "optim.lr=1e-3",
+        "evaluate.every_steps=4", f"run.folder={folder}", "run.name=run", "launch.device=cpu", "monitor=quiet", *more,
+    ]  # fmt: skip
+
+
+def test_from_the_first_start_to_the_end(files: tuple[Path, Path], tmp_path: Path) -> None:
+    shown = longhaul(*words_of(files, tmp_path, "launch.dry_run=true"))
+    assert shown.returncode == 0 and "two labels" not in shown.stdout and not list(tmp_path.iterdir())
+    assert "160 rows read: " in shown.stdout and "-> \N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}" in shown.stdout
+
+    stopped = longhaul(*words_of(files, tmp_path, "budget.stop_at_step=5"))
+    assert stopped.returncode == 85, stopped.stderr
+    assert f"begins with      {files[0]}: its model, weights and tokenizer, a fresh optimizer; a fresh head" in stopped.stdout
+    refused = longhaul(*words_of(files, tmp_path, "data.packing=false"))
+    assert refused.returncode == 93 and "data.packing=false: " in refused.stderr and "is fixed within a run" in refused.stderr
+    finished = longhaul(*words_of(files, tmp_path))
+    assert finished.returncode == 0 and "resuming from" in finished.stdout and "accuracy" in finished.stdout
+    again = longhaul(*words_of(files, tmp_path))
+    assert again.returncode == 0 and "is finished: its budget of 8 steps is used up; nothing to do" in again.stdout
+
+    run_dir = tmp_path / "run"
+    assert json.loads((run_dir / "run.json").read_text())["verb"] == "finetune"
+    assert (run_dir / "best").resolve() in [folder.resolve() for folder in published(run_dir / "checkpoints")]
+    measured = longhaul(
+        "evaluate", f"checkpoint={run_dir / 'best'}", "task=classification", f"task.data=[{{path: {files[1]}}}]",
+        "wandb.mode=disabled", "resamples=20",
+    )  # fmt: skip
+    assert measured.returncode == 0 and "accuracy" in measured.stdout, measured.stderr
+    text = run_dir.parent / "text.txt"
+    text.write_text("a cat and a saw\n")
+    wrong = longhaul("evaluate", f"checkpoint={run_dir}", f"task.data=[{{path: {text}}}]", "wandb.mode=disabled")
+    assert wrong.returncode == 93 and "tells labels apart" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "told"),
+    [
+        ('{"text": "a cat"}\n', [], "rows.jsonl:1: "),
+        ('{"text": "a", "label": "x"}\n{"text": "", "label": "y"}\n', ["data.validation_fraction=0"], "its text is empty"),
+        ('{"text": "a", "label": "x"}\n', ["data.validation_fraction=0"], "label"),
+        ("not json\n", [], "is not JSON"),
+        (None, ["task.data=[{path: nowhere.jsonl}]"], "nowhere.jsonl"),
+        (None, ["checkpoint=nowhere"], "initial_checkpoint=nowhere: no such folder"),
+        (None, ["task=language"], "task.kind=language: is measured, not learned"),
+        (None, ["method=lora", "method.lora.targets=[blocks.*.nothing]"], "is no linear layer of the model"),
+    ],
+    ids=["no label", "empty", "one label", "no json", "no file", "no checkpoint", "no learning", "no layer"],
+)
+def test_what_does_not_do_is_told_before_anything_is_written(
+    files: tuple[Path, Path], tmp_path: Path, content: str | None, words: list[str], told: str
+) -> None:
+    more = list(words)
+    if content is not None:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text(content)
+        more.append(f"task.data=[{{path: {rows}}}]")
+    done = longhaul(*words_of(files, tmp_path / "runs", *more))
+    assert done.returncode == 93 and told in done.stderr, done.stderr
+    assert not (tmp_path / "runs").exists()
