@@ -25,7 +25,6 @@ from train.config.adapter import LoraConfig
 from train.config.export import ExportConfig
 from train.config.generate import GenerateConfig
 from train.config.method import MethodConfig
-from train.config.monitor import MonitorConfig
 from train.config.training import OptimConfig
 from train.launch import prepare_folder
 from train.stages.export import run as export
@@ -104,6 +103,7 @@ def test_runs_of_different_tasks_are_compared(tuned: Path, labelled: Path, tmp_p
     assert compare([f"run={labelled}", f"run={tuned}", f"out={tmp_path / 'page'}"]) == 0
     shown = capsys.readouterr().out
     assert "data          task.kind" in " ".join(shown.split("\n")) and "data fingerprint" in shown
+    assert f"longhaul evaluate checkpoint={labelled} task=classification 'task.data=[{{path: FILE}}]'" in shown
     assert "the same: tokenizer" in shown and "their held-out losses are not of the same text" in " ".join(shown.split())
 
 

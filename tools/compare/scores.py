@@ -114,7 +114,9 @@ def _only(has: Subject, one: Evaluation) -> str:
 
 def evaluate_command(subject: Subject) -> str:
     """What makes an evaluation of the subject; of a run, of its newest checkpoint."""
-    return f"longhaul evaluate checkpoint={subject.folder}"
+    task = getattr(subject.settings, "task", None)  # of a fine-tuning, which has no held-out text
+    words = "" if task is None else f" task={task.kind} 'task.data=[{{path: FILE}}]'"
+    return f"longhaul evaluate checkpoint={subject.folder}{words}"
 
 
 def _data_text(evaluation: Evaluation) -> str:
