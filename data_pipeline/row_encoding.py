@@ -164,9 +164,7 @@ class RowEncoder:
         return made
 
     def _written(self, row: Row) -> tuple[str, list[Span]] | BadRow:
-        if self.template is None:
-            text = f"{row.id}: is a dialogue, and the tokenizer has no chat template; give data.template=FILE"
-            return BadRow(Fault.TEMPLATE, text)
+        assert self.template is not None, "dialogues have a template"
         row = self.with_system(row)
         forged = self._specials.search(all_text(row.messages, row.tools)) if self._specials else None
         if forged:

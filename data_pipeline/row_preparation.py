@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from conf.errors import UserError
-from data_pipeline.chat import ChatTemplate, chat_template
+from data_pipeline.chat import chat_template
 from data_pipeline.encoded_rows import FORMAT_VERSION, ROWS_FILE, EncodedRows, SplitContents, read_encoded, write_encoded
 from data_pipeline.io import read_json, sha256_of_texts
 from data_pipeline.manifest import Split
@@ -55,7 +55,7 @@ def prepare_rows(
     Raises UserError for data or settings that do not do, before anything is written, and for a folder that is damaged.
     """
     _check_settings(task, data)
-    template = _template(task, data, tokenizer)
+    template = chat_template(tokenizer, data.template) if task.kind in ("dialogue", "preference") else None
     facts = [tokenizer.sha256, *map(str, (tuple(opening), end_of_document, seed)), template.text if template else ""]
     fingerprint = _fingerprint(task, data, facts)
     if _is_there(folder, fingerprint):
@@ -112,18 +112,6 @@ def prepare_rows(
     bytes_V = np.zeros(tokenizer.vocab_size, dtype=np.int32) if task.kind == "classification" else tokenizer.token_bytes()
     write_encoded(described, contents, bytes_V)
     return read_encoded(folder, verify=False)
-
-
-def _template(task: TaskConfig, data: RowsConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """What dialogues are written out by; preferences may be of texts, and then need none."""
-    if task.kind not in ("dialogue", "preference"):
-        return None
-    try:
-        return chat_template(tokenizer, data.template)
-    except UserError:
-        if task.kind == "dialogue" or data.template is not None:
-            raise
-        return None
 
 
 def _check_settings(task: TaskConfig, data: RowsConfig) -> None:

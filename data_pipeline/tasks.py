@@ -166,6 +166,8 @@ class _RowMaker:
         values, common = record.values, {"source": self.source.label, "prefix": self.layout.prefix}
         try:
             answers = [self.layout.get(values, name) for name in ("chosen", "rejected")]
+            if None in answers:
+                raise BadRow(Fault.EMPTY, f"{'chosen' if answers[0] is None else 'rejected'} is null")
             if all(isinstance(answer, str) and not answer.lstrip().startswith("[{") for answer in answers):
                 prompt, chosen, rejected = text_pair_of(self.layout, values, *answers)
                 if prompt is None:
