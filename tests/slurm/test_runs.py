@@ -8,6 +8,7 @@ import pytest
 
 from slurm.history import Begin
 from slurm.verdict import read_reports
+from tests.integration import finetuning
 from tests.slurm.conftest import Desk
 from tools.exactness import differences
 from train.checkpoint.manifest import published
@@ -35,6 +36,23 @@ def test_two_nodes_do_what_one_machine_does(desk: Desk, layout: str) -> None:
     for name in ("there", "here"):
         line = next(line for line in status.splitlines() if line.startswith(name))
         assert "finished" in line and "16/16" in line
+
+
+@pytest.mark.thorough
+def test_a_fine_tuning_does_on_two_nodes_what_it_does_on_one_machine(desk: Desk, tmp_path: Path) -> None:
+    base, rows = finetuning.base(tmp_path / "base", desk.corpus), finetuning.labelled_file(tmp_path)
+    data = ["task=classification", f"task.data=[{{path: {rows}}}]", "data.sequence_length=32", "data.validation_fraction=0.2"]
+    size = ["batch.sequences=8", "batch.micro_batch=2", "budget.epochs=null", "budget.steps=6", "evaluate.every_steps=3"]
+    words = [f"checkpoint={base}", *data, *size, "precision=fp32", "monitor=quiet"]
+    places = {"there": ["cluster=here", "nodes=2"], "here": ["cluster=this_machine", "cluster.tasks_per_node=2"]}
+    for name, place in places.items():
+        done = desk.call("submit", "finetune", *words, f"run.name={name}", *place)
+        assert done.code == 0, done.text
+    there, here = (desk.folder / "runs" / name for name in places)
+    for unit in (there, here):
+        desk.wait_finished(unit)
+    assert differences(here, there) == []
+    assert (there / "outputs/step-00000006.jsonl").read_bytes() == (here / "outputs/step-00000006.jsonl").read_bytes()
 
 
 @pytest.mark.thorough
