@@ -19,6 +19,8 @@ TASK_FIGURES = (
     "reward_margin", "reward_chosen", "reward_rejected",
 )  # fmt: skip
 """Of a task's figures those that a person looks for first; metrics.jsonl has all of them."""
+ROW_FIGURES = ("correct", "sentence_bleu", "sentence_chrf", "rouge1", "rougeL", "exact_match", "f1")
+"""Of the figures of one output those that its line has room for."""
 _RATE_WINDOW = 50
 _SHOWN_CHARACTERS = 110
 _COLORS = {"dim": "\033[2m", "bold": "\033[1m", "warn": "\033[33m", "error": "\033[31m"}
@@ -76,7 +78,7 @@ class ConsoleWriter:
 
     def outputs(self, step: int, outputs: Sequence[Output]) -> None:
         for output in outputs[: self._shown_outputs]:
-            scores = "  ".join(f"{name} {value:.3f}" for name, value in output.scores.items())
+            scores = "  ".join(f"{name} {value:.3f}" for name, value in output.scores.items() if name in ROW_FIGURES)
             self._print(
                 f"  {_cut(output.input)}\n    truth  {_cut(output.truth)}\n    output {_cut(output.output)}  {scores}", "dim"
             )
