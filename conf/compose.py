@@ -285,10 +285,11 @@ def options(group: str, config_dir: str | None = None) -> list[str]:
 
 
 def groups(root: str) -> dict[str, str | None]:
-    """The groups that `root`.yaml draws from, in its own order, each with the option it takes unless told otherwise."""
+    """The groups that `root`.yaml draws from, in its own order, each with the option it takes unless told otherwise; None:
+    none, or one that follows from other groups."""
     text = (CONF_FOLDER / f"{root}.yaml").read_text(encoding="utf-8")
-    found = re.findall(r"^\s*-\s+(?:optional\s+)?(?:override\s+)?/?([a-z_]+)(?:@[\w.]+)?:\s*(\w+)", text, flags=re.M)
-    return {group: None if option == "null" else option for group, option in found}
+    found = re.findall(r"^\s*-\s+(?:optional\s+)?(?:override\s+)?/?([a-z_]+)(?:@[\w.]+)?:\s*(\w+|\$\{)", text, flags=re.M)
+    return {group: None if option in ("null", "${") else option for group, option in found}
 
 
 def _quoted(text: str) -> str:

@@ -57,6 +57,7 @@ VERBS: dict[str, Verb] = {
             "longhaul finetune checkpoint=runs/first task=classification 'task.data=[{path: sst2/train.tsv}]' run.name=sst2",
             "longhaul finetune checkpoint=runs/first task=translation 'task.data=[{path: train.de, targets: train.en}]'",
             "longhaul finetune checkpoint=imported/qwen3 task=dialogue method=lora 'task.data=[{path: chats.jsonl}]'",
+            "longhaul finetune checkpoint=runs/chat task=preference method=lora 'task.data=[{path: pairs.jsonl}]'",
             "longhaul finetune checkpoint=runs/first task=translation 'task.data=[{path: train.tsv}]' launch.dry_run=true",
         ),
     ),

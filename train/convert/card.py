@@ -119,7 +119,10 @@ def _use(model: ModelConfig, made: str, settings: object) -> list[str]:
         system = " ".join((settings.data.system or "").split())
         said = f" In training the system said first: {system}" if system else ""
         return _text_use(model, made, f"It answers in dialogues, written by its chat template.{said}", _ANSWERS)
-    return _text_use(model, made, "It writes what belongs behind a prompt, in the form of its training.", _CONTINUES)
+    does = "It writes what belongs behind a prompt, in the form of its training."
+    if settings.task.kind == "preference":
+        does = "Of two answers to a prompt, in the form of its training, it was taught which one is preferred."
+    return _text_use(model, made, does, _CONTINUES)
 
 
 _CONTINUES = (

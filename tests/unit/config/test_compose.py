@@ -349,3 +349,16 @@ print([name for name in {heavy} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "lr"),
+    [
+        (["task=dialogue"], 2e-5),
+        (["task=preference"], 1e-6),
+        (["task=preference", "method=lora"], 1e-5),
+        (["task=preference", "method=lora", "optim.lr=3e-5"], 3e-5),
+    ],
+)
+def test_rates_follow_from_the_task_and_the_method(words: list[str], lr: float) -> None:
+    assert compose("finetune", [*FINETUNE, *words]).tree["optim"]["lr"] == lr
