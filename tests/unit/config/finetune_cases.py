@@ -47,4 +47,6 @@ FINETUNE_CASES: list[tuple[str, list[str], str]] = [
     ("pretrain", ["budget.steps=null", "budget.epochs=0"], "budget.epochs=0.0: must be above 0"),
     ("pretrain", ["budget.steps=null", "budget.epochs=2"], "budget.epochs=2: is of fine-tuning; give budget.tokens or"),
     ("pretrain", ["budget.epochs=2"], "budget.steps=5000: budget.epochs=2.0 is given too; set one of them to null"),
+    ("export", ["base_model=a/b"], "base_model=a/b: is of adapters; add adapter=true, or leave it out"),
+    ("export", ["adapter=true", "base_model=''"], "base_model='': needs a name on the hub or a folder"),
 ]
