@@ -159,7 +159,7 @@ def test_a_changed_bit_of_a_checkpoint_is_noticed(undisturbed: Path, tmp_path: P
     content[8 + length + json.loads(content[8 : 8 + length])[name]["data_offsets"][0]] ^= 1
     path.write_bytes(content)
     assert any("SHA-256 differs" in line for line in differences(undisturbed, copy)), "the file is not what was written"
-    monkeypatch.setattr("train.checkpoint.reader.check_files", lambda *_: None)
+    monkeypatch.setattr("train.checkpoint.stored.check_files", lambda *_: None)
     kind, _, logical = name.partition("/")
     assert differences(undisturbed, copy) == [f"{kind} of {logical}: 1 of {tensors[name].numel():,} elements differ"]
 
