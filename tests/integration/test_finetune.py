@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from conf.errors import UserError
 from tests.dist import run_ranks
 from tests.integration import faults, finetuning
 from tests.integration.finetuning import attempt, ready, settings
 from tools.exactness import differences
 from train.checkpoint.manifest import published, resolve_checkpoint, step_of
 from train.config.adapter import LoraConfig
+from train.config.finetune import ScoringConfig
 from train.config.method import MethodConfig
 from train.config.training import EvaluateConfig, OptimConfig
 from train.metrics.jsonl import read_metrics
@@ -114,6 +116,25 @@ def test_it_learns_and_keeps_the_best(checkpoint: Path, rows: dict[str, Path], t
     best = max(accuracies, key=lambda step: (accuracies[step], -step))
     assert step_of(resolve_checkpoint(str(run_dir / "best"))) == best
     assert {step_of(folder) for folder in published(run_dir / "checkpoints")} == {best, 60}
+
+
+@pytest.mark.parametrize("kind", ["classification", "generation"])
+def test_a_metric_that_the_task_has_not_is_told_before_the_first_step(
+    checkpoint: Path, rows: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    run_dir = tmp_path / "run"
+    config = settings(checkpoint, rows[kind], kind=kind, scoring=ScoringConfig(metric="bleu", max_rows=8))
+    (told,) = run_ranks(refusal, 1, ready(config, run_dir), str(run_dir))
+    assert told.startswith("scoring.metric=bleu: is no figure of this task; there are loss, perplexity, ")
+    assert not (run_dir / "metrics.jsonl").exists() or not read_metrics(run_dir / "metrics.jsonl")
+
+
+def refusal(context, config, run_dir: str) -> str:
+    try:
+        attempt(context, config, run_dir, 1)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def test_it_ends_early_and_is_finished_then(checkpoint: Path, rows: dict[str, Path], tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from train.scores.sheet import example_scores, tallies
 from train.scores.tally import plain_figures
 
 Records: TypeAlias = list[dict[str, Value]]
+OF_THE_LOSS = ("loss", "perplexity")
 
 
 class TaskExaminer:
@@ -60,6 +61,7 @@ class TaskExaminer:
         self.metric = config.scoring.metric or ("accuracy" if config.task.kind == "classification" else "loss")
         self._settings = _score_settings(config.task_of(rows.labels))
         self._kind: Kind = "classification" if config.task.kind == "classification" else "generation"
+        self._check_metric()
 
     def run(self, before_batch: BeforeBatch) -> Records:
         """One record: the loss, and the figures of the task."""
@@ -75,11 +77,27 @@ class TaskExaminer:
 
     def criterion(self, records: Sequence[Mapping[str, Value]]) -> float:
         """The metric, turned so that lower is better."""
-        name = self.metric if self.metric in ("loss", "perplexity") else f"task/{self.metric}"
-        if name not in records[0]:
-            known = ", ".join(key.removeprefix("task/") for key in records[0] if key.startswith("task/"))
-            raise UserError(f"scoring.metric={self.metric}: is no figure of this task; there are loss, {known}")
+        name = self.metric if self.metric in OF_THE_LOSS else f"task/{self.metric}"
         return -direction(self.metric) * float(records[0][name])
+
+    def _check_metric(self) -> None:
+        """Before the first step, by what right answers to the rows would give."""
+        labels = self.text.model.labels
+        right = [
+            Example(
+                id=row.id,
+                source=row.source,
+                input=row.prompt,
+                truths=row.truths,
+                output="".join(row.truths[:1]),
+                probabilities={label: float(label in row.truths) for label in labels} or None,
+                input_tokens=0,
+            )
+            for row in self.rows
+        ]
+        known = [*OF_THE_LOSS, *(name for name in (self._figures(right) if right else ()) if direction(name))]
+        if self.metric not in known:
+            raise UserError(f"scoring.metric={self.metric}: is no figure of this task; there are {', '.join(known)}")
 
     def _figures(self, examples: Sequence[Example]) -> dict[str, float]:
         """Those of the whole; per label and per source they are in `longhaul evaluate`."""
