@@ -13,6 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ NEXT = {
     "refused": "mend what the reason names, then run the same command again",
     "crashed": "read the logs beside this file; the run goes on from its newest checkpoint",
 }
+OF_LABELS = "export it (longhaul export checkpoint={run}) or measure it (longhaul evaluate checkpoint={run} task=classification)"
 
 
 def main(arguments: list[str]) -> int:
@@ -123,7 +125,10 @@ def run(config: RunSettings, attempt: Attempt) -> Outcome:
     context.barrier()  # ranks leave together, so that no launcher sees one of them missing
     dist.destroy_process_group()
     state: State = "refused" if ending.state in ("diverged", "unsaved") else ending.state
-    return outcome_of(attempt.run_dir, attempt.number, state, ending.reason, step=step, on_purpose=ending.on_purpose)
+    outcome = outcome_of(attempt.run_dir, attempt.number, state, ending.reason, step=step, on_purpose=ending.on_purpose)
+    if state == "finished" and config.model.labels:  # it writes no text that one could sample
+        return replace(outcome, next=OF_LABELS.format(run=attempt.run_dir))
+    return outcome
 
 
 def leave(code: int) -> None:

@@ -49,6 +49,7 @@ def test_from_the_first_start_to_the_end(files: tuple[Path, Path], tmp_path: Pat
     assert refused.returncode == 93 and "data.packing=false: " in refused.stderr and "is fixed within a run" in refused.stderr
     finished = longhaul(*words_of(files, tmp_path))
     assert finished.returncode == 0 and "resuming from" in finished.stdout and "accuracy" in finished.stdout
+    assert "or measure it (longhaul evaluate" in finished.stdout and "longhaul generate" not in finished.stdout
     again = longhaul(*words_of(files, tmp_path))
     assert again.returncode == 0 and "is finished: its budget of 8 steps is used up; nothing to do" in again.stdout
 
