@@ -111,8 +111,8 @@ def check_resume(before: RunSettings, after: RunSettings, checkpoint: str) -> li
 
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> leaf; lists count as leaves."""
-    if not isinstance(tree, dict):
+    """Dotted name -> leaf; lists count as leaves, and so does a mapping without entries."""
+    if not isinstance(tree, dict) or (not tree and prefix):
         return {prefix: tree}
     found: dict[str, Any] = {}
     for key, value in tree.items():
