@@ -252,7 +252,11 @@ def test_all_that_repeats_it_is_kept(run_dir: Path, alone: Evaluation, corpus: P
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
     nested = [(f"{prefix}{name}", value) for name, value in tree.items()]
-    return [leaf for name, value in nested for leaf in (_leaves(value, f"{name}.") if isinstance(value, dict) else [name])]
+    return [
+        leaf
+        for name, value in nested
+        for leaf in (_leaves(value, f"{name}.") if isinstance(value, dict) and value else [name])
+    ]
 
 
 def test_a_second_one_stands_beside_the_first(run_dir: Path, capsys: Any) -> None:
