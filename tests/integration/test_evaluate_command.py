@@ -253,9 +253,7 @@ def test_all_that_repeats_it_is_kept(run_dir: Path, alone: Evaluation, corpus: P
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
     nested = [(f"{prefix}{name}", value) for name, value in tree.items()]
     return [
-        leaf
-        for name, value in nested
-        for leaf in (_leaves(value, f"{name}.") if isinstance(value, dict) and value else [name])
+        leaf for name, value in nested for leaf in (_leaves(value, f"{name}.") if isinstance(value, dict) and value else [name])
     ]
 
 
