@@ -36,7 +36,10 @@ setup(
     package_data={"conf": ["*.yaml", "*/*.yaml"], "slurm": ["*.j2"]},
     install_requires=REQUIREMENTS,
     extras_require={
-        "dev": ["pytest>=8.3", "pytest-timeout>=2.3", "ruff>=0.9", "scipy>=1.11", "lm-eval[hf]", "trl>=1.16"],
+        "dev": [
+            *("pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9"),
+            *("scipy>=1.11", "lm-eval[hf]", "trl>=1.16"),
+        ],
     },
     entry_points={
         # lm-eval up to 0.4.13 knows no models of other packages: until it does, its command is started by us.

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Small products gain nothing from a second thread, and on busy cores the two wait for each other for most of the time."""
-    torch.set_num_threads(1)
+# Small products gain nothing from a second thread, and on busy cores the two wait for each other for most of the time.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
