@@ -15,8 +15,8 @@ class RowsConfig:
     """How labelled rows become sequences to train on."""
 
     sequence_length: int = 1024
-    """Tokens of a sequence; of a longer row the beginning of its prompt is cut off, then the end of its answer. Both answers of
-    a preference, each with the prompt, share a sequence."""
+    """Tokens of a sequence; left out, at most what the model takes. Of a longer row the beginning of its prompt is cut, then
+    the end of its answer. Both answers of a preference, each with the prompt, share a sequence."""
     packing: bool = True
     """Put several whole rows into one sequence, where none sees another; false: one row in a sequence."""
     targets: Targets = "auto"

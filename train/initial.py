@@ -10,6 +10,7 @@ from typing import Any
 from conf.compose import Composition, compose, to_plain, validate
 from conf.errors import UserError
 from data_pipeline.facts import CorpusFacts
+from data_pipeline.rows_config import RowsConfig
 from train.checkpoint.manifest import DamagedCheckpoint, published, read_manifest, resolve_checkpoint
 from train.checkpoint.settings import read_settings
 from train.config.finetune import FinetuneConfig
@@ -75,7 +76,11 @@ def _with_its_model(composed: Composition, overrides: Sequence[str], config_dir:
             usual, theirs = (compose(stage, words, config_dir).tree.get("model") for words in ([], [word]))
             if usual != theirs:
                 problems.append(f"experiment={value}: sets a model, and {rule}; give an experiment without one")
-    return replace(composed, tree=composed.tree | {"initial_checkpoint": first, "model": model}, problems=tuple(problems))
+    tree = composed.tree | {"initial_checkpoint": first, "model": model}
+    if stage == "finetune":
+        usual = {"sequence_length": min(RowsConfig.sequence_length, base.max_positions)}
+        tree["data"] = usual | (tree.get("data") or {})
+    return replace(composed, tree=tree, problems=tuple(problems))
 
 
 def _beginning(tree: Mapping[str, Any]) -> tuple[str, ModelConfig]:

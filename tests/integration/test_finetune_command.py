@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from conf.errors import ConfigError
 from tests.integration import finetuning
 from train.checkpoint.manifest import published
+from train.initial import configure
 
 COMMAND = [sys.executable, "-P", "-m", "tools.cli"]
 
@@ -65,6 +67,14 @@ def test_from_the_first_start_to_the_end(files: tuple[Path, Path], tmp_path: Pat
     text.write_text("a cat and a saw\n")
     wrong = longhaul("evaluate", f"checkpoint={run_dir}", f"task.data=[{{path: {text}}}]", "wandb.mode=disabled")
     assert wrong.returncode == 93 and "tells labels apart" in wrong.stderr
+
+
+def test_a_sequence_is_no_longer_than_the_model_takes_unless_given(files: tuple[Path, Path]) -> None:
+    words = [f"checkpoint={files[0]}", "task=classification", f"task.data=[{{path: {files[1]}}}]"]
+    config = configure(words, stage="finetune")
+    assert config.sequence_length == config.model.max_positions < 1024
+    with pytest.raises(ConfigError, match="data.sequence_length=1024: must not exceed model.max_positions"):
+        configure([*words, "data.sequence_length=1024"], stage="finetune")
 
 
 @pytest.mark.parametrize(
