@@ -48,5 +48,6 @@ class Recovery:
         if self.context.is_first:
             write_interventions(self.run_dir, back.interventions)
         self.context.barrier()
-        self.store.quarantine_from(good.good_step + 1, f"written after the run had begun to diverge: {reason}")
+        why = f"written after the run had begun to diverge: {reason}"
+        self.store.quarantine_from(good.good_step + 1, why, best=back.best.steps)
         return back

@@ -137,7 +137,7 @@ def publish(publication: Publication, reports: Sequence[Mapping[str, Any]]) -> N
     sync_folder(folder)
     sync_folder(folder.parent)
     retain(folder.parent, publication.keep)
-    _link_best(folder.parent, publication.keep)
+    link_best(folder.parent, publication.keep.best)
 
 
 def retain(root: Path, keep: Keep) -> None:
@@ -154,13 +154,14 @@ def retain(root: Path, keep: Keep) -> None:
             shutil.rmtree(folder)
 
 
-def _link_best(root: Path, keep: Keep) -> None:
-    """Let `best` beside the folder of the checkpoints lead to the best of them that is there."""
+def link_best(root: Path, steps: Sequence[int]) -> None:
+    """Let `best` beside the folder of the checkpoints lead to the first of `steps` that is there; where none is, it goes."""
     there = {step_of(folder): folder for folder in published(root)}
-    best = next((there[step] for step in keep.best if step in there), None)
-    if best is None:
-        return
+    best = next((there[step] for step in steps if step in there), None)
     link, partial = root.parent / BEST, root.parent / f".{BEST}.partial"
+    if best is None:
+        link.unlink(missing_ok=True)
+        return
     partial.unlink(missing_ok=True)
     partial.symlink_to(best.relative_to(root.parent))
     partial.replace(link)

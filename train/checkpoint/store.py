@@ -22,7 +22,7 @@ from train.checkpoint.manifest import (
     published,
     step_of,
 )
-from train.checkpoint.publication import Keep, Publication, set_aside
+from train.checkpoint.publication import Keep, Publication, link_best, set_aside
 from train.checkpoint.reader import CheckpointReader
 from train.checkpoint.saving import SaveResult, SaveTask, Saving
 from train.checkpoint.stored import PROBE
@@ -174,8 +174,7 @@ class CheckpointStore:
             except DamagedCheckpoint as error:
                 doubtful[path] = str(error)
                 continue
-            for folder, reason in doubtful.items():
-                self._set_aside(folder, reason)
+            self._set_aside(doubtful, best=reader.state.get("best", {}).get("steps", ()))
             return reader
         if doubtful:
             listed = "; ".join(f"{path.name}: {reason}" for path, reason in doubtful.items())
@@ -207,11 +206,10 @@ class CheckpointStore:
         engine.loaded(updates=0)
         return reader
 
-    def quarantine_from(self, step: int, reason: str) -> None:
-        """Set aside every checkpoint of `step` and later; all ranks together."""
+    def quarantine_from(self, step: int, reason: str, *, best: Sequence[int]) -> None:
+        """Set aside every checkpoint of `step` and later; all ranks together. `best`: as in `save`, of those before."""
         later = [str(path) for path in published(self.root) if step_of(path) >= step]
-        for text in self.context.from_first(later):
-            self._set_aside(Path(text), reason)
+        self._set_aside({Path(text): reason for text in self.context.from_first(later)}, best=best)
 
     def _load(self, engine: Engine, path: Path) -> CheckpointReader:
         """Verify and load one. Raises DamagedCheckpoint, on every rank, when it is not what was written."""
@@ -276,9 +274,16 @@ class CheckpointStore:
         path = place.relative_to(home).as_posix() if place.is_relative_to(home) else str(place)
         return Base(path=path, sha256=self._base_sha256, tensors=frozen)
 
-    def _set_aside(self, folder: Path, reason: str) -> None:
-        place = self.context.from_first(str(set_aside(folder, reason)) if self.context.is_first else "")
-        self.set_aside.append(SetAside(step=step_of(folder), place=place, reason=reason))
+    def _set_aside(self, reasons: Mapping[Path, str], *, best: Sequence[int]) -> None:
+        for folder, reason in reasons.items():
+            place = self.context.from_first(str(set_aside(folder, reason)) if self.context.is_first else "")
+            self.set_aside.append(SetAside(step=step_of(folder), place=place, reason=reason))
+        if reasons and self.context.is_first:
+            link_best(self.root, self._kept(best))
+
+    def _kept(self, best: Sequence[int]) -> tuple[int, ...]:
+        """Steps of the best evaluations whose checkpoints stay."""
+        return tuple(best)[: self.config.keep_best]
 
     def _make_ready(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Memory and writing process for a save; returns the bytes of all ranks' files."""
@@ -302,9 +307,7 @@ class CheckpointStore:
         health: Mapping[str, float],
         best: Sequence[int],
     ) -> Publication:
-        keep = Keep(
-            last=self.config.keep_last, every_steps=self.config.keep_every_steps, best=tuple(best)[: self.config.keep_best]
-        )
+        keep = Keep(last=self.config.keep_last, every_steps=self.config.keep_every_steps, best=self._kept(best))
         layout = {
             "world_size": self.context.world_size,
             "tensor": self.context.tensor.size,
