@@ -168,7 +168,7 @@ def run_config(config: StepBenchConfig, folder: Path) -> PretrainConfig:
 def measure(config: StepBenchConfig, context: Any, folder: Path) -> dict[str, Any]:
     """All ways in turns; the report."""
     from train.metrics.jsonl import read_metrics
-    from train.model.cost import flops_per_token
+    from train.model.flops import flops_per_token
 
     settings = run_config(config, folder)
     ways, trainer, metrics, peak = _ways(config, settings, context, folder)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from conf.errors import ConfigError
 from train.config.settings import RunSettings
 from train.model import cost
-from train.model.adapters import trained_shapes
+from train.model.adapters import all_shapes, trained_shapes
+from train.model.flops import flops_per_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,7 @@ def make_plan(config: RunSettings, world_size: int) -> RunPlan:
     if problems:
         raise ConfigError(problems)
     trained = trained_shapes(config.model, lora=config.adapter, frozen=config.frozen)
-    full, causal = cost.flops_per_token(config.model, sequence_length)
+    full, causal = flops_per_token(config.model, sequence_length, lora=config.adapter, frozen=config.frozen)
     return RunPlan(
         world_size=world_size,
         data_parallel=data_parallel,
@@ -109,8 +108,8 @@ def make_plan(config: RunSettings, world_size: int) -> RunPlan:
         total_steps=total_steps,
         total_samples=total_samples,
         warmup_samples=warmup_samples,
-        parameters=_count({**cost.parameter_shapes(config.model), **trained}),
-        trained_parameters=_count(trained),
+        parameters=cost.num_values(all_shapes(config.model, lora=config.adapter)),
+        trained_parameters=cost.num_values(trained),
         flops_per_token_full=full,
         flops_per_token_causal=causal,
         memory=cost.memory_per_rank(
@@ -124,10 +123,6 @@ def make_plan(config: RunSettings, world_size: int) -> RunPlan:
             trained=cost.Trained(shapes=trained, muon=config.optim.kind == "muon"),
         ),
     )
-
-
-def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _rule_problems(config: RunSettings) -> list[str]:

@@ -11,6 +11,7 @@ ORDER = (
     "train.config",
     "train.model.cost",
     "train.model.adapters",
+    "train.model.flops",
     "train.plan",
     "train.host",
     "train.provenance",
@@ -54,7 +55,7 @@ ONLY = {
     "conf": ("conf",),
     "data_pipeline": ("conf.errors", "data_pipeline"),
     "train.config": ("conf", "data_pipeline.config", "data_pipeline.rows_config", "data_pipeline.task_config", "train.config"),
-    "train.plan": ("conf", "train.config", "train.model.adapters", "train.model.cost"),
+    "train.plan": ("conf", "train.config", "train.model.adapters", "train.model.cost", "train.model.flops"),
     "train.supervisor": ("conf.errors", "train.outcome", "train.supervisor"),
     # What a job does is run by the command line; what decides about it reads what the run has written.
     "slurm": (
@@ -131,6 +132,7 @@ TORCH_FREE = (
     "train.launch",
     "train.model.adapters",
     "train.model.cost",
+    "train.model.flops",
     "train.host",
     "train.initial",
     "train.groundwork",

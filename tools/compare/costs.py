@@ -10,16 +10,18 @@ import numpy as np
 from tools.compare.subjects import Subject
 from train.config.imported import ImportedConfig
 from train.metrics.console import duration
-from train.model.cost import flops_per_token, num_parameters
+from train.model.adapters import all_shapes, trained_shapes
+from train.model.cost import num_parameters, num_values
+from train.model.flops import flops_per_token
 from train.outcome import last_attempt, read_outcome
 
 UNKNOWN = "-"
 LAST_LOSSES = 50  # steps whose mean is shown: the loss of one batch says little
 CONVENTIONS = (
-    "FLOPs are those of the tokens that count, forward and backward: 6 for each parameter of a matrix product, and attention "
-    "in full (PaLM) or only what a causal mask leaves. Device time is the time of steps, those that had to be done again "
-    "included, times the ranks of the newest attempt; starting, waiting, saving and evaluating are not in it. What an imported "
-    "or initial model had cost before is not known here."
+    "FLOPs are those of the tokens that count, forward and backward: 6 for each parameter of a matrix product, less where a "
+    "part of the model is frozen, and attention in full (PaLM) or only what a causal mask leaves. Device time is the time of "
+    "steps, those that had to be done again included, times the ranks of the newest attempt; starting, waiting, saving and "
+    "evaluating are not in it. What an imported or initial model had cost before is not known here."
 )
 
 
@@ -39,6 +41,8 @@ class Cost:
 
     state: str
     parameters: int
+    """Of the model, adapters included."""
+    trained_parameters: int | None = None
     steps: int | None = None
     tokens: int | None = None
     flops: float | None = None
@@ -68,18 +72,19 @@ class Cost:
 def cost_of(subject: Subject) -> Cost:
     """What the records, the settings and the checkpoint say."""
     settings = subject.settings
-    parameters = num_parameters(settings.model)
     if isinstance(settings, ImportedConfig):
-        return Cost(state="imported", parameters=parameters)
-    tokens = subject.tokens
-    full, causal = flops_per_token(settings.model, settings.sequence_length)
+        return Cost(state="imported", parameters=num_parameters(settings.model))
+    model, tokens = settings.model, subject.tokens
+    what_trains = {"lora": settings.adapter, "frozen": settings.frozen}
+    full, causal = flops_per_token(model, settings.sequence_length, **what_trains)
     productive, lost = subject.newest("seconds_productive"), subject.newest("seconds_lost")
     rates_N = subject.column("tokens_per_second")[1]
     losses_N = subject.column("loss")[1]
     losses_N = losses_N[np.isfinite(losses_N)][-LAST_LOSSES:]
     return Cost(
         state=_state(subject),
-        parameters=parameters,
+        parameters=num_values(all_shapes(model, lora=settings.adapter)),
+        trained_parameters=num_values(trained_shapes(model, **what_trains)),
         steps=subject.step,
         tokens=tokens,
         flops=None if tokens is None else float(full) * tokens,
@@ -126,9 +131,11 @@ def _ranks(subject: Subject) -> int | None:
 
 def cost_rows(costs: Sequence[Cost]) -> list[list[str]]:
     """Name and the value of each subject; rows that say nothing of any of them are left out."""
+    are_partly_trained = any(cost.trained_parameters not in (None, cost.parameters) for cost in costs)
     rows = [
         ["state", *(cost.state for cost in costs)],
         ["parameters", *(_count(cost.parameters) for cost in costs)],
+        *([["of which trained", *(_count(cost.trained_parameters) for cost in costs)]] if are_partly_trained else []),
         ["steps", *(_count(cost.steps) for cost in costs)],
         ["tokens", *(_count(cost.tokens) for cost in costs)],
         ["tokens per parameter", *(_ratio(cost.tokens, cost.parameters) for cost in costs)],

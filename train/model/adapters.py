@@ -7,7 +7,7 @@ so that tensor-parallel ranks cut it as they cut the layer, [... out axes, rank]
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -82,15 +82,20 @@ def trains(name: str, *, lora: LoraConfig | None, frozen: Sequence[str]) -> bool
     return not any(fnmatchcase(name, pattern) for pattern in frozen)
 
 
+def all_shapes(model: ModelConfig, *, lora: LoraConfig | None) -> dict[str, Shape]:
+    """Logical name -> logical shape of all tensors, adapters among them."""
+    return parameter_shapes(model) | ({} if lora is None else adapter_shapes(model, lora))
+
+
 def trained_shapes(model: ModelConfig, *, lora: LoraConfig | None, frozen: Sequence[str]) -> dict[str, Shape]:
     """Logical name -> logical shape of all that trains."""
-    shapes: Mapping[str, Shape] = parameter_shapes(model) | ({} if lora is None else adapter_shapes(model, lora))
+    shapes = all_shapes(model, lora=lora)
     return {name: shape for name, shape in shapes.items() if trains(name, lora=lora, frozen=frozen)}
 
 
 def problems_of(model: ModelConfig, *, lora: LoraConfig | None, frozen: Sequence[str]) -> list[str]:
     """What is wrong with the patterns for this model: one that means nothing, or all that would train is frozen."""
-    names = [*parameter_shapes(model), *({} if lora is None else adapter_shapes(model, lora))]
+    names = list(all_shapes(model, lora=lora))
     layers = [name.removesuffix(WEIGHT) for name in names if is_block_matrix(name)]
     problems = []
     for pattern in () if lora is None else lora.targets:

@@ -1,6 +1,6 @@
-"""Arithmetic of a model: parameters, FLOPs, bytes. Torch-free, so that a login node can print it.
+"""Sizes of a model: its parameters and what they take in bytes. Torch-free, so that a login node can print it.
 
-Sources: Kaplan et al. 2020 and the PaLM paper, appendix B, for the two FLOP conventions; Rajbhandari et al. 2020 for ZeRO.
+Source: Rajbhandari et al. 2020 for ZeRO.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from train.config.model import ModelConfig
 
 GIB = 1024**3
 BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(attention\.(qkv|output)|mlp\.(gate_up|up|down))\.weight")
-OUTPUT_HEAD, LABEL_HEAD = "head.weight", "score.weight"
-"""Logical names of the matrices behind the final norm: of a language model, and of one that tells labels apart."""
+EMBEDDING, OUTPUT_HEAD, LABEL_HEAD = "embedding.tokens.weight", "head.weight", "score.weight"
+"""Logical names of the embedding, which is the head of a language model that ties them, of the matrix behind the final norm
+where it does not, and of that of a model that tells labels apart."""
 _WHOLE = (
     "norm.weight", "norm.bias", "positions.weight", "attention.output.bias", "mlp.down.bias", LABEL_HEAD,
     "qkv.lora_a.weight", "up.lora_a.weight", "output.lora_b.weight", "down.lora_b.weight",
@@ -38,7 +39,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """
     hidden, ffn, head = model.hidden_size, model.ffn_size, model.head_dim
     per_kv = model.num_heads // model.kv_heads + 2
-    shapes: dict[str, tuple[int, ...]] = {"embedding.tokens.weight": (model.padded_vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (model.padded_vocab_size, hidden)}
     if model.positions == "learned":
         shapes["embedding.positions.weight"] = (model.max_positions, hidden)
 
@@ -89,8 +90,13 @@ def body_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """Number of parameters, embedding and padding rows included."""
-    return sum(prod(shape) for shape in parameter_shapes(model).values())
+    """Number of parameters, embedding and padding rows included; adapters are none of the model's."""
+    return num_values(parameter_shapes(model))
+
+
+def num_values(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Numbers in the tensors of these shapes."""
+    return sum(prod(shape) for shape in shapes.values())
 
 
 def parameters_per_rank(model: ModelConfig, tensor_parallel: int) -> int:
@@ -108,28 +114,6 @@ def _values_per_rank(model: ModelConfig, shapes: Mapping[str, tuple[int, ...]], 
         prod(shape) if name.endswith(_WHOLE) and not name.endswith(cut) else prod(shape) // tensor_parallel
         for name, shape in shapes.items()
     )
-
-
-def num_matmul_parameters(model: ModelConfig) -> int:
-    """Number of parameters that every token is multiplied with: all matrices but the lookup tables, the head always."""
-    shapes = parameter_shapes(model)
-    blocks = sum(prod(s) for n, s in shapes.items() if n.startswith("blocks.") and n.endswith("weight") and len(s) > 1)
-    return blocks + head_width(model) * model.hidden_size
-
-
-def flops_per_token(model: ModelConfig, sequence_length: int) -> tuple[int, int]:
-    """Training FLOPs of one token, forward and backward: (attention counted in full, attention counted causally).
-
-    6 per matmul parameter, and 12 x attention width x keys in each layer. Keys in full are the sequence's, or the
-    window's where a layer has one; causally the mean over the queries of those that they may see.
-    """
-    matmul, width = 6 * num_matmul_parameters(model), model.num_heads * model.head_dim
-    full = causal = 0
-    for number in range(model.num_layers):
-        keys = min(model.window_of(number) or sequence_length, sequence_length)
-        full += 12 * width * keys
-        causal += 6 * width * (2 * keys - keys * keys // sequence_length)  # the first queries see less than a window
-    return matmul + full, matmul + causal
 
 
 def _logits_bytes(model: ModelConfig, tokens: int, tensor_parallel: int, limit: int) -> int:

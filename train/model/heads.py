@@ -7,6 +7,7 @@ rank's rows of it), N labels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import compress
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class LossHead(nn.Module):
         hidden_TH, weight_VH = all_rows(hidden_TH, self.tensor), self.output.weight
         if labels_T.shape[0] <= self.chunk_tokens:
             objective, loss = self.chunk_loss(hidden_TH, weight_VH, labels_T)
-        elif torch.is_grad_enabled():
+        elif torch.is_grad_enabled() and (hidden_TH.requires_grad or weight_VH.requires_grad):
             objective, loss = _ChunkedLoss.apply(hidden_TH, weight_VH, labels_T, self.chunk_tokens, self.chunk_loss)
         else:
             chunks = zip(hidden_TH.split(self.chunk_tokens), labels_T.split(self.chunk_tokens), strict=True)
@@ -180,28 +181,29 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, chunk: int, chunk_loss: Callable
     ) -> tuple[Tensor, Tensor]:
-        trains = weight_VH.requires_grad  # a frozen head is given no memory for a gradient
-        grad_hidden_TH = torch.empty_like(hidden_TH)
-        grad_weight_VH = torch.zeros(weight_VH.shape if trains else 0, dtype=torch.float32, device=weight_VH.device)
+        # Only what is asked for is given memory and computed: a head may be frozen, or train alone.
+        wanted = (hidden_TH.requires_grad, weight_VH.requires_grad)
+        grad_hidden_TH = torch.empty_like(hidden_TH) if wanted[0] else None
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wanted[1] else None
         sums = torch.zeros(2, dtype=torch.float32, device=hidden_TH.device)
-        weight_VH = weight_VH.detach().requires_grad_(trains)
+        weight_VH = weight_VH.detach().requires_grad_(wanted[1])
         for first in range(0, hidden_TH.shape[0], chunk):
             rows = slice(first, first + chunk)
-            hidden_CH = hidden_TH[rows].detach().requires_grad_()
+            hidden_CH = hidden_TH[rows].detach().requires_grad_(wanted[0])
             with torch.enable_grad():
                 objective, loss = chunk_loss(hidden_CH, weight_VH, labels_T[rows])
-                found = torch.autograd.grad(objective, (hidden_CH, weight_VH) if trains else (hidden_CH,))
-            grad_hidden_TH[rows] = found[0]
-            if trains:
-                grad_weight_VH += found[1]
+                found = list(torch.autograd.grad(objective, list(compress((hidden_CH, weight_VH), wanted))))
+            if wanted[1]:
+                grad_weight_VH += found.pop()
+            if wanted[0]:
+                grad_hidden_TH[rows] = found.pop()
             sums += torch.stack((objective.detach(), loss.detach()))
-        ctx.save_for_backward(grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype))
+        ctx.save_for_backward(grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype) if wanted[1] else None)
         objective, loss = sums.unbind()
         ctx.mark_non_differentiable(loss)
         return objective, loss
 
     @staticmethod
     def backward(ctx: Any, grad_objective: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_TH, grad_weight_VH = ctx.saved_tensors
-        grad_weight_VH = grad_weight_VH * grad_objective if ctx.needs_input_grad[1] else None
-        return grad_hidden_TH * grad_objective, grad_weight_VH, None, None, None
+        of_hidden_TH, of_weight_VH = (grad if grad is None else grad * grad_objective for grad in ctx.saved_tensors)
+        return of_hidden_TH, of_weight_VH, None, None, None

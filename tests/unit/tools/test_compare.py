@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from conf.compose import write_config
 from conf.errors import ConfigError, UserError
+from data_pipeline.rows_config import RowsConfig
+from data_pipeline.task_config import TaskConfig, TaskSource
 from tests.unit.tools.comparable import TINY, evaluate, imported, labelled, run_folder, texts
 from tests.unit.tools.test_report import CHROMIUM, opened
 from tools.cli import EXIT_USER_ERROR, main
@@ -19,8 +22,12 @@ from tools.compare.console import WIDTH, aligned, columns_of
 from tools.compare.settings import class_of
 from tools.compare.subjects import Named, read_subjects
 from tools.compare.verb import CompareConfig, run
+from train.config.adapter import LoraConfig
 from train.config.changes import leaves
-from train.config.training import BatchConfig, OptimConfig
+from train.config.finetune import FinetuneConfig
+from train.config.method import MethodConfig
+from train.config.training import BatchConfig, BudgetConfig, EvaluateConfig, OptimConfig, RunConfig
+from train.model.cost import num_parameters
 from train.scores.settings import ScoreSettings
 
 
@@ -153,6 +160,33 @@ def test_costs_of_a_checkpoint_are_those_up_to_its_step(tmp_path: Path, capsys: 
     assert row_of(text, "CPU-hours").split()[1:] == ["0.0111", "0.00556"], "20 and 10 seconds of 2 ranks"
     assert row_of(text, "held-out loss, best").split()[3:] == ["4.2000", "at", "20", "4.7000", "at", "10"]
     assert "as many parameters and took 0.5 x the tokens, 0.5 x the FLOPs, 0.5 x the CPU-hours" in " ".join(text.split())
+
+
+def test_a_run_with_adapters_has_them_among_its_parameters_and_costs_less(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first, second = run_folder(tmp_path / "first"), run_folder(tmp_path / "second")
+    whole = num_parameters(TINY)
+    text, _ = compared(tmp_path, capsys, f"run={first}", f"run={second}")
+    assert "of which trained" not in text
+    method = MethodConfig(lora=LoraConfig(rank=2, targets=("blocks.*.mlp.up",)))
+    config = FinetuneConfig(
+        run=RunConfig(name="second"),
+        model=TINY,
+        initial_checkpoint="gone",
+        task=TaskConfig(kind="dialogue", name="lesson", data=(TaskSource(path="rows.jsonl"),)),
+        data=RowsConfig(sequence_length=64),
+        budget=BudgetConfig(steps=99),
+        evaluate=EvaluateConfig(probes=()),
+        method=method,
+    )
+    write_config(config, second / "config.yaml")
+    text, _ = compared(tmp_path, capsys, f"run={first}", f"run={second}")
+    beside = 2 * 2 * (32 + 64)
+    assert row_of(text, "parameters").split()[1:] == [f"{whole:,}", f"{whole + beside:,}"]
+    assert row_of(text, "of which trained").split()[3:] == [f"{whole:,}", str(beside)]
+    costs = [float(cost) for cost in row_of(text, "FLOPs, attention in full").split()[4:]]
+    assert 0.5 < costs[1] / costs[0] < 0.8
 
 
 def test_settings_that_differ_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
