@@ -51,11 +51,12 @@ class TaskSource:
 class TaskConfig:
     kind: TaskKind = "language"
     """language: the likelihood of texts; classification: the likeliest of some labels; generation: what the model writes;
-    dialogue: what an assistant says, preference: which of two answers is better, both for finetune; harness: of lm-eval."""
+    dialogue: what an assistant says; preference: which of two answers is better, for finetune; harness: of lm-eval."""
     name: str = "language"
     """Name of the task in folders and tables."""
     data: tuple[TaskSource, ...] = ()
-    """Where the examples are; empty, for language: the held-out text of the run's own corpora."""
+    """Where the examples are; empty, for language: the held-out text of the run's own corpora. The folder `rows` of a
+    fine-tuning run means the rows that it held out."""
     validation: tuple[TaskSource, ...] = ()
     """finetune: where the held-out rows are; empty: data.validation_fraction of the rows of `data` are held out."""
     # --- language
@@ -168,9 +169,7 @@ class TaskConfig:
         if not self.target:
             problems.append("target='': needs the column of the truth")
         if self.kind == "preference" and self.target not in ("", "target"):
-            problems.append(
-                f"target={self.target}: a preference has two; name their columns by task.fields={{chosen: COLUMN}}"
-            )
+            problems.append(f"target={self.target}: a preference has two; name their columns by task.fields={{chosen: COLUMN}}")
         if self.kind == "dialogue" and self.target not in ("", "target"):
             problems.append(f"target={self.target}: a dialogue has its answers; name columns by task.fields={{output: ...}}")
         for name in ("prompt", "target_prefix", "labels", "label_texts"):
@@ -194,11 +193,7 @@ class TaskConfig:
         """What `longhaul evaluate` needs beyond what fine-tuning does."""
         problems = []
         if self.kind == "preference":
-            problems.append(
-                "kind=preference: is for finetune; score what a model writes by task=generation, with a prompt"
-            )
-        if self.kind == "dialogue":
-            problems.append("kind=dialogue: is for finetune; score what a model writes by task=generation, with a prompt")
+            problems.append("kind=preference: is for finetune; score what a model writes by task=generation, with a prompt")
         if self.kind == "classification" and not self.prompt:
             problems.append("prompt='': needs what the model is given, such as 'Review: {text}\\nSentiment:'")
         if self.kind == "classification" and not self.labels:

@@ -125,6 +125,7 @@ VERBS: dict[str, Verb] = {
         schema="train.config.evaluation:EvaluationConfig",
         examples=(
             "longhaul evaluate checkpoint=runs/first",
+            "longhaul evaluate checkpoint=runs/sst2 'task.data=[{path: sst2/test.tsv}]'",
             "longhaul evaluate hf=exported/first 'task.data=[{path: books/*.txt, name: books}]' task.stride=64",
             "longhaul evaluate checkpoint=runs/first task=answers 'task.data=[{path: squad/dev.jsonl}]' limit=500",
             "longhaul evaluate checkpoint=runs/first task=harness 'task.tasks=[mine]' task.include=tasks",

@@ -50,12 +50,11 @@ def generate(overrides: Sequence[str], config_dir: str | None = None) -> int:
 
 def evaluate(overrides: Sequence[str], config_dir: str | None = None) -> int:
     """`longhaul evaluate`."""
-    from train.config.evaluation import VERBATIM, EvaluationConfig
-    from train.evaluate.checks import check
+    from train.evaluate.checks import check, configure
     from train.outcome import ExitCode
     from train.stoppable import Stopped, stoppable
 
-    config = validate(EvaluationConfig, compose("evaluate", overrides, config_dir, verbatim=VERBATIM))
+    config = configure(overrides, config_dir)
     check(config)
     from train.stages.evaluate import run
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TypeAlias
 
 from conf.errors import UserError
 from data_pipeline.encoded_rows import EncodedRows
-from data_pipeline.task_config import TaskConfig
 from data_pipeline.tokenizer import Tokenizer
 from train.config.finetune import FinetuneConfig
 from train.engine import Engine
@@ -25,7 +23,6 @@ from train.model.transformer import Decoder
 from train.parallel import ParallelContext
 from train.scores.direction import direction
 from train.scores.record import Example, Kind
-from train.scores.settings import ScoreSettings
 from train.scores.sheet import example_scores, tallies
 from train.scores.tally import plain_figures
 
@@ -59,7 +56,7 @@ class TaskExaminer:
         )
         self._inputs = _labelled_inputs(rows) if config.task.kind == "classification" else []
         self.metric = config.scoring.metric or ("accuracy" if config.task.kind == "classification" else "loss")
-        self._settings = _score_settings(config.task_of(rows.labels))
+        self._settings = score_settings(config.task_of(rows.labels))
         self._kind: Kind = "classification" if config.task.kind == "classification" else "generation"
         self._check_metric()
 
@@ -121,13 +118,6 @@ class TaskExaminer:
             output=example.output,
             scores=example_scores(self._kind, example, self._settings),
         )
-
-
-def _score_settings(task: TaskConfig) -> ScoreSettings:
-    """Of a dialogue, whose answers have no one right wording, the words that both have in common."""
-    return score_settings(
-        replace(task, kind="generation", prompt="{text}", metrics=("rouge",)) if task.kind == "dialogue" else task
-    )
 
 
 def _labelled_inputs(rows: EncodedRows) -> list[list[int]]:

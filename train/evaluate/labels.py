@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
-from data_pipeline.records import BadRow
-from data_pipeline.task_config import TaskConfig
-from data_pipeline.tasks import Row, labelled_rows
+from data_pipeline.tasks import Row
 from train.evaluate.engines import Engines
 from train.inference.text_model import TextModel
 from train.scores.record import Example
-
-
-def read_labelled(task: TaskConfig, labels: Sequence[str], *, limit: int | None) -> list[Row]:
-    """The rows of all sources, of each at most `limit`; prompt and columns may be left to be found.
-
-    Raises UserError for a row that cannot be read, or has a label that is not among `labels`.
-    """
-    task = replace(task, labels=tuple(labels), label_texts=())
-    rows: list[Row] = []
-    for source in task.data:
-        for row in itertools.islice(labelled_rows(task, source), limit):
-            if isinstance(row, BadRow):
-                raise row
-            rows.append(row)
-    return rows
 
 
 def inputs_of(rows: Sequence[Row], text: TextModel) -> list[list[int]]:

@@ -75,12 +75,15 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def encode_rows(rows: Sequence[Row], task: TaskConfig, subject: TextModel) -> list[list[Encoded]]:
-    """What is scored of each row: the text of every label; of a generation the first truth, where there is one.
+    """What is scored of each row: the text of every label; of a generation the first truth, where there is one; of a dialogue
+    nothing.
 
     Raises UserError, with its place, for a row that does not fit the model or the metrics, and where no prompt fits.
     """
     if task.kind != "classification":
         _room_for_prompt(task, subject)
+    if task.kind == "dialogue":
+        return [[] for _ in rows]
     needs_truth = task.kind == "generation" and set(task.metrics) - {"answers"}
 
     def encode(row: Row) -> list[Encoded]:

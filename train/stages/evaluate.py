@@ -16,24 +16,26 @@ from conf.compose import to_plain
 from conf.errors import UserError
 from data_pipeline.manifest import read_manifest
 from data_pipeline.task_config import TaskConfig, TaskSource
-from data_pipeline.tasks import hash_of, read_rows
 from data_pipeline.texts import open_texts
 from train.checkpoint.manifest import write_durably
 from train.companions import ranks
 from train.config.evaluation import EvaluationConfig
 from train.config.finetune import FinetuneConfig
 from train.evaluate.checks import score_settings
+from train.evaluate.dialogues import with_prompts
 from train.evaluate.engines import Engines
-from train.evaluate.labels import inputs_of, read_labelled, tell_labels
+from train.evaluate.labels import inputs_of, tell_labels
 from train.evaluate.language import cut_texts, measure_texts, reach_of
 from train.evaluate.publication import facts_of_the_machine, folder_for, publish, send_to_wandb, table
+from train.evaluate.reading import read_rows, words_of
 from train.evaluate.rows import encode_rows, label_rows, write_rows
 from train.evaluate.subject import Subject, load_engines, open_subject
+from train.inference.chat import chat_format
 from train.inference.load import check_divisible, resolve_device
 from train.parallel import ParallelContext, single_process
 from train.provenance import git_commit, versions
 from train.scores.intervals import measure
-from train.scores.record import EVALUATION_FILE, Evaluation, Example, Score
+from train.scores.record import EVALUATION_FILE, Evaluation, Example, Kind, Score
 from train.scores.settings import ScoreSettings
 from train.scores.sheet import curves, example_scores, signatures, tallies
 from train.stoppable import Stopped
@@ -173,10 +175,14 @@ def _rows(config: EvaluationConfig, subject: Subject) -> Work:
     task = config.task
     if subject.model.labels and task.kind == "classification":
         return _by_head(config, subject)
-    rows = read_rows(task, limit=config.limit)
-    found = [(source.label, source.path, hash_of(source)) for source in task.data]
+    rows, found = read_rows(task, limit=config.limit)
+    more = {}
+    if task.kind == "dialogue":
+        form = chat_format(subject, getattr(subject.reader, "settings", None))
+        rows, subject = with_prompts(rows, form), replace(subject, endings=form.ends)
+        more["system"] = form.system
     pairs = encode_rows(rows, task, subject)
-    _tell(f"{task.name}: {len(rows):,} rows of {', '.join(name for name, _, _ in found)}")
+    _tell(f"{task.name}: {len(rows):,} {words_of(task, found)}")
 
     def work(engines: Engines, context: ParallelContext) -> Findings:
         if task.kind == "classification":
@@ -189,6 +195,7 @@ def _rows(config: EvaluationConfig, subject: Subject) -> Work:
             examples=outcome.examples,
             data=_data(found, outcome.examples, limit=config.limit),
             counts={"examples": len(rows), "cut_off": outcome.cut_off},
+            settings=more,
         )
 
     return work
@@ -197,10 +204,9 @@ def _rows(config: EvaluationConfig, subject: Subject) -> Work:
 def _by_head(config: EvaluationConfig, subject: Subject) -> Work:
     """The rows of a classification, for a model with a head that tells its labels apart."""
     task = config.task
-    rows = read_labelled(task, subject.model.labels, limit=config.limit)
-    found = [(source.label, source.path, hash_of(source)) for source in task.data]
+    rows, found = read_rows(task, limit=config.limit)
     inputs = inputs_of(rows, subject)
-    _tell(f"{task.name}: {len(rows):,} rows of {', '.join(name for name, _, _ in found)}, by the model's own head")
+    _tell(f"{task.name}: {len(rows):,} {words_of(task, found)}, by the model's own head")
 
     def work(engines: Engines, context: ParallelContext) -> Findings:
         with _bar(context, len(rows), "labelling", "row") as progress:
@@ -209,7 +215,6 @@ def _by_head(config: EvaluationConfig, subject: Subject) -> Work:
             examples=examples,
             data=_data(found, examples, limit=config.limit),
             counts={"examples": len(rows)},
-            settings={"labels": list(subject.model.labels)},
         )
 
     return work
@@ -235,6 +240,7 @@ PREPARERS: dict[str, Callable[[EvaluationConfig, Subject], Work]] = {
     "language": _texts,
     "classification": _rows,
     "generation": _rows,
+    "dialogue": _rows,
     "harness": _harness,
 }
 
@@ -253,25 +259,25 @@ def _data(found: Sequence[tuple[str, str, str]], examples: Sequence[Example], *,
 
 def _evaluation(config: EvaluationConfig, settings: ScoreSettings, subject: Subject, findings: Findings) -> Evaluation:
     task = config.task
+    kind: Kind = "generation" if task.kind == "dialogue" else task.kind  # both are written; preferences do not come here
     scores, points, marks = findings.scores, {}, findings.signatures
     if scores is None:
         findings.examples = [
-            replace(example, scores=example.scores | example_scores(task.kind, example, settings))
-            for example in findings.examples
+            replace(example, scores=example.scores | example_scores(kind, example, settings)) for example in findings.examples
         ]
         how = {"resamples": config.resamples, "confidence": config.confidence, "seed": config.seed}
         scores = {
             f"{source}/{name}" if source else name: score
-            for source, tally in tallies(task.kind, findings.examples, settings).items()
+            for source, tally in tallies(kind, findings.examples, settings).items()
             for name, score in measure(tally, **how).items()
         }
-        points = curves(task.kind, findings.examples, settings)
-        marks = signatures(task.kind, findings.examples, settings)
+        points = curves(kind, findings.examples, settings)
+        marks = signatures(kind, findings.examples, settings)
     resolved = to_plain(config)
     resolved["task"] |= findings.settings
     return Evaluation(
         name=task.name,
-        kind=task.kind,
+        kind=kind,
         model=subject.identity,
         data=findings.data,
         config=resolved | {"scores": to_plain(settings)},

@@ -63,7 +63,7 @@ def problems(settings: dict[str, object], **changes: object) -> list[str]:
         (DIALOGUE, {"target": "text"}, "target=text: a dialogue has its answers"),
         (DIALOGUE, {"labels": ("a", "b")}, "labels: a chat template"),
         (DIALOGUE, {"data": ()}, "data=[]: needs files with rows"),
-        (DIALOGUE, {}, "kind=dialogue: is for finetune"),
+        (DIALOGUE, {"kind": "preference"}, "kind=preference: is for finetune"),
     ],
     ids=lambda value: next(iter(value), "none") if isinstance(value, dict) else None,
 )  # fmt: skip
