@@ -15,6 +15,7 @@ from train.checkpoint.manifest import DamagedCheckpoint, published, read_manifes
 from train.checkpoint.settings import read_settings
 from train.config.finetune import FinetuneConfig
 from train.config.model import ModelConfig
+from train.config.preference import PreferenceConfig
 from train.config.pretrain import PretrainConfig
 from train.config.runs import RUNS
 from train.config.settings import RunSettings
@@ -76,6 +77,7 @@ def _with_its_model(composed: Composition, overrides: Sequence[str], config_dir:
             usual, theirs = (compose(stage, words, config_dir).tree.get("model") for words in ([], [word]))
             if usual != theirs:
                 problems.append(f"experiment={value}: sets a model, and {rule}; give an experiment without one")
+    problems += _pair_problems(composed.tree, overrides, model)
     tree = composed.tree | {"initial_checkpoint": first, "model": model}
     if stage == "finetune":
         usual = {"sequence_length": min(RowsConfig.sequence_length, base.max_positions)}
@@ -101,6 +103,23 @@ def _beginning(tree: Mapping[str, Any]) -> tuple[str, ModelConfig]:
         return recorded if same else given, settings.model
     first = initial_folder(given)
     return str(first), read_settings(first, read_manifest(first)).model
+
+
+def _pair_problems(tree: Mapping[str, Any], overrides: Sequence[str], model: Mapping[str, Any]) -> list[str]:
+    """Settings of the model that were asked for, and are otherwise where pairs of answers are compared."""
+    if (tree.get("task") or {}).get("kind") != "preference":
+        return []
+    asked = {word.lstrip("+~").partition("=")[0] for word in overrides}
+    dropout = (tree.get("preference") or {}).get("dropout", PreferenceConfig.dropout)
+    problems = []
+    if "model.z_loss" in asked and model["z_loss"]:
+        problems.append(f"model.z_loss={model['z_loss']}: the loss of pairs has no z-loss; leave it out with task=preference")
+    if "model.dropout" in asked and dropout is not None and model["dropout"] != dropout:
+        problems.append(
+            f"model.dropout={model['dropout']}: with task=preference the model has preference.dropout={dropout}; leave it out, "
+            f"or give preference.dropout={model['dropout']}"
+        )
+    return problems
 
 
 def _look_up(tree: Any, path: Sequence[str]) -> Any:
@@ -161,7 +180,12 @@ def check_initial_model(config: FinetuneConfig) -> list[str]:
         {name: shape for name, shape in parameter_shapes(config.model).items() if name not in heads.new},
     )
     head = f"; a fresh head for {len(config.model.labels)} labels" if heads.new else ""
-    return [f"begins with      {folder}: its model, weights and tokenizer, a fresh optimizer{head}"]
+    lines = [f"begins with      {folder}: its model, weights and tokenizer, a fresh optimizer{head}"]
+    if config.pairs is not None and theirs.z_loss:
+        lines.append(f"                 its z-loss of {theirs.z_loss:g} is off: the loss of pairs has none")
+    if config.pairs is not None and theirs.dropout != config.model.dropout:
+        lines.append(f"                 its dropout of {theirs.dropout:g} is {config.model.dropout:g} (preference.dropout)")
+    return lines
 
 
 @dataclass(frozen=True, kw_only=True)

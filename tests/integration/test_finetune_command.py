@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from conf.errors import ConfigError
 from tests.integration import finetuning
-from train.checkpoint.manifest import published
-from train.initial import configure
+from train.checkpoint.manifest import published, read_manifest
+from train.checkpoint.settings import read_settings
+from train.initial import check_initial_model, configure
 
 COMMAND = [sys.executable, "-P", "-m", "tools.cli"]
 
@@ -75,6 +78,41 @@ def test_a_sequence_is_no_longer_than_the_model_takes_unless_given(files: tuple[
     assert config.sequence_length == config.model.max_positions < 1024
     with pytest.raises(ConfigError, match="data.sequence_length=1024: must not exceed model.max_positions"):
         configure([*words, "data.sequence_length=1024"], stage="finetune")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["model.z_loss=0.01"], "model.z_loss=0.01: the loss of pairs has no z-loss; leave it out"),
+        (["model.dropout=0.2"], "model.dropout=0.2: with task=preference the model has preference.dropout=0.0; leave it out"),
+        (["model.dropout=0.2", "preference.dropout=0.1"], "or give preference.dropout=0.2"),
+        (["model.dropout=0.2", "preference.dropout=null"], None),
+        (["model.dropout=0.2", "preference.dropout=0.2"], None),
+        (["model.z_loss=0"], None),
+    ],
+)
+def test_what_pairs_do_not_have_is_not_taken_silently(files: tuple[Path, Path], words: list[str], told: str | None) -> None:
+    words = [f"checkpoint={files[0]}", "task=preference", f"task.data=[{{path: {files[1]}}}]", *words]
+    if told is None:
+        configure(words, stage="finetune")
+        return
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        configure(words, stage="finetune")
+
+
+def test_what_pairs_do_not_have_of_the_checkpoint_is_told(files: tuple[Path, Path]) -> None:
+    words = [f"checkpoint={files[0]}", "task=preference", f"task.data=[{{path: {files[1]}}}]"]
+    config = configure(words, stage="finetune")
+    config = replace(config, model=replace(config.model, z_loss=0.0, dropout=0.0))
+    theirs = read_settings(files[0], read_manifest(files[0]))
+    changed = replace(theirs, model=replace(theirs.model, z_loss=1e-4, dropout=0.1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.initial.read_settings", lambda *_: changed)
+        _, *lines = check_initial_model(config)
+    assert [line.strip() for line in lines] == [
+        "its z-loss of 0.0001 is off: the loss of pairs has none",
+        "its dropout of 0.1 is 0 (preference.dropout)",
+    ]
 
 
 @pytest.mark.parametrize(
