@@ -164,7 +164,10 @@ class Embedding(nn.Module):
         return hidden_TH, labels_T, positions_T, bounds, *more
 
     def _noise(self, hidden_TH: Tensor, positions_T: Tensor, bounds: Tensor) -> Tensor:
-        """Uniform within alpha / sqrt(L x H), L the tokens of the row that a token is of (NEFTune, Jain et al. 2023)."""
+        """Uniform within alpha / sqrt(L x H), L the tokens of the row that a token is of, whatever shares its sequence.
+
+        NEFTune, Jain et al. 2023; in TRL L is the length of the padded batch.
+        """
         length_T = own_rows(last_positions(positions_T, bounds) + 1, self.tensor)
         strength_T1 = self.neftune_alpha / (length_T * hidden_TH.shape[1]).sqrt().unsqueeze(1)
         return torch.empty_like(hidden_TH).uniform_(-1, 1) * strength_T1.to(hidden_TH.dtype)
