@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from conf.errors import ConfigError, UserError
 from tests.dist import run_ranks
@@ -26,6 +27,7 @@ from train.config.export import ExportConfig
 from train.config.generate import GenerateConfig
 from train.config.method import MethodConfig
 from train.config.training import OptimConfig
+from train.convert.peft_export import WEIGHTS, write_adapter
 from train.launch import prepare_folder
 from train.stages.export import run as export
 from train.stages.generate import run as generate
@@ -135,8 +137,58 @@ def test_adapters_are_read_by_peft(base: Path, tuned: Path, tmp_path: Path, caps
     texts = [greedy(model, tokenizer) for model in (beside, whole)]
     assert texts[0] == texts[1] and texts[0].strip()
     assert ours.strip() == texts[0].strip()
+    report = json.loads((adapter / "conversion_report.json").read_text())
+    assert report["proved"] and report["format"] == "adapter" and "peft" in report["versions"]
+    assert report["proof"]["logits"]["argmax_equal"] >= 1000 and report["proof"]["generation"]["passed"]
     card = (adapter / "README.md").read_text()
+    assert f"PEFT {peft.__version__}, beside the base, and compared in fp32" in card
     assert "library_name: peft" in card and f"base_model: {theirs}" in card and "rank 8, alpha 16" in card
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            lambda name, tensor: tensor * (1.02 if name.endswith("0.self_attn.o_proj.lora_B.weight") else 1.0),
+            "logits: logits differ",
+        ),
+        (
+            lambda name, tensor: None if name.endswith("0.self_attn.o_proj.lora_B.weight") else tensor,
+            "weights: 1 tensors are not",
+        ),
+    ],
+    ids=["other values", "one is missing"],
+)
+def test_other_adapters_are_not_published(tuned: Path, tmp_path: Path, monkeypatch, change, expected: str) -> None:
+    def write_others(reader, folder: Path, *, base_model: str) -> None:
+        write_adapter(reader, folder, base_model=base_model)
+        changed = {name: change(name, tensor) for name, tensor in load_file(folder / WEIGHTS).items()}
+        save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, folder / WEIGHTS)
+
+    monkeypatch.setattr("train.stages.export.write_adapter", write_others)
+    with pytest.raises(UserError, match="nothing was published") as caught:
+        export(ExportConfig(checkpoint=str(tuned), out=str(tmp_path / "adapter"), adapter=True, base_model="some/base"))
+    assert expected in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapters_of_a_model_of_labels_are_proved(base: Path, tmp_path: Path) -> None:
+    config = finetuning.settings(
+        base, finetuning.labelled_file(tmp_path), steps=6, method=MethodConfig(lora=LoraConfig(rank=4))
+    )
+    run_dir = finished(tmp_path / "run", config)
+    export(ExportConfig(checkpoint=str(run_dir), out=str(tmp_path / "adapter"), adapter=True, base_model="some/base"))
+    report = json.loads((tmp_path / "adapter/conversion_report.json").read_text())
+    assert report["proved"] and report["proof"]["rows"]["labels"] == 2
+
+
+def test_without_peft_adapters_are_written_and_it_is_told(tuned: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("train.stages.export.has_peft", lambda: False)
+    export(ExportConfig(checkpoint=str(tuned), out=str(tmp_path / "adapter"), adapter=True, base_model="some/base"))
+    assert "not proved  peft is not installed" in capsys.readouterr().out
+    report = json.loads((tmp_path / "adapter/conversion_report.json").read_text())
+    assert not report["proved"] and report["not_proved"] == "peft is not installed"
+    assert "There is none: peft is not installed." in (tmp_path / "adapter/README.md").read_text()
 
 
 def test_adapters_that_cannot_be_written(tuned: Path, labelled: Path, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "datasets": ("data_pipeline.hub",),
     "pyarrow": ("data_pipeline.readers",),
     "zstandard": ("data_pipeline.io",),
+    "peft": ("train.convert.proof.adapters",),
     "safetensors": ("train.checkpoint", "train.convert"),
     "huggingface_hub": ("train.convert",),
     "lm_eval": ("train.harness", "tools.bench_likelihood"),

@@ -19,7 +19,7 @@ class ExportConfig:
     """Layout of the folder; hf: what `AutoModelForCausalLM.from_pretrained` of transformers reads."""
     adapter: bool = False
     """Write the adapters alone, as `PeftModel.from_pretrained` of PEFT reads them beside the model that they were trained on;
-    false: the whole model, adapters merged into it. Adapters are in fp32, and have no proof of their own."""
+    false: the whole model, adapters merged into it. Adapters are in fp32."""
     base_model: str | None = None
     """adapter: what PEFT is told to find the base model by, a name on the hub or a folder; null: the name on the hub that it
     was imported from."""
@@ -28,7 +28,8 @@ class ExportConfig:
     shard_bytes: int = 5_000_000_000
     """Most bytes of one weight file; only a single larger tensor exceeds it."""
     proof: bool = True
-    """Load the folder with transformers in a process of its own, and compare it with the checkpoint."""
+    """Load the folder with transformers in a process of its own, and compare it with the checkpoint; adapters with PEFT, beside
+    their base, where PEFT is installed."""
     proof_sequences: int | None = 64
     """Held-out sequences on which the proof compares the loss; null: all of them."""
     overwrite: bool = False

@@ -65,7 +65,9 @@ def model_card(reader: CheckpointReader, report: dict[str, Any], evaluations: Se
     )
 
 
-def adapter_card(reader: CheckpointReader, base_model: str, evaluations: Sequence[Evaluation] = ()) -> str:
+def adapter_card(
+    reader: CheckpointReader, base_model: str, report: dict[str, Any], evaluations: Sequence[Evaluation] = ()
+) -> str:
     """The same for adapters alone."""
     settings, model, lora = reader.settings, reader.model, reader.adapter
     assert isinstance(settings, FinetuneConfig) and lora is not None, "only a fine-tuning trains adapters"
@@ -104,6 +106,10 @@ def adapter_card(reader: CheckpointReader, base_model: str, evaluations: Sequenc
             "## Scores",
             "",
             *score_lines(evaluations),
+            "",
+            "## Proof of the conversion",
+            "",
+            *proof_lines(report),
             "",
         ]
     )

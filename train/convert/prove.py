@@ -19,7 +19,7 @@ from train.checkpoint.reader import CheckpointReader
 from train.config.finetune import FinetuneConfig
 from train.config.imported import ImportedConfig
 from train.convert.hf_export import resolve_export_dtype
-from train.convert.publication import Unfinished
+from train.convert.publication import Format, Unfinished
 from train.convert.report import read_report, write_report
 from train.convert.weights import WeightFormat
 
@@ -55,17 +55,19 @@ class Task:
     """Folder of the tokenizer that transformers reads; None: `folder`."""
     weights: WeightFormat = "safetensors"
     """Format of the folder's weight files."""
+    made: Format = "hf"
+    """What was made; an adapter is held against the checkpoint beside its base, by PEFT."""
 
     def words(self) -> list[str]:
         """As words of a command line."""
         limit = "all" if self.limit is None else str(self.limit)
         paths = (self.checkpoint, self.folder, self.report, self.tokenizer or self.folder)
-        return [*(str(path.absolute()) for path in paths), self.dtype, limit, self.weights]
+        return [*(str(path.absolute()) for path in paths), self.dtype, limit, self.weights, self.made]
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Task:
         """The task that `words` holds."""
-        checkpoint, folder, report, tokenizer, dtype, limit, weights = words
+        checkpoint, folder, report, tokenizer, dtype, limit, weights, made = words
         assert dtype in get_args(Compared), f"{dtype} is none of {get_args(Compared)}"
         return cls(
             checkpoint=Path(checkpoint),
@@ -75,7 +77,13 @@ class Task:
             limit=None if limit == "all" else int(limit),
             tokenizer=None if tokenizer == folder else Path(tokenizer),
             weights=weights,
+            made=made,
         )
+
+
+def has_peft() -> bool:
+    """Whether PEFT, which the proof of adapters is about, is installed."""
+    return importlib.util.find_spec("peft") is not None
 
 
 def check_can_prove() -> None:
@@ -152,25 +160,32 @@ def main(words: Sequence[str]) -> int:
     """The child: prove, write the report; 0 when everything holds."""
     from transformers.utils.logging import disable_progress_bar
 
-    from train.convert.hf_config import read_model_config
-    from train.convert.proof.checks import Subject, prove
-
     disable_progress_bar()  # of its own loading; the proof shows its steps itself
     task = Task.parse(words)
     reader = CheckpointReader(task.checkpoint)
+    dtype = resolve_export_dtype("auto", reader) if task.dtype == "stored" else task.dtype
+    report = write_report(reader, task.report, format=task.made, dtype=dtype, findings=_findings(task, reader))
+    return 0 if report["proved"] else NOT_PROVED
+
+
+def _findings(task: Task, reader: CheckpointReader) -> list[Finding]:
+    from train.convert.hf_config import read_model_config
+    from train.convert.proof.checks import Subject, prove
+
+    held_out = find_held_out(reader)
+    if task.made == "adapter":
+        from train.convert.proof.adapters import prove_adapters
+
+        return prove_adapters(reader, task.folder, held_out=held_out)
     subject = Subject(folder=task.folder, tokenizer=task.tokenizer or task.folder, weights=task.weights)
-    findings = prove(
+    return prove(
         reader,
         subject,
         rounding=ROUNDINGS[task.dtype],
-        held_out=find_held_out(reader),
+        held_out=held_out,
         limit=task.limit,
         read_back=lambda folder: read_model_config(folder).model,
     )
-    dtype = resolve_export_dtype("auto", reader) if task.dtype == "stored" else task.dtype
-    made = "checkpoint" if task.dtype == "stored" else "hf"
-    report = write_report(reader, task.report, format=made, dtype=dtype, findings=findings)
-    return 0 if report["proved"] else NOT_PROVED
 
 
 if __name__ == "__main__":

@@ -17,11 +17,21 @@ if TYPE_CHECKING:
     from train.convert.proof.finding import Finding
 
 
+NOT_ASKED = "no proof was asked for (proof=false)"
+
+
 def write_report(
-    reader: CheckpointReader, path: Path, *, format: Format, dtype: str, findings: Sequence[Finding] | None
+    reader: CheckpointReader,
+    path: Path,
+    *,
+    format: Format,
+    dtype: str,
+    findings: Sequence[Finding] | None,
+    why_none: str = NOT_ASKED,
 ) -> dict[str, Any]:
-    """Write the report to `path`; `dtype` is that of the Hugging Face folder, `findings` None: no proof was asked for."""
+    """Write the report to `path`; `dtype` is that of the folder, `findings` None: there was no proof, for the reason given."""
     settings = reader.settings
+    libraries = ("torch", "transformers", *(("peft",) if format == "adapter" else ()))
     origin = settings.origin.source if isinstance(settings, ImportedConfig) else settings.run.name
     report = {
         "format": format,
@@ -32,8 +42,9 @@ def write_report(
         "tokens": reader.tokens,
         "dtype": dtype,
         "proved": findings is not None and not any(finding.problems for finding in findings),
-        "versions": {name: version(name) for name in ("torch", "transformers")} if findings is not None else {},
+        "versions": {name: version(name) for name in libraries} if findings is not None else {},
         "proof": {finding.name: _shown(finding) for finding in findings or ()},
+        **({"not_proved": why_none} if findings is None else {}),
     }
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
@@ -53,7 +64,7 @@ def read_report(path: Path) -> dict[str, Any]:
 def summary(report: dict[str, Any]) -> list[str]:
     """What the proof found, a line a check."""
     if not report["proof"]:
-        return ["not proved (proof=false)"]
+        return [f"not proved  {report['not_proved']}"]
     proof = report["proof"]
     logits, loss = proof["logits"], proof["held_out_loss"]
     what = "labels" if "rows" in proof else "tokens"
@@ -79,12 +90,12 @@ def summary(report: dict[str, Any]) -> list[str]:
 def proof_lines(report: dict[str, Any]) -> list[str]:
     """The same for a model card."""
     if not report["proof"]:
-        return ["None was asked for (`proof=false`)."]
+        return [f"There is none: {report['not_proved']}."]
     proof = report["proof"]
     logits, loss = proof["logits"], proof["held_out_loss"]
     lines = [
-        f"Weights are written in {report['dtype']}. Loaded by transformers {report['versions']['transformers']} and "
-        "compared in fp32 with the checkpoint in Longhaul:",
+        f"Weights are written in {report['dtype']}. Loaded by {_loaded_by(report['versions'])} and compared in fp32 with the "
+        "checkpoint in Longhaul:",
         "",
         f"- logits differ by at most {logits['max_abs_difference']:.2g} over {logits['positions']} positions",
     ]
@@ -94,6 +105,11 @@ def proof_lines(report: dict[str, Any]) -> list[str]:
     if "not_measured" in loss:
         return [*lines, "- held-out loss: not measured"]
     return [*lines, f"- held-out loss over {loss['targets']:,} tokens: {_both(loss, '.6f')}"]
+
+
+def _loaded_by(versions: dict[str, str]) -> str:
+    beside = f" and PEFT {versions['peft']}, beside the base," if "peft" in versions else ""
+    return f"transformers {versions['transformers']}{beside}"
 
 
 def _rows(figures: dict[str, Any]) -> str:

@@ -15,10 +15,13 @@ from train.convert.card_scores import evaluations_of
 from train.convert.hf_config import check_expressible
 from train.convert.hf_export import copy_tokenizer, plan_weights, resolve_export_dtype, write_model
 from train.convert.peft_export import check_adapted, write_adapter
-from train.convert.prove import Task, check_can_prove, prove_in_child
+from train.convert.prove import Task, check_can_prove, has_peft, prove_in_child
 from train.convert.publication import REPORT, Publication, check_apart, check_room
-from train.convert.report import summary, write_report
+from train.convert.report import NOT_ASKED, summary, write_report
 from train.convert.shards import missing_bytes
+from train.model.cost import num_parameters
+
+PEFT_IS_MISSING = "peft is not installed"
 
 
 def run(config: ExportConfig) -> int:
@@ -26,10 +29,10 @@ def run(config: ExportConfig) -> int:
 
     Raises UserError, and publishes nothing, when the checkpoint cannot be trusted or expressed, or the proof fails.
     """
-    if config.adapter:
-        return _export_adapter(config)
     if config.proof:
         check_can_prove()
+    if config.adapter:
+        return _export_adapter(config)
     reader = CheckpointReader(resolve_checkpoint(config.checkpoint))
     check_expressible(reader.model)  # before its files are read, which takes long
     evaluations = evaluations_of(reader)
@@ -65,14 +68,21 @@ def _export_adapter(config: ExportConfig) -> int:
     out = usual.with_name(f"{usual.name}-adapter") if config.out is None else Path(config.out)
     check_apart(out, reader.path)
     source = {"manifest": file_facts(reader.path / MANIFEST).sha256, "base_model": base_model}
+    proves = config.proof and has_peft()
     with Publication(out, "adapter", overwrite=config.overwrite, source=source) as folder:
         print(f"{reader.path.name}: checking its files, then writing its adapters", file=sys.stderr)
         reader.verify()
         write_adapter(reader, folder, base_model=base_model)
         copy_tokenizer(reader.tokenizer_folder, folder)
-        write_report(reader, folder / REPORT, format="adapter", dtype="fp32", findings=None)
-        (folder / "README.md").write_text(adapter_card(reader, base_model, evaluations), encoding="utf-8")
-    print(f"base        {base_model}: what PEFT loads below them\nexported to {out}")
+        if proves:
+            check_room(folder, 4 * num_parameters(reader.model))  # the base, for a while
+            task = Task(checkpoint=reader.path, folder=folder, dtype="fp32", report=folder / REPORT, made="adapter")
+            report = prove_in_child(task)
+        else:
+            why = PEFT_IS_MISSING if config.proof else NOT_ASKED
+            report = write_report(reader, folder / REPORT, format="adapter", dtype="fp32", findings=None, why_none=why)
+        (folder / "README.md").write_text(adapter_card(reader, base_model, report, evaluations), encoding="utf-8")
+    print("\n".join([*summary(report), f"base        {base_model}: what PEFT loads below them", f"exported to {out}"]))
     return 0
 
 

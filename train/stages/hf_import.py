@@ -45,6 +45,7 @@ def run(config: ImportConfig) -> int:
                 report=partial / REPORT,
                 tokenizer=tokenizer,
                 weights=config.weights,
+                made="checkpoint",
             )
             report = prove_in_child(task)
         else:

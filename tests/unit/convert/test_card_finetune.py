@@ -38,7 +38,7 @@ def test_the_card_tells_the_task(tmp_path, kind, data, told):
     write_config(config, folder / "config.yaml")
     files = {name: vars(file) for name, file in read_manifest(folder).files.items() if name != "config.yaml"}
     rewritten(folder, written_by="finetune", files=files)
-    card = model_card(CheckpointReader(folder), {"proof": []})
+    card = model_card(CheckpointReader(folder), {"proof": {}, "not_proved": "not asked"})
     assert told in card and "fine-tuned to step 7" in card and "finetuned]" in card
     assert f"| task | lesson, a {kind} |" in card and "| data | rows of rows.jsonl |" in card
     assert ("apply_chat_template" in card) == (kind == "dialogue")

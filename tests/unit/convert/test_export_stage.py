@@ -100,7 +100,7 @@ def test_without_a_proof_the_report_says_so(tmp_path, capsys):
     report = json.loads((tmp_path / "hf" / REPORT).read_text())
     assert (report["proved"], report["proof"], report["dtype"]) == (False, {}, "fp32")
     assert "not proved" in capsys.readouterr().out
-    assert "None was asked for" in (tmp_path / "hf" / "README.md").read_text()
+    assert "There is none: no proof was asked for (proof=false)" in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_transformers_missing_is_told_before_anything_is_written(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def test_a_task_is_the_same_after_the_command_line(tmp_path):
     assert Task.parse(task.words()) == task
     assert Task.parse(replace(task, limit=None).words()).limit is None
     with pytest.raises(AssertionError, match="int4 is none of"):
-        Task.parse([*task.words()[:4], "int4", "all", "safetensors"])
+        Task.parse([*task.words()[:4], "int4", "all", "safetensors", "hf"])
 
 
 def test_the_report_is_written_elsewhere_and_the_folder_left_alone(tmp_path):
