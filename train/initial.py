@@ -11,9 +11,18 @@ from conf.compose import Composition, compose, to_plain, validate
 from conf.errors import UserError
 from data_pipeline.facts import CorpusFacts
 from data_pipeline.rows_config import RowsConfig
-from train.checkpoint.manifest import DamagedCheckpoint, published, read_manifest, resolve_checkpoint
+from train.checkpoint.manifest import (
+    MANIFEST,
+    DamagedCheckpoint,
+    check_files,
+    published,
+    read_manifest,
+    resolve_checkpoint,
+)
+from train.checkpoint.publication import BEST
 from train.checkpoint.settings import read_settings
 from train.config.finetune import FinetuneConfig
+from train.config.imported import ImportedConfig
 from train.config.model import ModelConfig
 from train.config.preference import PreferenceConfig
 from train.config.pretrain import PretrainConfig
@@ -23,6 +32,8 @@ from train.config.training import RunConfig
 from train.model.cost import LABEL_HEAD, OUTPUT_HEAD, parameter_shapes
 
 TOKENIZER = "tokenizer/tokenizer.json"
+BASE_FOLDER = "base"
+"""Of a run that trains a part of its model: a copy of the checkpoint that holds the rest."""
 VERBATIM = {"finetune": ("task.prompt", "task.target_prefix", "data.system")}
 """Fields whose texts are taken as they are."""
 
@@ -56,7 +67,9 @@ def _run_of(tree: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _with_its_model(composed: Composition, overrides: Sequence[str], config_dir: str | None, stage: str) -> Composition:
-    first, base = _beginning(composed.tree)
+    folder, name = _run_of(composed.tree)
+    begins = beginning(composed.tree["initial_checkpoint"], Path(folder) / name)
+    first, base = begins.first, begins.settings.model
     model = to_plain(base)
     problems = list(composed.problems)
     rule = f"with initial_checkpoint={first} the model is that checkpoint's"
@@ -85,24 +98,69 @@ def _with_its_model(composed: Composition, overrides: Sequence[str], config_dir:
     return replace(composed, tree=tree, problems=tuple(problems))
 
 
-def _beginning(tree: Mapping[str, Any]) -> tuple[str, ModelConfig]:
-    """Which checkpoint the run begins with, and its model.
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """Where a run takes its model from."""
 
-    Where the run has a checkpoint of its own both are what that says: the first one may be gone by then, or may have newer
-    ones beside it. Damaged ones are passed over, as they are when the run goes on.
+    first: str
+    """The checkpoint that it begins with; it may be gone once the run has one of its own."""
+    source: Path
+    """The run's own newest checkpoint; of a run without any, the first."""
+    settings: RunSettings | ImportedConfig
+    """Those in `source`."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run has a checkpoint of its own."""
+        return self.source != Path(self.first)
+
+
+def beginning(given: str, run_dir: Path) -> Beginning:
+    """Where a run takes its model from, which is told to begin with `given`: a checkpoint, a run, or the best of a run.
+
+    What the run has of its own comes first: what was given may be gone by then, or may have newer ones beside it.
+    Raises UserError when neither holds a checkpoint.
     """
-    given = tree["initial_checkpoint"]
-    folder, name = _run_of(tree)
-    for own in reversed(published(Path(folder) / name / "checkpoints")):
-        try:
-            settings = read_settings(own, read_manifest(own))
-        except DamagedCheckpoint:
-            continue
+    own, _ = newest_whole(run_dir / "checkpoints")
+    if own is not None:
+        settings = read_settings(own, read_manifest(own))
         recorded = getattr(settings, "initial_checkpoint", None)
-        same = recorded is not None and Path(recorded).resolve().is_relative_to(Path(given).resolve())
-        return recorded if same else given, settings.model
-    first = initial_folder(given)
-    return str(first), read_settings(first, read_manifest(first)).model
+        first = recorded if recorded is not None and _is_within(recorded, given, run_dir) else given
+        return Beginning(first=first, source=own, settings=settings)
+    try:
+        source = initial_folder(given)
+    except UserError as error:
+        source = run_dir / BASE_FOLDER  # the same checkpoint, where the run has kept it
+        if not (source / MANIFEST).is_file():
+            if not (run_dir / "config.yaml").exists():
+                raise
+            raise UserError(
+                f"{error}. {run_dir} was started from it and has no checkpoint of its own that can be read, so it has to begin "
+                f"with that one again: put it back, or give the place where it is now"
+            ) from None
+    return Beginning(first=str(source), source=source, settings=read_settings(source, read_manifest(source)))
+
+
+def _is_within(recorded: str, given: str, run_dir: Path) -> bool:
+    """Whether a checkpoint is what was given, or of the run that was; or the run's own copy of what it began with."""
+    home = Path(given).parent if Path(given).name == BEST else Path(given)
+    return any(Path(recorded).resolve().is_relative_to(place.resolve()) for place in (home, run_dir))
+
+
+def newest_whole(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint below `root` whose small files are what was written, and what is wrong with those after it.
+
+    Weights are left to the ranks, which verify all of it.
+    """
+    damaged: list[str] = []
+    for folder in reversed(published(root)):
+        try:
+            manifest = read_manifest(folder)
+            check_files(folder, manifest, [name for name in manifest.files if not name.endswith(".safetensors")])
+            return folder, damaged
+        except DamagedCheckpoint as error:
+            damaged.append(str(error))
+    return None, damaged
 
 
 def _pair_problems(tree: Mapping[str, Any], overrides: Sequence[str], model: Mapping[str, Any]) -> list[str]:

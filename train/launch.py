@@ -15,13 +15,13 @@ from typing import Any
 from conf.compose import as_yaml, read_config, write_config
 from conf.errors import UserError
 from conf.schema import shown
-from train.checkpoint.manifest import DamagedCheckpoint, check_files, published, read_manifest, write_durably
+from train.checkpoint.manifest import published, read_manifest, write_durably
 from train.config.changes import check_resume
 from train.config.runs import RUNS
 from train.config.settings import RunSettings
 from train.groundwork import finetuning, pretraining
 from train.groundwork.findings import Findings
-from train.initial import configure
+from train.initial import configure, newest_whole
 from train.outcome import ExitCode, last_attempt, read_outcome
 from train.plan import RunPlan, describe, make_plan
 from train.provenance import git_commit, versions
@@ -204,15 +204,8 @@ def compare_with_newest(findings: Findings, run_dir: Path) -> list[str]:
     A checkpoint that is damaged is passed over here; the ranks verify all of it, and set it aside.
     Raises UserError when the newest other one has another model or other data, or there is none, before anything starts.
     """
-    damaged: list[str] = []
-    for newest in reversed(published(run_dir / "checkpoints")):
-        try:
-            manifest = read_manifest(newest)
-            check_files(newest, manifest, [name for name in manifest.files if not name.endswith(".safetensors")])
-            break
-        except DamagedCheckpoint as error:
-            damaged.append(str(error))
-    else:
+    newest, damaged = newest_whole(run_dir / "checkpoints")
+    if newest is None:
         if damaged:
             raise UserError(
                 f"{run_dir}: no checkpoint can be used, all are left as they are ({'; '.join(damaged)}); put one back from a "
@@ -220,7 +213,7 @@ def compare_with_newest(findings: Findings, run_dir: Path) -> list[str]:
             )
         return []
     recorded = check_resume(read_config(RUNS, newest / "config.yaml"), findings.config, str(newest))
-    if manifest.data_fingerprint != findings.fingerprint:
+    if read_manifest(newest).data_fingerprint != findings.fingerprint:
         raise UserError(findings.other_data(str(newest)))
     changed = [f"changed          {change.field}: {shown(change.before)} -> {shown(change.after)}" for change in recorded]
     passed_over = [f"damaged          {problem}" for problem in damaged]

@@ -95,6 +95,20 @@ class Reference:
         )
 
 
+def begun_with(run_dir: Path) -> str:
+    """Hash of the manifest of the checkpoint that the run has begun with, as its reference tells.
+
+    Raises UserError where it tells nothing.
+    """
+    base = _facts(run_dir / FOLDER).get("base")
+    if base is None:
+        raise UserError(
+            f"initial_checkpoint: is gone, and {run_dir / FOLDER} does not hold what that model thinks of the rows; put the "
+            "checkpoint back, or start another run with run.name=..."
+        )
+    return base
+
+
 def compute_references(
     loaders: Mapping[Split, PairLoader],
     engine: Engine,

@@ -20,29 +20,28 @@ from data_pipeline.row_preparation import prepare_rows
 from data_pipeline.shown_example import shown_example
 from data_pipeline.tokenizer import Tokenizer
 from train.checkpoint.manifest import MANIFEST, read_manifest
-from train.checkpoint.settings import read_settings
 from train.config.finetune import FinetuneConfig
 from train.config.imported import ImportedConfig
 from train.config.training import BudgetConfig
 from train.groundwork.findings import Findings
-from train.initial import check_initial_model, initial_folder
+from train.initial import BASE_FOLDER, Beginning, beginning, check_initial_model
 from train.model.adapters import problems_of
 
 ROWS_FOLDER = "rows"
-BASE_FOLDER = "base"
 TOKENIZER_FOLDER = "tokenizer"
 
 
 def look_into(config: FinetuneConfig) -> Findings[FinetuneConfig]:
     """Read the rows and encode them, unless the run's folder has them from before; see what the run begins with.
 
+    Of the checkpoint that it begins with nothing is read once the run has one of its own.
     Raises UserError for rows, a checkpoint or a tokenizer that do not fit.
     """
     run_dir = Path(config.run.folder) / config.run.name
-    begins = Path(config.initial_checkpoint)
-    begins = begins if (begins / MANIFEST).is_file() else initial_folder(config.initial_checkpoint)
-    config = replace(config, opening=_opens(config, begins))
-    rows = _encoded(config, begins, run_dir)
+    begins = beginning(config.initial_checkpoint, run_dir)
+    config = _begun(config, begins)
+    _check_base(config, run_dir)
+    rows = _encoded(config, begins.source / TOKENIZER_FOLDER, run_dir)
     config = replace(
         config,
         model=replace(config.model, labels=rows.labels, **_of_pairs(config)),
@@ -53,7 +52,7 @@ def look_into(config: FinetuneConfig) -> Findings[FinetuneConfig]:
     return Findings(
         config=config,
         fingerprint=rows.fingerprint,
-        lines=(*_report_lines(rows), *_example_lines(rows)),
+        lines=(*_report_lines(rows), *_example_lines(rows, begins.source / TOKENIZER_FOLDER)),
         train_tokens=rows.num_sequences("train") * config.sequence_length,
         other_data=lambda newest: (
             f"task.data: {newest} was trained on other rows, or they were encoded otherwise (task.* and data.*), so its order "
@@ -78,6 +77,11 @@ def base_of(config: FinetuneConfig, run_dir: Path) -> Path | None:
     return kept if (kept / MANIFEST).is_file() else Path(config.initial_checkpoint)
 
 
+def kept_rows(run_dir: Path, *, verify: bool) -> EncodedRows:
+    """The rows of a run, with its own tokenizer in the place of the one that they were encoded with."""
+    return replace(read_encoded(run_dir / ROWS_FOLDER, verify=verify), tokenizer_folder=run_dir / TOKENIZER_FOLDER)
+
+
 def _of_pairs(config: FinetuneConfig) -> dict[str, float]:
     """What of the model is otherwise where pairs are compared: their loss has no other part."""
     if config.pairs is None:
@@ -85,16 +89,30 @@ def _of_pairs(config: FinetuneConfig) -> dict[str, float]:
     return {"z_loss": 0.0} | ({} if config.pairs.dropout is None else {"dropout": config.pairs.dropout})
 
 
-def _opens(config: FinetuneConfig, begins: Path) -> bool:
-    if config.opening is not None:
-        return config.opening
-    settings = read_settings(begins, read_manifest(begins))
-    return isinstance(settings, ImportedConfig) or bool(getattr(settings, "opening", False))
+def _begun(config: FinetuneConfig, begins: Beginning) -> FinetuneConfig:
+    """The settings, with what follows from where the run begins."""
+    theirs = begins.settings
+    opens = isinstance(theirs, ImportedConfig) or bool(getattr(theirs, "opening", False))
+    return replace(
+        config,
+        initial_checkpoint=begins.first,
+        model=replace(config.model, vocab_size=config.model.vocab_size or theirs.model.vocab_size),
+        opening=opens if config.opening is None else config.opening,
+    )
 
 
-def _encoded(config: FinetuneConfig, begins: Path, run_dir: Path) -> EncodedRows:
+def _check_base(config: FinetuneConfig, run_dir: Path) -> None:
+    base = base_of(config, run_dir)
+    if base is not None and not (base / MANIFEST).is_file():
+        raise UserError(
+            f"initial_checkpoint={base}: is gone, and {run_dir / BASE_FOLDER} too; the checkpoints of {run_dir} hold what it "
+            f"trains, and one of these has to hold the rest: put it back, or start another run with run.name=..."
+        )
+
+
+def _encoded(config: FinetuneConfig, tokenizer_folder: Path, run_dir: Path) -> EncodedRows:
     """The rows; those that the run's folder does not have yet lie in a temporary one, which goes with the process."""
-    tokenizer = Tokenizer(begins / TOKENIZER_FOLDER)
+    tokenizer = Tokenizer(tokenizer_folder)
     folder = run_dir / ROWS_FOLDER
     if not folder.exists():
         folder = _temporary() / "-".join(run_dir.resolve().parts[1:])
@@ -131,8 +149,8 @@ def _report_lines(rows: EncodedRows) -> list[str]:
     return [f"rows             {first}", *(f"                 {line}" for line in others)]
 
 
-def _example_lines(rows: EncodedRows) -> list[str]:
-    tokenizer, colour = Tokenizer(rows.tokenizer_folder), sys.stdout.isatty()
+def _example_lines(rows: EncodedRows, tokenizer_folder: Path) -> list[str]:
+    tokenizer, colour = Tokenizer(tokenizer_folder), sys.stdout.isatty()
     first = range(ROWS_OF_A_PAIR if rows.kind == "preference" else 1)
     examples = [shown_example(rows, tokenizer, colour=colour, row=row) for row in first]
     titles = ["first example, what is learned of it marked:", "and the answer that is not preferred:"]
@@ -143,22 +161,33 @@ def _example_lines(rows: EncodedRows) -> list[str]:
     ]
 
 
-def _make_ready(config: FinetuneConfig, rows: EncodedRows, begins: Path, run_dir: Path) -> None:
+def _make_ready(config: FinetuneConfig, rows: EncodedRows, begins: Beginning, run_dir: Path) -> None:
     """Put the rows, the tokenizer with what the model learns to end its answers with, and the checkpoint that frozen weights
     come from into the run's folder."""
-    place = run_dir / ROWS_FOLDER
+    place, tokenizer, base = (run_dir / name for name in (ROWS_FOLDER, TOKENIZER_FOLDER, BASE_FOLDER))
     if rows.folder != place:
         read_encoded(rows.folder)
         _put(rows.folder, place)
-    if not (run_dir / TOKENIZER_FOLDER).exists():
-        source = begins / TOKENIZER_FOLDER
-        copy_for_answers(source, run_dir / TOKENIZER_FOLDER, template=rows.template, endings=rows.endings)
-    if needs_base(config) and not (run_dir / BASE_FOLDER).exists() and read_manifest(begins).base is None:
-        _put(begins, run_dir / BASE_FOLDER, link=True)
+    if not begins.goes_on:  # a start that came to nothing may have left those of another checkpoint
+        shutil.rmtree(tokenizer, ignore_errors=True)
+    if not tokenizer.exists():
+        source = begins.source / TOKENIZER_FOLDER
+        copy_for_answers(source, tokenizer, template=rows.template, endings=rows.endings)
+    if not needs_base(config) or (begins.goes_on and base.exists()):
+        return
+    first = Path(config.initial_checkpoint)
+    if read_manifest(first).base is None and not _is_copy(base, first):
+        _put(first, base, link=True)
+
+
+def _is_copy(folder: Path, source: Path) -> bool:
+    """Whether a folder holds the same checkpoint as another; its manifest has the hashes of all its files."""
+    there = folder / MANIFEST
+    return there.is_file() and there.read_bytes() == (source / MANIFEST).read_bytes()
 
 
 def _put(source: Path, place: Path, *, link: bool = False) -> None:
-    """Copy a folder, whole or not at all; `link`: its files are shared with the source where the file system can."""
+    """Copy a folder in place of what is there; `link`: its files are shared with the source where the file system can."""
 
     def share(file: str, target: str) -> None:
         try:
@@ -171,6 +200,7 @@ def _put(source: Path, place: Path, *, link: bool = False) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial, copy_function=share if link else shutil.copy2)
+        shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)
     except OSError as error:
         raise UserError(f"{place}: cannot be written ({error.strerror or error})") from None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.encoded_rows import EncodedRows, read_encoded
+from data_pipeline.encoded_rows import EncodedRows
 from data_pipeline.manifest import Split
 from data_pipeline.pair_loader import PairLoader
 from data_pipeline.row_loader import RowLoader
@@ -18,19 +19,19 @@ from train.config.finetune import FinetuneConfig
 from train.engine import Engine
 from train.evaluate.examiner import TaskExaminer
 from train.evaluate.preferences import PreferenceExaminer
-from train.groundwork.finetuning import ROWS_FOLDER, TOKENIZER_FOLDER, base_of
+from train.groundwork.finetuning import base_of, kept_rows
 from train.held_out import Evaluator
 from train.initial import check_initial_model, head_changes, initial_folder
 from train.metrics import Metrics, NullMetrics
 from train.model.transformer import Reading
 from train.parallel import ParallelContext
-from train.reference import Identity, Reference, compute_references
+from train.reference import Identity, Reference, begun_with, compute_references
 from train.stages.training import Material
 
 
 def material(config: FinetuneConfig, context: ParallelContext, attempt: Attempt, metrics: Metrics | NullMetrics) -> Material:
     """What a fine-tuning run reads, is measured by and begins with."""
-    rows = read_encoded(attempt.run_dir / ROWS_FOLDER, verify=context.is_first)
+    rows = kept_rows(attempt.run_dir, verify=context.is_first)
     common = {
         "sequence_length": config.sequence_length,
         "seed": config.run.seed,
@@ -51,7 +52,7 @@ def material(config: FinetuneConfig, context: ParallelContext, attempt: Attempt,
         loader=RowLoader(rows, split="train", pin=context.device.type == "cuda", **common),
         examiner=examiner,
         begin=partial(_begin, config),
-        tokenizer_folder=attempt.run_dir / TOKENIZER_FOLDER,
+        tokenizer_folder=rows.tokenizer_folder,
         fingerprint=rows.fingerprint,
         base=base_of(config, attempt.run_dir),
     )
@@ -75,8 +76,9 @@ def _of_pairs(
         loaders["validation"] = PairLoader(rows, split="validation", **common)
 
     def prepare(engine: Engine, store: CheckpointStore) -> None:
-        base = initial_folder(config.initial_checkpoint) / MANIFEST
-        identity = Identity(rows=rows.fingerprint, base=file_facts(base).sha256, precision=config.precision)
+        first = (base_of(config, attempt.run_dir) or Path(config.initial_checkpoint)) / MANIFEST
+        base = file_facts(first).sha256 if first.is_file() else begun_with(attempt.run_dir)
+        identity = Identity(rows=rows.fingerprint, base=base, precision=config.precision)
         reference = Reference(identity=identity, run_dir=attempt.run_dir, elsewhere=config.preference.reference)
 
         def compute() -> dict[Split, np.ndarray]:
@@ -97,7 +99,7 @@ def _of_pairs(
         loader=loaders["train"],
         examiner=examiner,
         begin=partial(_begin, config),
-        tokenizer_folder=attempt.run_dir / TOKENIZER_FOLDER,
+        tokenizer_folder=rows.tokenizer_folder,
         fingerprint=rows.fingerprint,
         base=base_of(config, attempt.run_dir),
         prepare=prepare,
