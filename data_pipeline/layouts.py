@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from string import Formatter
 from typing import Any
 
@@ -164,6 +165,11 @@ def lookup(values: Values, path: str) -> Any:
             return MISSING
         found = found[part]
     return found
+
+
+def is_null(value: Any) -> bool:
+    """Whether there is nothing in a column: null, or NaN, which is what a table of numbers has for it."""
+    return value is None or (isinstance(value, float) and isnan(value))
 
 
 def layout_of(task: TaskConfig, values: Values) -> Layout:

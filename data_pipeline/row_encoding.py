@@ -134,12 +134,16 @@ class RowEncoder:
         return Tokens(ids=ids, flags=flags, head=len(head), answer=begin)
 
     def _labelled(self, row: Row, ids: list[int], numbers: dict[str, int]) -> EncodedRow | BadRow:
-        if not row.prompt.strip():
+        if not row.prompt.strip() or not ids:  # a tokenizer may make nothing of signs that cannot be seen
             return BadRow(Fault.EMPTY, f"{row.id}: its text is empty")
         if row.truths[0] not in numbers:
             known = ", ".join(list(numbers)[:20])
             return BadRow(Fault.LABEL, f"{row.id}: label {row.truths[0]!r} is none of those to learn ({known})")
         room = self.sequence_length - len(self.opening)
+        if room < 1:
+            return BadRow(
+                Fault.NO_TARGET, f"{row.id}: no token of it fits data.sequence_length={self.sequence_length}; raise that"
+            )
         inputs_N = np.array([*self.opening, *ids[-room:]], dtype=np.int32)
         labels_N = np.full(len(inputs_N), IGNORE, dtype=np.int32)
         labels_N[-1] = numbers[row.truths[0]]

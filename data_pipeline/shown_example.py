@@ -27,7 +27,8 @@ def shown_example(
     before, after = (GREEN, RESET) if colour else ("\u27e6", "\u27e7")
     if encoded.kind == "classification":
         label = encoded.labels[int(labels_N[-1])]
-        return f"{_text(tokenizer, inputs_N[-most:].tolist())} -> {before}{label}{after}"
+        cut = "... " if len(inputs_N) > most else ""
+        return f"{cut}{_text(tokenizer, inputs_N[-most:].tolist())} -> {before}{label}{after}"
     ids = [*inputs_N.tolist(), int(labels_N[-1])]
     flags = [False, *(labels_N != IGNORE).tolist()]
     if not flags[-1]:

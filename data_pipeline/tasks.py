@@ -6,11 +6,12 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from string import Formatter
 from typing import Any
 
-from conf.errors import ConfigError, UserError
+from conf.errors import UserError
 from data_pipeline.dialogues import Message, dialogue_of, pair_of, text_pair_of, tools_of
-from data_pipeline.layouts import MISSING, Layout, layout_of, lookup, names_of
+from data_pipeline.layouts import MISSING, Layout, is_null, layout_of, lookup, names_of
 from data_pipeline.records import BadRow, Fault, Record, RecordReader
 from data_pipeline.task_config import TaskConfig, TaskSource
 
@@ -42,26 +43,6 @@ class Row:
     """Of a preference: the same prompt with the answer that is not preferred."""
 
 
-def read_rows(task: TaskConfig, *, limit: int | None = None) -> list[Row]:
-    """The rows of all sources, in order; of each source at most `limit`.
-
-    Raises UserError for a file that cannot be read or is of another format, a column that is missing, a label outside the
-    set, and a source without rows.
-    """
-    if problems := task.evaluation_problems():
-        raise ConfigError(problems)
-    rows: list[Row] = []
-    for source in task.data:
-        before = len(rows)
-        for row in itertools.islice(labelled_rows(task, source), limit):
-            if isinstance(row, BadRow):
-                raise row
-            rows.append(row)
-        if len(rows) == before:
-            raise UserError(f"{source.path}: holds no row, so there is nothing to evaluate; give another file")
-    return rows
-
-
 def labelled_rows(
     task: TaskConfig,
     source: TaskSource,
@@ -74,10 +55,17 @@ def labelled_rows(
     """
     reader = RecordReader(format=task.format, columns=task.columns)
     records = reader.read(source)
-    first = list(itertools.islice(records, FIRST_ROWS))
-    layout = _layout(task, [record for record in first if isinstance(record, Record)])
+    first: list[Record | BadRow] = []
+    good: list[Record] = []
+    for record in records:
+        first.append(record)
+        if isinstance(record, Record):
+            good.append(record)
+        if len(good) == FIRST_ROWS:
+            break
+    layout = _layout(task, good)
     if layout is None:
-        yield from (record for record in (*first, *records) if isinstance(record, BadRow))
+        yield from (record for record in first if isinstance(record, BadRow))
         return
     if layout.name and tell is not None:
         tell(f"{source.label}: rows of {layout.words()}")
@@ -108,14 +96,19 @@ def _layout(task: TaskConfig, records: Sequence[Record]) -> Layout | None:
     return None
 
 
-class _Filled(dict[str, Any]):
-    """Columns of a row for its prompt, where null would read `None`."""
+class _Filler(Formatter):
+    """Fills the columns of a row into its prompt, where null would read `None`."""
 
-    def __getitem__(self, name: str) -> Any:
-        value = super().__getitem__(name)
-        if value is None:
-            raise ValueError(f"column {name} is null; leave the row out, or give it a text")
-        return value
+    def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if isinstance(key, int):
+            raise ValueError("a field has no name")
+        return kwargs[key]
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        found = super().get_field(field_name, args, kwargs)
+        if is_null(found[0]):
+            raise ValueError(f"column {field_name} is null; leave the row out, or give it a text")
+        return found
 
 
 @dataclass(frozen=True)
@@ -195,7 +188,7 @@ class _RowMaker:
     def _prompt(self, record: Record) -> str:
         values = record.values
         try:
-            return self.layout.prompt.format_map(_Filled(self.layout.filled(values)))
+            return _Filler().vformat(self.layout.prompt, (), self.layout.filled(values))
         except (KeyError, IndexError) as error:
             there = f"there are {names_of(values)}{self.hint}"
             text = f"{record.id}: task.prompt names {error}, which is no column; {there}"
@@ -210,9 +203,7 @@ class _RowMaker:
         if found is MISSING:
             there = f"there are {names_of(record.values)}"
             raise BadRow(Fault.COLUMN, f"{record.id}: task.target={path} is no column; {there}")
-        if found is None:
-            return ()
-        several = found if isinstance(found, list | tuple) else [found]
+        several = [one for one in (found if isinstance(found, list | tuple) else [found]) if not is_null(one)]
         if any(isinstance(one, list | dict) for one in several):
             kind = type(several[0]).__name__
             text = f"{record.id}: task.target={path} holds {kind}, not text; name a field inside: {path}.text"

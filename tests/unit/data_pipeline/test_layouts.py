@@ -8,7 +8,7 @@ import pytest
 
 from conf.errors import UserError
 from data_pipeline.records import BadRow
-from data_pipeline.tasks import Row, labelled_rows, read_rows
+from data_pipeline.tasks import Row, labelled_rows
 from tests.unit.data_pipeline.labelled import json_lines, task_of
 
 
@@ -82,13 +82,6 @@ class TestWhatIsFound:
         assert (row.prompt, row.truths) == ("eins=", ("one",))
         ((row,), _) = rows_of(tmp_path, "classification", {"sentence": "t", "label": 1}, prompt="<{sentence}>")
         assert (row.prompt, row.truths) == ("<t>", ("1",))
-
-    def test_evaluation_finds_the_same(self, tmp_path: Path) -> None:
-        path = json_lines(tmp_path / "a.jsonl", {"article": "d", "highlights": "s"})
-        (row,) = read_rows(task_of("generation", path, metrics=("rouge",)))
-        assert (row.prompt, row.truths) == ("d\n\nSummary:", ("s",))
-        with pytest.raises(UserError, match="labels=\\[\\]: needs at least two"):
-            read_rows(task_of("classification", path))
 
     def test_the_first_row_that_has_the_columns_tells(self, tmp_path: Path) -> None:
         rows, _ = rows_of(tmp_path, "generation", {"odd": 1}, {"document": "d", "summary": "s"})

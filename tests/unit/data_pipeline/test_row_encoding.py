@@ -145,6 +145,16 @@ class TestLabels:
         )
         assert isinstance(empty, BadRow) and empty.fault == Fault.EMPTY
 
+    def test_a_text_of_which_the_tokenizer_makes_nothing(self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tokenizer, "encode_all", lambda texts: [[] for _ in texts])
+        (empty,) = encoder(tokenizer, kind="classification", opening=(3,)).encode([row_of("\u200b", "yes")], ("no", "yes"))
+        assert isinstance(empty, BadRow) and empty.fault == Fault.EMPTY
+
+    def test_an_opening_that_leaves_no_room(self, tokenizer: Tokenizer) -> None:
+        made = encoder(tokenizer, kind="classification", opening=(3, 3), sequence_length=2)
+        (bad,) = made.encode([row_of("one, two", "yes")], ("no", "yes"))
+        assert isinstance(bad, BadRow) and str(bad) == "a:1: no token of it fits data.sequence_length=2; raise that"
+
 
 def test_many_rows_are_as_each_alone(tokenizer: Tokenizer) -> None:
     rows = [replace(row_of(f"the user asks: {number}", "one, two"), id=f"a:{number}") for number in range(50)]

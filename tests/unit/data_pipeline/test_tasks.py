@@ -11,7 +11,8 @@ import zstandard
 
 from conf.errors import UserError
 from data_pipeline.task_config import TaskConfig, TaskSource
-from data_pipeline.tasks import Row, hash_of, read_rows
+from data_pipeline.tasks import Row, hash_of, labelled_rows
+from train.evaluate import reading
 
 PAIRS = [("one good film", "yes"), ("one bad film", "no")]
 
@@ -44,6 +45,10 @@ def parquet(path: Path, columns: dict[str, list[object]]) -> Path:
 
     pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
     return path
+
+
+def read_rows(task: TaskConfig, *, limit: int | None = None) -> list[Row]:
+    return reading.read_rows(task, limit=limit)[0]
 
 
 def pairs_of(rows: list[Row]) -> list[tuple[str, str]]:
@@ -139,6 +144,12 @@ class TestTargets:
         found = read_rows(generation(json_lines(tmp_path / "a.jsonl", *rows), target="answers.text", metrics=("answers",)))
         assert [row.truths for row in found] == [("x", "y"), (), (), ("z",)]
 
+    def test_what_is_not_there_is_no_answer(self, tmp_path: Path) -> None:
+        path = parquet(tmp_path / "a.parquet", {"text": ["a", "b", "c"], "score": [1.5, float("nan"), None]})
+        assert [row.truths for row in read_rows(generation(path, target="score"))] == [("1.5",), (), ()]
+        path = json_lines(tmp_path / "b.jsonl", {"text": "a", "target": [None, "x", None]}, {"text": "b", "target": [None]})
+        assert [row.truths for row in read_rows(generation(path))] == [("x",), ()]
+
     def test_a_column_whose_name_has_a_dot(self, tmp_path: Path) -> None:
         path = json_lines(tmp_path / "a.jsonl", {"text": "a", "answers.text": "x", "answers": {"text": "y"}})
         assert read_rows(generation(path, target="answers.text"))[0].truths == ("x",)
@@ -175,6 +186,7 @@ class TestWhatIsWrongWithARow:
             ({"text": "a", "target": {"text": "yes"}}, ["a.jsonl:2", "holds dict, not text", "target.text"]),
             ({"text": "a", "target": [["yes"]]}, ["a.jsonl:2", "holds list, not text"]),
             ({"text": None, "target": "yes"}, ["a.jsonl:2", "column text is null", "leave the row out"]),
+            ({"text": float("nan"), "target": "yes"}, ["a.jsonl:2", "column text is null", "leave the row out"]),
             ({}, ["a.jsonl:2", "there are none"]),
         ],
     )  # fmt: skip
@@ -203,6 +215,16 @@ class TestWhatIsWrongWithARow:
     def test_a_nested_target_that_ends_early(self, tmp_path: Path) -> None:
         path = json_lines(tmp_path / "a.jsonl", {"text": "a", "answers": "x"})
         refused(generation(path, target="answers.text"), "a.jsonl:1", "task.target=answers.text is no column")
+
+    def test_a_null_inside_a_column(self, tmp_path: Path) -> None:
+        path = json_lines(tmp_path / "a.jsonl", {"text": {"en": None}, "target": "x"})
+        refused(generation(path, prompt="{text[en]}"), "a.jsonl:1", "column text[en] is null")
+
+    def test_good_rows_behind_many_bad_ones_are_read(self, tmp_path: Path) -> None:
+        path = written(tmp_path / "a.jsonl", "no json\n" * 250 + json.dumps({"text": "a", "target": "yes"}) + "\n")
+        task = classification(path)
+        found = list(labelled_rows(task, task.data[0]))
+        assert len(found) == 251 and pairs_of(found[250:]) == [("a", "yes")]
 
 
 class TestWhatIsWrongWithAFile:
