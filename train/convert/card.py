@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from data_pipeline.chat import chat_template
+from data_pipeline.tokenizer import Tokenizer
 from train.checkpoint.reader import CheckpointReader
 from train.config.finetune import FinetuneConfig
 from train.config.imported import ImportedConfig, Origin
@@ -17,6 +19,7 @@ from train.model.cost import num_parameters
 from train.scores.record import Evaluation
 
 _OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+_PLAIN = 'return_tensors="pt", add_special_tokens=False'
 _LOSSES = {"loss": "training loss", "validation_loss": "held-out loss"}
 
 
@@ -43,7 +46,7 @@ def model_card(reader: CheckpointReader, report: dict[str, Any], evaluations: Se
             "",
             f"# {name}",
             "",
-            *_use(model, made, settings),
+            *_use(reader, made),
             "",
             "## Model",
             "",
@@ -97,6 +100,7 @@ def adapter_card(
             'folder = "path/to/this/folder"',
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
             f'model = PeftModel.from_pretrained({auto}.from_pretrained("{base_model}"{labels}), folder)',
+            *_example(reader),
             "```",
             "",
             "## Training",
@@ -115,68 +119,74 @@ def adapter_card(
     )
 
 
-def _use(model: ModelConfig, made: str, settings: object) -> list[str]:
-    if model.labels:
-        return _labels_use(model, made)
-    if not isinstance(settings, FinetuneConfig):
-        does = "It continues text; it was not tuned to follow instructions here."
-        return _text_use(model, made, does, _CONTINUES)
-    if settings.task.kind == "dialogue":
-        system = " ".join((settings.data.system or "").split())
-        said = f" In training the system said first: {system}" if system else ""
-        return _text_use(model, made, f"It answers in dialogues, written by its chat template.{said}", _ANSWERS)
-    does = "It writes what belongs behind a prompt, in the form of its training."
-    if settings.task.kind == "preference":
-        does = "Of two answers to a prompt, in the form of its training, it was taught which one is preferred."
-    return _text_use(model, made, does, _CONTINUES)
-
-
-_CONTINUES = (
-    'inputs = tokenizer("Once upon a time", return_tensors="pt", add_special_tokens=False)',
-    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
-)
-_ANSWERS = (
-    'messages = [{"role": "user", "content": "Hello"}]',
-    'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
-    "made = model.generate(**inputs, max_new_tokens=200)[0]",
-    'print(tokenizer.decode(made[inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
-)
-
-
-def _text_use(model: ModelConfig, made: str, does: str, example: Sequence[str]) -> list[str]:
+def _use(reader: CheckpointReader, made: str) -> list[str]:
+    model, auto = reader.model, f"AutoModelFor{'SequenceClassification' if reader.model.labels else 'CausalLM'}"
+    kind = f"model of {num_parameters(model):,} parameters that tells {len(model.labels)} labels apart"
+    if not model.labels:
+        kind = f"language model of {num_parameters(model):,} parameters"
     return [
-        f"A {model.family} language model of {num_parameters(model):,} parameters, {made} with Longhaul. {does}",
+        f"A {model.family} {kind}, {made} with Longhaul. {_does(reader)}",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto}, AutoTokenizer",
         "",
         'folder = "path/to/this/folder"',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "model = AutoModelForCausalLM.from_pretrained(folder)",
-        *example,
+        f"model = {auto}.from_pretrained(folder)",
+        *_example(reader),
         "```",
+        *(_SEVERAL_TEXTS if model.labels else ()),
     ]
 
 
-def _labels_use(model: ModelConfig, made: str) -> list[str]:
+_SEVERAL_TEXTS = (
+    "",
+    "Several texts together need an id of padding (`pad_token_id`), and transformers reads a text at its last token that "
+    "is not this id. It is set where the tokenizer has such a token of its own. Otherwise it is left out, and several "
+    "texts are refused: set it to an id that no text ends in, for the tokenizer as well. The end token is one only where "
+    "texts do not end in it.",
+)
+
+
+def _does(reader: CheckpointReader) -> str:
+    settings = reader.settings
+    if reader.model.labels:
+        return "It reads a text and tells the label at its last token."
+    if not isinstance(settings, FinetuneConfig):
+        return "It continues text; it was not tuned to follow instructions here."
+    if settings.task.kind == "dialogue":
+        system = " ".join((settings.data.system or "").split())
+        said = f" In training the system said first: {system}" if system else ""
+        return f"It answers in dialogues, written by its chat template.{said}"
+    if settings.task.kind == "preference":
+        return "Of two answers to a prompt, in the form of its training, it was taught which one is preferred."
+    return "It writes what belongs behind a prompt, in the form of its training."
+
+
+def _example(reader: CheckpointReader) -> list[str]:
+    """Lines that ask the model, whose text begins as texts began in its training."""
+    settings, tokenizer = reader.settings, Tokenizer(reader.tokenizer_folder)
+    opens = isinstance(settings, ImportedConfig) or bool(getattr(settings, "opening", False))
+    opening = tokenizer.opening() if opens else []
+    how = 'return_tensors="pt"' if opening else _PLAIN
+    if reader.model.labels:
+        return [
+            f'inputs = tokenizer("Write the text as in training", {how})',
+            "print(model.config.id2label[model(**inputs).logits.argmax().item()])",
+        ]
+    if isinstance(settings, FinetuneConfig) and settings.task.kind == "dialogue":
+        text = chat_template(tokenizer, None).render([{"role": "user", "content": "Hello"}], generation_prompt=True)
+        written = tokenizer.encode(text, special=True)[: len(opening)] == opening
+        return [
+            'messages = [{"role": "user", "content": "Hello"}]',
+            "text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)",
+            f"inputs = tokenizer(text, {_PLAIN if written else how})",
+            "made = model.generate(**inputs, max_new_tokens=200)[0]",
+            'print(tokenizer.decode(made[inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
+        ]
     return [
-        f"A {model.family} model of {num_parameters(model):,} parameters that tells {len(model.labels)} labels apart, {made} "
-        "with Longhaul. It reads a text and tells the label at its last token.",
-        "",
-        "```python",
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
-        "",
-        'folder = "path/to/this/folder"',
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "model = AutoModelForSequenceClassification.from_pretrained(folder)",
-        'inputs = tokenizer("Write the text as in training", return_tensors="pt", add_special_tokens=False)',
-        "print(model.config.id2label[model(**inputs).logits.argmax().item()])",
-        "```",
-        "",
-        "Several texts together need an id of padding (`pad_token_id`), and transformers reads a text at its last token that "
-        "is not this id. It is set where the tokenizer has such a token of its own. Otherwise it is left out, and several "
-        "texts are refused: set it to an id that no text ends in, for the tokenizer as well. The end token is one only where "
-        "texts do not end in it.",
+        f'inputs = tokenizer("Once upon a time", {how})',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
     ]
 
 
