@@ -8,6 +8,7 @@ import pty
 import random
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -99,6 +100,7 @@ class Terminal:
         self.process, self._end = pty.fork()
         if self.process == 0:
             os.environ |= {"TERM": "dumb"}
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests may leave it out, as nohup's shells do
             os.execv(COMMAND[0], [*COMMAND, *words])
         self.seen = ""
 
