@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -186,8 +187,10 @@ class RowEncoder:
     def _answered(self, row: Row, ids: list[int], offsets: Sequence[Span], spans: list[Span]) -> Tokens:
         flags = [False] * len(ids) if self.targets != "all" else [True] * len(ids)
         answer = 0
+        firsts, lasts = [first for first, _ in offsets], [last for _, last in offsets]  # both in order
         for begin, end in spans:
-            inside = [at for at, (first, last) in enumerate(offsets) if _overlap(first, last, begin, end)]
+            near = range(bisect_right(lasts, begin), bisect_right(firsts, end))
+            inside = [at for at in near if _overlap(firsts[at], lasts[at], begin, end)]
             if not inside:
                 continue
             answer = inside[0]
