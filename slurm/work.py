@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from conf.compose import compose, validate
+from conf.compose import compose, read_config, validate
 from conf.errors import ConfigError, UserError
 from data_pipeline.config import PrepareConfig
 from slurm.config import SubmitConfig
+from slurm.lifecycle import CONFIG_FILE
 from slurm.script import TASK, UNIT, Job
 from slurm.snapshot import OWN_CONFIG
 from slurm.submission import Submission
 from train.config.evaluation import VERBATIM, EvaluationConfig
 from train.config.export import ExportConfig
+from train.config.finetune import FinetuneConfig
 from train.config.hf_import import ImportConfig
 from train.config.runs import RUNS
 from train.config.settings import RunSettings
 from train.evaluate.checks import check, score_settings
-from train.initial import configure
+from train.groundwork.finetuning import look_ahead
+from train.initial import awaited_run, configure
 from train.launch import check_elsewhere
+from train.plan import make_plan
 
 PHASES = ("read", "choose", "encode", "publish")  # of a preparation in parts; the first and the third are arrays
 
@@ -65,9 +69,12 @@ def _train(order: Order) -> Work:
         raise UserError(f"parts and name are not for {verb}: it is named by run.name=..., and split by nodes=...")
     configs = []
     told: list[str] = []
+    awaited = _awaited(order)
     for words in order.combinations:
-        config = _placed(_configured(order, words), settings)
-        if not order.dependencies:  # otherwise what it reads may not be there yet; the job itself checks as well
+        config = _placed(_configured(order, words, awaited), settings)
+        if order.dependencies:  # what it reads may not be there yet; the job itself checks as well
+            told += _look_ahead(config, awaited)
+        else:
             config, lines = check_elsewhere(config)
             told += lines
         configs.append(config)
@@ -94,18 +101,37 @@ def _train(order: Order) -> Work:
     return Work(name=job.name, root=root, jobs=(job,), configs=tuple(configs), told=tuple(told))
 
 
-def _configured(order: Order, words: Sequence[str]) -> RunSettings:
+def _awaited(order: Order) -> dict[Path, RunSettings]:
+    """Settings of the runs that train and have to finish first, by their folders."""
+    units = [unit for one in order.dependencies if one.verb in RUNS for _, _, unit in one.units()]
+    return {unit.resolve(): read_config(RUNS, unit / CONFIG_FILE) for unit in units}
+
+
+def _configured(order: Order, words: Sequence[str], awaited: Mapping[Path, RunSettings]) -> RunSettings:
     try:
-        return configure(words, order.config_dir, stage=order.verb)
+        return configure(words, order.config_dir, stage=order.verb, awaited=awaited)
     except ConfigError:
         raise
     except UserError as error:
         if not order.dependencies:
             raise
         raise UserError(
-            f"{error}. The model of the run is that checkpoint's, so it has to be there when the run is submitted; submit "
-            f"{order.verb} once what comes before it has written one"
+            f"{error}. The model of the run is that checkpoint's, so it has to be there when the run is submitted, or to be "
+            f"that of a run in after=[NAME]; submit {order.verb} once what comes before it has written one"
         ) from None
+
+
+def _look_ahead(config: RunSettings, awaited: Mapping[Path, RunSettings]) -> list[str]:
+    """What can be told of a run before those that it waits for have ended. Raises UserError for what does not fit already."""
+    before = awaited_run(config.initial_checkpoint, awaited) if isinstance(config, FinetuneConfig) else None
+    if before is None:
+        return []
+    begins = f"begins with      what {config.initial_checkpoint} has then; the job itself checks it"
+    if (found := look_ahead(config, before)) is None:
+        return [begins, "rows             are read when it begins: there is no tokenizer yet"]
+    settled, lines = found
+    make_plan(settled, settled.launch.processes)
+    return [*lines, begins]
 
 
 def _placed(config: RunSettings, settings: SubmitConfig) -> RunSettings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from conf.compose import Composition, compose, to_plain, validate
@@ -38,17 +39,24 @@ VERBATIM = {"finetune": ("task.prompt", "task.target_prefix", "data.system")}
 """Fields whose texts are taken as they are."""
 
 
-def configure(overrides: Sequence[str], config_dir: str | None = None, *, stage: str = "pretrain") -> RunSettings:
+def configure(
+    overrides: Sequence[str],
+    config_dir: str | None = None,
+    *,
+    stage: str = "pretrain",
+    awaited: Mapping[Path, RunSettings] = MappingProxyType({}),
+) -> RunSettings:
     """The configuration that the words of a verb make; with initial_checkpoint its model is that checkpoint's.
 
-    Single settings of the model may be given beside it, such as model.dropout=0.1.
+    Single settings of the model may be given beside it, such as model.dropout=0.1. awaited: settings of runs that end before
+    this one starts, by their resolved folders: which checkpoint of theirs it begins with is found out then.
     Raises ConfigError with all that is wrong, and UserError when the checkpoint cannot be read.
     """
     overrides = spelled_out(stage, overrides)
     composed = compose(stage, overrides, config_dir, verbatim=VERBATIM.get(stage, ()))
     places = [composed.tree.get("initial_checkpoint"), *_run_of(composed.tree)]
     if all(isinstance(place, str) for place in places):  # else validation says what is wrong
-        composed = _with_its_model(composed, overrides, config_dir, stage)
+        composed = _with_its_model(composed, overrides, config_dir, stage=stage, awaited=awaited)
     return validate(RUNS[stage], composed)
 
 
@@ -66,10 +74,15 @@ def _run_of(tree: Mapping[str, Any]) -> tuple[Any, Any]:
     return run.get("folder", usual.folder), run.get("name", usual.name)
 
 
-def _with_its_model(composed: Composition, overrides: Sequence[str], config_dir: str | None, stage: str) -> Composition:
-    folder, name = _run_of(composed.tree)
-    begins = beginning(composed.tree["initial_checkpoint"], Path(folder) / name)
-    first, base = begins.first, begins.settings.model
+def _with_its_model(
+    composed: Composition,
+    overrides: Sequence[str],
+    config_dir: str | None,
+    *,
+    stage: str,
+    awaited: Mapping[Path, RunSettings],
+) -> Composition:
+    first, base = _first_model(composed.tree, awaited)
     model = to_plain(base)
     problems = list(composed.problems)
     rule = f"with initial_checkpoint={first} the model is that checkpoint's"
@@ -96,6 +109,22 @@ def _with_its_model(composed: Composition, overrides: Sequence[str], config_dir:
         usual = {"sequence_length": min(RowsConfig.sequence_length, base.max_positions)}
         tree["data"] = usual | (tree.get("data") or {})
     return replace(composed, tree=tree, problems=tuple(problems))
+
+
+def _first_model(tree: Mapping[str, Any], awaited: Mapping[Path, RunSettings]) -> tuple[str, ModelConfig]:
+    """Which checkpoint the run begins with, and its model."""
+    given, (folder, name) = tree["initial_checkpoint"], _run_of(tree)
+    run_dir = Path(folder) / name
+    before = awaited_run(given, awaited)
+    if before is not None and newest_whole(run_dir / "checkpoints")[0] is None:
+        return given, before.model
+    begins = beginning(given, run_dir)
+    return begins.first, begins.settings.model
+
+
+def awaited_run(given: str, awaited: Mapping[Path, RunSettings]) -> RunSettings | None:
+    """Settings of the run of `awaited` that initial_checkpoint names, itself or its best; None: it names none of them."""
+    return awaited.get(_home(given).resolve())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +172,12 @@ def beginning(given: str, run_dir: Path) -> Beginning:
 
 def _is_within(recorded: str, given: str, run_dir: Path) -> bool:
     """Whether a checkpoint is what was given, or of the run that was; or the run's own copy of what it began with."""
-    home = Path(given).parent if Path(given).name == BEST else Path(given)
-    return any(Path(recorded).resolve().is_relative_to(place.resolve()) for place in (home, run_dir))
+    return any(Path(recorded).resolve().is_relative_to(place.resolve()) for place in (_home(given), run_dir))
+
+
+def _home(given: str) -> Path:
+    """The run whose best was given; of anything else, itself."""
+    return Path(given).parent if Path(given).name == BEST else Path(given)
 
 
 def newest_whole(root: Path) -> tuple[Path | None, list[str]]:

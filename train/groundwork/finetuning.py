@@ -22,6 +22,8 @@ from data_pipeline.tokenizer import Tokenizer
 from train.checkpoint.manifest import MANIFEST, read_manifest
 from train.config.finetune import FinetuneConfig
 from train.config.imported import ImportedConfig
+from train.config.pretrain import PretrainConfig
+from train.config.settings import RunSettings
 from train.config.training import BudgetConfig
 from train.groundwork.findings import Findings
 from train.initial import BASE_FOLDER, Beginning, beginning, check_initial_model
@@ -39,20 +41,13 @@ def look_into(config: FinetuneConfig) -> Findings[FinetuneConfig]:
     """
     run_dir = Path(config.run.folder) / config.run.name
     begins = beginning(config.initial_checkpoint, run_dir)
-    config = _begun(config, begins)
+    config = replace(config, initial_checkpoint=begins.first)
     _check_base(config, run_dir)
-    rows = _encoded(config, begins.source / TOKENIZER_FOLDER, run_dir)
-    config = replace(
-        config,
-        model=replace(config.model, labels=rows.labels, **_of_pairs(config)),
-        budget=_in_steps(config, sequences=rows.num_sequences("train")),
-    )
-    if problems := problems_of(config.model, lora=config.adapter, frozen=config.frozen):
-        raise ConfigError([f"method.{problem}" for problem in problems])
+    config, rows = _with_rows(config, begins.settings, begins.source / TOKENIZER_FOLDER)
     return Findings(
         config=config,
         fingerprint=rows.fingerprint,
-        lines=(*_report_lines(rows), *_example_lines(rows, begins.source / TOKENIZER_FOLDER)),
+        lines=_lines(rows, begins.source / TOKENIZER_FOLDER),
         train_tokens=rows.num_sequences("train") * config.sequence_length,
         other_data=lambda newest: (
             f"task.data: {newest} was trained on other rows, or they were encoded otherwise (task.* and data.*), so its order "
@@ -62,6 +57,23 @@ def look_into(config: FinetuneConfig) -> Findings[FinetuneConfig]:
         check_plan=lambda _: None,
         make_ready=lambda folder: _make_ready(config, rows, begins, folder),
     )
+
+
+def look_ahead(config: FinetuneConfig, before: RunSettings) -> tuple[FinetuneConfig, tuple[str, ...]] | None:
+    """Read the rows of a run that begins with what another one, with the settings `before`, has yet to write: its settings with
+    all that follows from them, and lines for a person. None while the tokenizer of that run is not there.
+
+    Raises UserError for rows and settings that do not fit.
+    """
+    if isinstance(before, PretrainConfig):
+        places = [Path(source.path) for source in before.data.sources[:1]]
+    else:
+        places = [Path(before.run.folder) / before.run.name]
+    found = [place / TOKENIZER_FOLDER for place in places if (place / TOKENIZER_FOLDER).is_dir()]
+    if not found or before.model.vocab_size is None:
+        return None
+    config, rows = _with_rows(config, before, found[0])
+    return config, _lines(rows, found[0])
 
 
 def needs_base(config: FinetuneConfig) -> bool:
@@ -89,16 +101,25 @@ def _of_pairs(config: FinetuneConfig) -> dict[str, float]:
     return {"z_loss": 0.0} | ({} if config.pairs.dropout is None else {"dropout": config.pairs.dropout})
 
 
-def _begun(config: FinetuneConfig, begins: Beginning) -> FinetuneConfig:
-    """The settings, with what follows from where the run begins."""
-    theirs = begins.settings
+def _with_rows(
+    config: FinetuneConfig, theirs: RunSettings | ImportedConfig, tokenizer_folder: Path
+) -> tuple[FinetuneConfig, EncodedRows]:
+    """The rows, and the settings with what follows from them and from those of the checkpoint that the run begins with."""
     opens = isinstance(theirs, ImportedConfig) or bool(getattr(theirs, "opening", False))
-    return replace(
+    config = replace(
         config,
-        initial_checkpoint=begins.first,
         model=replace(config.model, vocab_size=config.model.vocab_size or theirs.model.vocab_size),
         opening=opens if config.opening is None else config.opening,
     )
+    rows = _encoded(config, tokenizer_folder, Path(config.run.folder) / config.run.name)
+    config = replace(
+        config,
+        model=replace(config.model, labels=rows.labels, **_of_pairs(config)),
+        budget=_in_steps(config, sequences=rows.num_sequences("train")),
+    )
+    if problems := problems_of(config.model, lora=config.adapter, frozen=config.frozen):
+        raise ConfigError([f"method.{problem}" for problem in problems])
+    return config, rows
 
 
 def _check_base(config: FinetuneConfig, run_dir: Path) -> None:
@@ -142,6 +163,10 @@ def _in_steps(config: FinetuneConfig, *, sequences: int) -> BudgetConfig:
         return config.budget
     steps = math.ceil(config.budget.epochs * sequences / config.batch.sequences)
     return replace(config.budget, epochs=None, steps=max(1, steps))
+
+
+def _lines(rows: EncodedRows, tokenizer_folder: Path) -> tuple[str, ...]:
+    return (*_report_lines(rows), *_example_lines(rows, tokenizer_folder))
 
 
 def _report_lines(rows: EncodedRows) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from conf.errors import UserError
 from data_pipeline.facts import CorpusFacts, check_epochs, inspect_sources, verify_sources
 from train.config.pretrain import PretrainConfig
 from train.groundwork.findings import Findings
-from train.initial import check_initial
+from train.initial import beginning, check_initial
 
 
 def look_into(config: PretrainConfig) -> Findings[PretrainConfig]:
@@ -16,6 +17,9 @@ def look_into(config: PretrainConfig) -> Findings[PretrainConfig]:
 
     Raises UserError when one is missing or does not fit the others, or the vocabulary that was given is too small.
     """
+    if config.initial_checkpoint is not None:
+        begins = beginning(config.initial_checkpoint, Path(config.run.folder) / config.run.name)
+        config = replace(config, initial_checkpoint=begins.first)
     facts = inspect_sources(config.data)
     config = replace(config, model=replace(config.model, vocab_size=_vocab_size(config, facts)))
     sources = ", ".join(str(source.path) for source in facts.sources)

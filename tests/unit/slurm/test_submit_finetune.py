@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from conf.compose import read_config
 from conf.errors import UserError
 from slurm.history import read_history
+from slurm.lifecycle import CONFIG_FILE
 from slurm.submission import read_submission
 from slurm.submit import submit, sweep
 from slurm.verbs import cancel, logs, resume, status
 from tests.integration import finetuning
 from tests.unit.convert.checkpoints import write_checkpoint
 from tests.unit.slurm.test_submit import words as pretrain_words
+from train.config.runs import RUNS
+from train.launch import get_ready
 from train.outcome import read_outcome
 
 
@@ -71,15 +76,60 @@ def test_what_does_not_fit_is_told_before_anything_is_written(
     assert not Path("runs").exists() and slurm.read_text() == ""
 
 
-def test_a_run_behind_one_that_has_no_checkpoint_yet(words: list[str], corpus: Path, slurm: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def behind(words: list[str], corpus: Path, slurm: Path, tmp_path: Path) -> list[str]:
+    """Those of a run that begins with what a pretraining, which waits in the queue, has yet to write."""
     submit(pretrain_words(corpus))
     (tmp_path / "bin/queue").write_text("100|PENDING|Priority||N/A\n")
-    later = [*words, "checkpoint=runs/first", "after=[first]", "cluster=slurm_cpu"]
-    with pytest.raises(UserError, match="runs/first: holds no checkpoint.* has to be there when the run is submitted"):
-        submit(later)
-    write_checkpoint(Path("runs/first"), finetuning.MODEL, corpus=corpus)
-    submit(later)
+    return [*words, "checkpoint=runs/first", "after=[first]", "cluster=slurm_cpu"]
+
+
+def test_a_run_behind_one_that_has_no_checkpoint_yet(
+    behind: list[str], corpus: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its rows are looked into at once; which checkpoint it begins with is found when it starts, and then stays."""
+    assert submit(behind) == 0
     assert "--dependency=afterok:100" in slurm.read_text()
+    shown = capsys.readouterr().out
+    assert "rows of prompt and completion" in shown and "begins with      what runs/first has then" in shown
+    unit = Path("runs/tuned")
+    kept = read_config(RUNS, unit / CONFIG_FILE)
+    assert kept.initial_checkpoint == "runs/first" and kept.model.hidden_size == 32
+    with pytest.raises(UserError, match="initial_checkpoint=runs/first: holds no checkpoint"):
+        get_ready(kept, elsewhere=True)
+    first = write_checkpoint(Path("runs/first"), kept.model, corpus=corpus)
+    config, _ = get_ready(kept, elsewhere=True)
+    assert config.initial_checkpoint == str(first) and config.opening is False and (unit / "rows/rows.json").exists()
+    assert config.model == kept.model
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["task.data=[{path: gone.jsonl}]"], "gone.jsonl"),
+        (["method.frozen=[nothing.*]"], "frozen=nothing.*: is no tensor of the model"),
+        (["batch.sequences=6", "nodes=2"], "batch.sequences=6"),
+        (["data.sequence_length=4096"], "must not exceed model.max_positions"),
+        (["checkpoint=runs/second"], "or to be that of a run in after=[NAME]; submit finetune once"),
+        (["after=[]"], "runs/first: holds no checkpoint"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_what_does_not_fit_is_told_before_the_run_before_it_has_ended(behind: list[str], more: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        submit([*behind, *more])
+    assert not Path("runs/tuned").exists()
+
+
+def test_runs_one_behind_another(behind: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The second has no tokenizer before the first has ended, so the rows of the third are read when it begins."""
+    submit(behind)
+    (tmp_path / "bin/queue").write_text("101|PENDING|Dependency||N/A\n")
+    capsys.readouterr()
+    submit([*behind, "checkpoint=runs/tuned/best", "after=[tuned]", "run.name=third"])
+    shown = capsys.readouterr().out
+    assert "begins with      what runs/tuned/best has then" in shown and "there is no tokenizer yet" in shown
+    assert read_config(RUNS, Path("runs/third") / CONFIG_FILE).initial_checkpoint == "runs/tuned/best"
 
 
 def test_a_sweep_is_an_array(words: list[str], slurm: Path) -> None:
