@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from conf.errors import UserError
 from data_pipeline.chat import chat_template
+from data_pipeline.dialogues import Message
 from data_pipeline.encoded_rows import FORMAT_VERSION, ROWS_FILE, EncodedRows, SplitContents, read_encoded, write_encoded
 from data_pipeline.io import read_json, sha256_of_texts
 from data_pipeline.manifest import Split
@@ -198,10 +200,21 @@ def _splits(task: TaskConfig, data: RowsConfig, read: _Read, *, seed: int) -> di
 
 
 def _key(task: TaskConfig, row: Row, seed: int) -> int:
-    """64 bits of what a row says, wherever it stands; of a classification its text alone, whatever its label."""
-    said = [row.prompt] if task.kind == "classification" else [row.prompt, row.truths, row.messages, row.tools]
+    """64 bits of what a row says, wherever it stands; of a classification its text alone, whatever its label, and of a
+    preference what was asked, so that no question is in both splits with other answers."""
+    asked = [row.prompt, *_turns_in_common(row)]
+    said = [row.prompt, row.truths, row.messages, row.tools]
+    if task.kind == "classification" or (task.kind == "preference" and any(asked)):
+        said = asked
     data = json.dumps([seed, said], sort_keys=True).encode()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _turns_in_common(row: Row) -> list[Message]:
+    """Of a preference's dialogues: the turns before the answers."""
+    others = row.rejected.messages if row.rejected else ()
+    both = zip(row.messages, others, strict=False)
+    return [turn for turn, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
 
 
 def _labels(task: TaskConfig, rows: Sequence[Row]) -> tuple[str, ...]:

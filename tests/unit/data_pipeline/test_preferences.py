@@ -10,6 +10,7 @@ import pytest
 from conf.errors import UserError
 from data_pipeline.encoded_rows import EncodedRows
 from data_pipeline.loader import IGNORE
+from data_pipeline.manifest import Split
 from data_pipeline.pair_loader import PairLoader
 from data_pipeline.preferences import fitted
 from data_pipeline.row_encoding import Tokens
@@ -19,6 +20,7 @@ from tests.unit.data_pipeline.labelled import chat, json_lines, prepared, task_o
 ASKED, GOOD, BAD = "the user asks", " one answer", " two words of an answer"
 TEXTS = {"prompt": ASKED, "chosen": GOOD, "rejected": BAD}
 END, OPEN, CLOSE = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPLITS: tuple[Split, Split] = ("train", "validation")
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +176,22 @@ class TestCutting:
         encoded = made(tmp_path, tokenizer, long, TEXTS)
         (drop,) = encoded.report.dropped
         assert "cut to data.sequence_length=64 for both, chosen and rejected are the same tokens" in drop.first
+
+
+@pytest.mark.parametrize("as_messages", [True, False])
+def test_a_question_is_in_one_split_with_all_its_answers(tmp_path: Path, tokenizer: Tokenizer, as_messages: bool) -> None:
+    rows = []
+    for number in range(60):
+        row = {"prompt": f"{number // 3}?", "chosen": f" one {number}", "rejected": f" two {number}"}
+        if as_messages:
+            asked = {"role": "user", "content": row.pop("prompt")}
+            row = {key: [asked, {"role": "assistant", "content": text}] for key, text in row.items()}
+        rows.append(row)
+    encoded = made(tmp_path, tokenizer, *rows, validation_fraction=0.3)
+    numbers = {split: [int(name.split(":")[1].split(",")[0]) - 1 for name in encoded.row_ids(split)] for split in SPLITS}
+    assert sorted(numbers["train"] + numbers["validation"]) == sorted([*range(60)] * 2), "two rows each"
+    questions = {split: {number // 3 for number in found} for split, found in numbers.items()}
+    assert 2 < len(questions["validation"]) < 12 and not questions["train"] & questions["validation"]
 
 
 @pytest.mark.parametrize("packing", [True, False])
