@@ -14,13 +14,12 @@ from slurm.lifecycle import CONFIG_FILE
 from slurm.script import TASK, UNIT, Job
 from slurm.snapshot import OWN_CONFIG
 from slurm.submission import Submission
-from train.config.evaluation import VERBATIM, EvaluationConfig
 from train.config.export import ExportConfig
 from train.config.finetune import FinetuneConfig
 from train.config.hf_import import ImportConfig
 from train.config.runs import RUNS
 from train.config.settings import RunSettings
-from train.evaluate.checks import check, score_settings
+from train.evaluate import checks
 from train.groundwork.finetuning import look_ahead
 from train.initial import awaited_run, configure
 from train.launch import check_elsewhere
@@ -194,12 +193,12 @@ def _export(order: Order) -> Work:
 
 
 def _evaluate(order: Order) -> Work:
-    config = validate(EvaluationConfig, compose("evaluate", order.words, order.config_dir, verbatim=VERBATIM))
+    config = checks.configure(order.words, order.config_dir)
     _one_process(order)
     if order.dependencies:  # the model and the data may not be there yet; the job itself checks them
-        score_settings(config.task)
+        checks.score_settings(config.task)
     else:
-        check(config)
+        checks.check(config)
     cluster, ranks = order.settings.cluster, config.processes
     on_gpus = cluster.scheduler == "slurm" and cluster.gpus_per_node > 0 and config.device != "cpu"
     if cluster.scheduler == "slurm" and not on_gpus and config.device == "cuda":

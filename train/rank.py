@@ -34,7 +34,7 @@ NEXT = {
     "refused": "mend what the reason names, then run the same command again",
     "crashed": "read the logs beside this file; the run goes on from its newest checkpoint",
 }
-OF_LABELS = "export it (longhaul export checkpoint={run}) or measure it (longhaul evaluate checkpoint={run} task=...)"
+OF_LABELS = "export it (longhaul export checkpoint={run}) or measure it (longhaul evaluate checkpoint={run})"
 
 
 def main(arguments: list[str]) -> int:

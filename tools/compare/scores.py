@@ -114,8 +114,9 @@ def _only(has: Subject, one: Evaluation) -> str:
 
 def evaluate_command(subject: Subject) -> str:
     """What makes an evaluation of the subject; of a run, of its newest checkpoint."""
-    task = getattr(subject.settings, "task", None)  # of a fine-tuning, which has no held-out text
-    words = "" if task is None else f" task={task.kind} 'task.data=[{{path: FILE}}]'"
+    task = getattr(subject.settings, "task", None)
+    measured = task is None or task.kind != "preference"  # by its own task, on what it held out
+    words = "" if measured else " task=generation 'task.data=[{path: FILE}]'"
     return f"longhaul evaluate checkpoint={subject.folder}{words}"
 
 
