@@ -165,7 +165,7 @@ def own_template(tokenizer: Tokenizer) -> str | None:
     tokenizer_config.json; None: it has none."""
     file = tokenizer.folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return file.read_bytes().decode("utf-8")  # with the ends of lines that it has, as out of JSON
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = tokenizer.folder / name
         found = read_json(path).get("chat_template") if path.is_file() else None

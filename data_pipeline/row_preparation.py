@@ -50,8 +50,10 @@ def prepare_rows(
     vocab_size: int,
     seed: int,
     folder: Path,
+    kept: Path | None = None,
 ) -> EncodedRows:
-    """The encoded rows in `folder`: those that are there, when they are of the same data and settings, or else new ones.
+    """The encoded rows: those that are in `kept` or in `folder`, when they are of the same data and settings, or else new ones,
+    in `folder`.
 
     opening: ids that the model has learned to find before a text. vocab_size: ids that it knows. seed: of what is held out.
     Raises UserError for data or settings that do not do, before anything is written, and for a folder that is damaged.
@@ -60,10 +62,11 @@ def prepare_rows(
     template = chat_template(tokenizer, data.template) if task.kind in ("dialogue", "preference") else None
     facts = [tokenizer.sha256, *map(str, (tuple(opening), end_of_document, seed)), template.text if template else ""]
     fingerprint = _fingerprint(task, data, facts)
-    if _is_there(folder, fingerprint):
-        encoded = read_encoded(folder)
-        _check_ids(encoded, vocab_size, tokenizer)
-        return encoded
+    for place in (kept, folder):
+        if place is not None and _is_there(place, fingerprint):
+            encoded = read_encoded(place)
+            _check_ids(encoded, vocab_size, tokenizer)
+            return encoded
     encoder = RowEncoder(
         tokenizer=tokenizer,
         kind=task.kind,

@@ -50,8 +50,10 @@ def test_from_the_first_start_to_the_end(files: tuple[Path, Path], tmp_path: Pat
     stopped = longhaul(*words_of(files, tmp_path, "budget.stop_at_step=5"))
     assert stopped.returncode == 85, stopped.stderr
     assert f"begins with      {files[0]}: its model, weights and tokenizer, a fresh optimizer; a fresh head" in stopped.stdout
+    kept = {path: path.read_bytes() for path in (tmp_path / "run" / "rows").iterdir()}
     refused = longhaul(*words_of(files, tmp_path, "data.packing=false"))
     assert refused.returncode == 93 and "data.packing=false: " in refused.stderr and "is fixed within a run" in refused.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "run" / "rows").iterdir()} == kept
     finished = longhaul(*words_of(files, tmp_path))
     assert finished.returncode == 0 and "resuming from" in finished.stdout and "accuracy" in finished.stdout
     assert "or measure it (longhaul evaluate" in finished.stdout and "longhaul generate" not in finished.stdout
@@ -68,7 +70,8 @@ def test_from_the_first_start_to_the_end(files: tuple[Path, Path], tmp_path: Pat
     assert measured.returncode == 0 and "accuracy" in measured.stdout, measured.stderr
     text = run_dir.parent / "text.txt"
     text.write_text("a cat and a saw\n")
-    wrong = longhaul("evaluate", f"checkpoint={run_dir}", f"task.data=[{{path: {text}}}]", "wandb.mode=disabled")
+    words = ["evaluate", f"checkpoint={run_dir}", "task=language", f"task.data=[{{path: {text}}}]", "wandb.mode=disabled"]
+    wrong = longhaul(*words)
     assert wrong.returncode == 93 and "tells labels apart" in wrong.stderr
 
 

@@ -132,11 +132,9 @@ def _check_base(config: FinetuneConfig, run_dir: Path) -> None:
 
 
 def _encoded(config: FinetuneConfig, tokenizer_folder: Path, run_dir: Path) -> EncodedRows:
-    """The rows; those that the run's folder does not have yet lie in a temporary one, which goes with the process."""
+    """The rows; those that the run's folder does not have lie in a temporary one, which goes with the process: what is shown or
+    refused leaves a run as it is."""
     tokenizer = Tokenizer(tokenizer_folder)
-    folder = run_dir / ROWS_FOLDER
-    if not folder.exists():
-        folder = _temporary() / "-".join(run_dir.resolve().parts[1:])
     return prepare_rows(
         config.task,
         config.data,
@@ -145,7 +143,8 @@ def _encoded(config: FinetuneConfig, tokenizer_folder: Path, run_dir: Path) -> E
         end_of_document=tokenizer.end_of_document()[0],
         vocab_size=config.model.vocab_size,
         seed=config.run.seed,
-        folder=folder,
+        folder=_temporary() / "-".join(run_dir.resolve().parts[1:]),
+        kept=run_dir / ROWS_FOLDER,
     )
 
 
