@@ -7,7 +7,7 @@ import json
 import pytest
 
 from conf.errors import UserError
-from data_pipeline.chat import BUILT_IN, chat_template
+from data_pipeline.chat import BUILT_IN, chat_template, own_template
 from data_pipeline.chat_files import copy_for_answers, end_ids
 from data_pipeline.tokenizer import Tokenizer
 from tests.unit.data_pipeline.labelled import tokenizer_in
@@ -55,6 +55,16 @@ def test_another_template_takes_the_place_of_those_that_are_there(tmp_path):
     assert json.loads((made / "tokenizer_config.json").read_text())["chat_template"] == BUILT_IN["plain"]
     assert not (made / "chat_template.json").exists()
     assert (source.folder / "chat_template.jinja").read_text() == "old", "the source stays"
+
+
+def test_a_template_keeps_its_ends_of_lines(tmp_path):
+    source = tokenizer_in(tmp_path / "source", template=None)
+    settings = source.folder / "tokenizer_config.json"
+    text = "{{ 'one' }}\r\n{{ 'two' }}"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": text}))
+    assert own_template(Tokenizer(source.folder)) == text
+    copy_for_answers(source.folder, tmp_path / "made", template=text, endings=())
+    assert own_template(Tokenizer(tmp_path / "made")) == text, "rows of a run that goes on are those of before"
 
 
 def test_what_a_model_brings_stays(tmp_path):
