@@ -15,7 +15,8 @@ class MethodConfig:
     frozen: tuple[str, ...] = ()
     """Patterns of the names of parameters that stay as they are, such as embedding.* or blocks.0.*; with lora all others do."""
     layer_decay: float = 1.0
-    """Learning rate of each layer as a fraction of that of the layer above it; the head has the run's own. 1: all alike."""
+    """Learning rate of each layer as a fraction of that of the layer above it; the head has the run's own, one that is tied the
+    embedding's, which is the lowest. 1: all alike."""
     neftune_alpha: float | None = None
     """Strength of the noise on the embeddings in training (NEFTune, Jain et al. 2023); 5 to 15 is usual. null: none."""
 
