@@ -6,12 +6,13 @@ Shape letters: N tokens of all rows, R rows, Q sequences, V ids.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from data_pipeline.tasks import Row
 FORMAT_VERSION = 1
 ROWS_FILE = "rows.json"
 TOKEN_BYTES_FILE = "token_bytes.npy"
+HELD_OUT_FILES = ("validation-", "validation.")
 ARRAYS = ("tokens", "labels", "row_starts", "order", "sequence_starts")
 
 
@@ -111,20 +113,24 @@ class EncodedRows:
         """File and line of every row."""
         return [content["id"] for content in self._contents(split)]
 
-    def validation_rows(self) -> list[Row]:
-        """The held-out rows as they were read, in order; the prompt of a dialogue is its text before the last answer."""
+    def validation_rows(self, limit: int | None = None) -> list[Row]:
+        """The held-out rows as they were read, in order; the prompt of a dialogue is its text before the last answer.
+
+        limit: no more than the first ones, and no others are read; null: all.
+        """
         return [
             Row(**{**content, **{name: tuple(content[name]) for name in ("truths", "messages", "tools")}})
-            for content in self._contents("validation")
+            for content in self._contents("validation", limit)
         ]
 
-    def _contents(self, split: Split) -> list[dict[str, Any]]:
+    def _contents(self, split: Split, limit: int | None = None) -> list[dict[str, Any]]:
         with (self.folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+            return [json.loads(line) for line in itertools.islice(lines, limit)]
 
 
-def read_encoded(folder: str | Path, *, verify: bool = True) -> EncodedRows:
-    """Open what `prepare_rows` wrote. verify: compare the files with their hashes, and not their sizes alone.
+def read_encoded(folder: str | Path, *, verify: bool | Literal["validation"] = True) -> EncodedRows:
+    """Open what `prepare_rows` wrote. verify: compare the files with their hashes, and not their sizes alone; validation: only
+    those of the held-out rows, for who reads no others.
 
     Raises UserError for a folder that is missing, unfinished, of another version or damaged.
     """
@@ -152,7 +158,8 @@ def read_encoded(folder: str | Path, *, verify: bool = True) -> EncodedRows:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}). {_remedy(folder)}") from None
     for record in files:
-        _check(folder, record, verify=verify)
+        is_held_out = Path(record.name).name.startswith(HELD_OUT_FILES)
+        _check(folder, record, verify=is_held_out if verify == "validation" else verify)
     return encoded
 
 

@@ -1,18 +1,16 @@
-"""From files to a folder of encoded rows: what is held out, what is left out and counted, what is told, what is used again."""
+"""From files to a folder of encoded rows: what is held out, what is left out and counted, what is told."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from conf.errors import ConfigError, UserError
-from data_pipeline import encoded_rows
-from data_pipeline.encoded_rows import EncodedRows, read_encoded
+from data_pipeline.encoded_rows import EncodedRows
 from data_pipeline.row_preparation import prepare_rows
 from data_pipeline.rows_config import RowsConfig
 from data_pipeline.shown_example import shown_example
@@ -253,85 +251,6 @@ class TestSettings:
             with pytest.raises(UserError, match=rf"the rows hold token {most} \(.*the model knows ids below {most}"):
                 prepare_rows(task, known, vocab_size=most, **given)  # type: ignore[arg-type]
             assert prepare_rows(task, known, vocab_size=most + 1, **given).num_rows("train") == 1  # type: ignore[arg-type]
-
-
-class TestFolder:
-    def made(self, path: Path, tokenizer: Tokenizer, **changes: object) -> EncodedRows:
-        task = task_of("generation", json_lines(path / "a.jsonl", *PAIRS))
-        return prepared(task, tokenizer, path / "rows", validation_fraction=0.2, **changes)
-
-    def test_what_is_read_is_what_was_written(self, tmp_path: Path, tokenizer: Tokenizer) -> None:
-        encoded = self.made(tmp_path, tokenizer)
-        assert read_encoded(tmp_path / "rows") == encoded
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "rows"]
-        assert encoded.endings == (tokenizer.end_of_document()[0],)
-        assert encoded.tokenizer_folder == tokenizer.folder.resolve()
-
-    def test_is_used_again(self, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-        encoded = self.made(tmp_path, tokenizer)
-        monkeypatch.setattr("data_pipeline.row_preparation.write_encoded", None)
-        assert self.made(tmp_path, tokenizer) == encoded
-        with pytest.raises(TypeError):
-            self.made(tmp_path, tokenizer, sequence_length=65)
-
-    @pytest.mark.parametrize(
-        "changes", [{"sequence_length": 32}, {"packing": False}, {"targets": "all"}, {"seed": 1}, {"opening": (3,)}]
-    )
-    def test_is_made_anew_for_other_settings(self, tmp_path: Path, tokenizer: Tokenizer, changes: dict[str, object]) -> None:
-        before = self.made(tmp_path, tokenizer).fingerprint
-        assert self.made(tmp_path, tokenizer, **changes).fingerprint != before
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "rows"]
-
-    def test_is_made_anew_for_other_data(self, tmp_path: Path, tokenizer: Tokenizer) -> None:
-        task = task_of("generation", json_lines(tmp_path / "a.jsonl", GOOD))
-        before = prepared(task, tokenizer, tmp_path / "rows")
-        json_lines(tmp_path / "a.jsonl", GOOD | {"completion": "c"})
-        after = prepared(task, tokenizer, tmp_path / "rows")
-        assert before.fingerprint != after.fingerprint
-        assert texts_of(after, tokenizer, "train") == ["ac"]
-        moved = tmp_path / "elsewhere"
-        moved.mkdir()
-        shutil.move(tmp_path / "a.jsonl", moved / "a.jsonl")
-        assert prepared(task_of("generation", moved / "a.jsonl"), tokenizer, tmp_path / "rows") == after
-
-    @pytest.mark.parametrize("name", ["train-tokens.npy", "validation.jsonl", "token_bytes.npy"])
-    def test_damage(self, tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
-        self.made(tmp_path, tokenizer)
-        path = tmp_path / "rows" / name
-        whole = path.read_bytes()
-        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        with pytest.raises(UserError, match=rf"{name}: is not what rows.json says: cut off or changed. Remove"):
-            self.made(tmp_path, tokenizer)
-        read_encoded(tmp_path / "rows", verify=False)
-        path.write_bytes(whole[:-1])
-        with pytest.raises(UserError, match=rf"{name}: is not what rows.json says"):
-            read_encoded(tmp_path / "rows", verify=False)
-        path.unlink()
-        with pytest.raises(UserError, match=rf"{name}: cannot be read \(No such file"):
-            read_encoded(tmp_path / "rows")
-
-    def test_no_folder(self, tmp_path: Path, tokenizer: Tokenizer) -> None:
-        with pytest.raises(UserError, match="rows: holds no rows.json, so it has no encoded rows. Remove"):
-            read_encoded(tmp_path / "rows")
-        self.made(tmp_path, tokenizer)
-        (tmp_path / "rows" / "rows.json").write_text('{"format_version": 1}')
-        with pytest.raises(UserError, match="rows.json: damaged"):
-            read_encoded(tmp_path / "rows")
-
-    def test_an_interrupted_write_leaves_what_was_there(
-        self, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        before = self.made(tmp_path, tokenizer)
-
-        def interrupted(*_: object) -> None:
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(encoded_rows, "write_json", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                self.made(tmp_path, tokenizer, sequence_length=32)
-        assert read_encoded(tmp_path / "rows") == before
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "rows"]
 
 
 def test_a_data_set_that_was_saved(tmp_path: Path, tokenizer: Tokenizer) -> None:
