@@ -281,12 +281,12 @@ def check_initial_model(config: FinetuneConfig) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadChanges:
-    """Logical names of what differs between a checkpoint's head and a model's."""
+    """Logical names of the tensors of two heads that are exchanged."""
 
     new: tuple[str, ...] = ()
-    """Tensors that only the model has: they begin at random."""
+    """Tensors of the model's head: they begin at random."""
     left_out: tuple[str, ...] = ()
-    """Tensors that only the checkpoint has: they are passed over."""
+    """Tensors of the checkpoint's head: they are passed over. Both may have the same names, for other labels."""
 
 
 def head_changes(theirs: ModelConfig, model: ModelConfig) -> HeadChanges:

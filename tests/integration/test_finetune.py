@@ -14,11 +14,13 @@ from tests.integration import faults, finetuning
 from tests.integration.finetuning import attempt, ready, settings
 from tools.exactness import differences
 from train.checkpoint.manifest import published, resolve_checkpoint, step_of
+from train.checkpoint.reader import CheckpointReader
 from train.config.adapter import LoraConfig
 from train.config.finetune import ScoringConfig
 from train.config.method import MethodConfig
 from train.config.training import EvaluateConfig, OptimConfig
 from train.metrics.jsonl import read_metrics
+from train.model.cost import LABEL_HEAD
 
 STEPS, STOP = 12, 6  # the stop is behind an evaluation and a save, on the step of neither
 LORA = MethodConfig(lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1))
@@ -149,3 +151,24 @@ def test_it_ends_early_and_is_finished_then(checkpoint: Path, rows: dict[str, Pa
     )
     assert run_ranks(attempt, 1, ready(config, run_dir), str(run_dir), 1) == [("finished", 9)]
     assert step_of(resolve_checkpoint(str(run_dir / "best"))) == 3
+
+
+@pytest.mark.parametrize("labels", [("plant", "stone"), ("plant", "stone", "tool")], ids=["as-many", "one-more"])
+def test_a_head_of_other_labels_is_fresh(
+    checkpoint: Path, rows: dict[str, Path], tmp_path: Path, labels: tuple[str, ...]
+) -> None:
+    """At a rate of nothing the head stays what it began as: the same after a classifier as after a language model."""
+    first = tmp_path / "first"
+    assert run_ranks(attempt, 1, ready(settings(checkpoint, rows["classification"]), first), str(first), 1) == [
+        ("finished", STEPS)
+    ]
+    path = tmp_path / "others.jsonl"
+    path.write_text("".join(f'{{"text": "a {number}", "label": "{labels[number % len(labels)]}"}}\n' for number in range(60)))
+    heads = []
+    for begins_with in (checkpoint, resolve_checkpoint(str(first))):
+        run_dir = tmp_path / f"after-{begins_with.name}"
+        config = ready(settings(begins_with, path, steps=1, optim=OptimConfig(lr=1e-12, weight_decay=0.0)), run_dir)
+        assert run_ranks(attempt, 1, config, str(run_dir), 1) == [("finished", 1)]
+        heads.append(CheckpointReader(resolve_checkpoint(str(run_dir))).read(LABEL_HEAD))
+    assert heads[0].shape[0] == len(labels) and heads[0].any()
+    assert heads[0].equal(heads[1])

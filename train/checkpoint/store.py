@@ -190,12 +190,13 @@ class CheckpointStore:
         """Load the weights, and nothing else, of a checkpoint that is not the run's own; all ranks together.
 
         Adapters keep their initial values, and so do tensors that the checkpoint lacks, if their logical names are in `new`;
-        those that it has and the model lacks are passed over if in `left_out`. If it has adapters, they come merged.
+        those of `left_out` are passed over where it has them, also where the model has one of that name. If it has adapters,
+        they come merged.
         Raises CheckpointError when other tensors differ, and of that DamagedCheckpoint, on every rank, when it is not what
         was written.
         """
         reader = self._open(path)
-        there, here = set(reader.names), list(engine.logical_shapes)
+        there, here = {*reader.names} - {*left_out}, list(engine.logical_shapes)
         initial = {name for name in here if name not in there and (is_adapter(name) or name in new)}
         differ = [f"lacks {name}" for name in here if name not in there | initial]
         differ += [f"holds {name}, which the model has not" for name in reader.names if name not in {*here, *left_out}]
