@@ -53,6 +53,8 @@ def compose(root: str, overrides: Sequence[str], config_dir: str | None = None, 
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    # ${case:VALUE,{ONE:THIS,OTHER:THAT},ELSE}: for defaults that follow from another setting
+    OmegaConf.register_new_resolver("case", lambda value, cases, usual: cases.get(value, usual), replace=True)
     catalog = _catalog(root, config_dir)
     given = [] if config_dir is None else [f"hydra.searchpath=[{_quoted(f'file://{Path(config_dir).resolve()}')}]"]
     problems: list[str] = []
@@ -285,11 +287,10 @@ def options(group: str, config_dir: str | None = None) -> list[str]:
 
 
 def groups(root: str) -> dict[str, str | None]:
-    """The groups that `root`.yaml draws from, in its own order, each with the option it takes unless told otherwise; None:
-    none, or one that follows from other groups."""
+    """The groups that `root`.yaml draws from, in its own order, each with the option it takes by itself; None: none."""
     text = (CONF_FOLDER / f"{root}.yaml").read_text(encoding="utf-8")
-    found = re.findall(r"^\s*-\s+(?:optional\s+)?(?:override\s+)?/?([a-z_]+)(?:@[\w.]+)?:\s*(\w+|\$\{)", text, flags=re.M)
-    return {group: None if option in ("null", "${") else option for group, option in found}
+    found = re.findall(r"^\s*-\s+(?:optional\s+)?(?:override\s+)?/?([a-z_]+)(?:@[\w.]+)?:\s*(\w+)", text, flags=re.M)
+    return {group: None if option == "null" else option for group, option in found}
 
 
 def _quoted(text: str) -> str:

@@ -20,8 +20,7 @@ class EvaluationConfig:
     hf: str | None = None
     """Folder of a Hugging Face model, or its name on the hub; give this or checkpoint."""
     task: TaskConfig = field(default_factory=TaskConfig)
-    """What the model is asked to do. Without task=...: what a fine-tuned run has learned, as its settings say it, on the rows
-    that it held out, where the words say nothing else; of another model language."""
+    """What the model is asked to do; left out, what a fine-tuned run has learned, of another model language."""
     limit: int | None = None
     """Examples, or documents, that are read of each source; null: all."""
     out: str | None = None

@@ -362,3 +362,12 @@ print([name for name in {heavy} if name in sys.modules])
 )
 def test_rates_follow_from_the_task_and_the_method(words: list[str], lr: float) -> None:
     assert compose("finetune", [*FINETUNE, *words]).tree["optim"]["lr"] == lr
+
+
+def test_rates_of_a_task_of_ones_own_are_those_of_its_kind(tmp_path: Path) -> None:
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "pairs.yaml").write_text("defaults: [preference]\nname: pairs\n")
+    words = [word for word in FINETUNE if not word.startswith("task")]
+    for method, lr in (("full", 1e-6), ("lora", 1e-5)):
+        composed = compose("finetune", [*words, "task=pairs", f"method={method}"], str(tmp_path))
+        assert composed.tree["optim"]["lr"] == lr and composed.tree["task"]["name"] == "pairs"
