@@ -153,6 +153,7 @@ def test_dialogues_are_answered_by_their_template(base: Path, tmp_path: Path, ca
     kept = list(found.examples())
     outputs = [json.loads(line)["output"] for line in (run_dir / f"outputs/step-{STEPS:08d}.jsonl").read_text().splitlines()]
     assert [example.output for example in kept[: len(outputs)]] == outputs
+    assert [example.input for example in kept] == [row.prompt for row in read_encoded(run_dir / "rows").validation_rows()]
     numbers = [int(example.id.partition(":")[2]) for example in kept]
     dev.write_text("".join(f"{json.dumps(TALKS[number - 1])}\n" for number in numbers))
     of_file = list(evaluated(tmp_path / "file", f"checkpoint={run_dir}", f"task.data=[{{path: {dev}}}]").examples())

@@ -13,15 +13,18 @@ from train.inference.chat import ChatFormat
 
 
 def with_prompts(rows: Sequence[Row], form: ChatFormat) -> list[Row]:
-    """The dialogues with their prompts, as the template writes them; those that a run has kept have theirs.
+    """The dialogues with their prompts, as the model's own template writes them: those that a run has kept have a prompt in
+    the form of that run, which another model has not learned.
 
-    Raises UserError for one that the template does not take, or that spells a special token.
+    Raises UserError for one that has no turns, that the template does not take, or that spells a special token.
     """
-    return [row if row.prompt else replace(row, prompt=_prompt(row, form)) for row in rows]
+    return [replace(row, prompt=_prompt(row, form)) for row in rows]
 
 
 def _prompt(row: Row, form: ChatFormat) -> str:
     messages = row.messages
+    if not messages:
+        raise UserError(f"{row.id}: has no turns, as it was kept as a prompt and an answer; give rows of task=dialogue")
     if form.system is not None and messages[0]["role"] != "system":
         messages = ({"role": "system", "content": form.system}, *messages)
     if token := form.forged(all_text(messages, row.tools)):
