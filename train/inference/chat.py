@@ -73,11 +73,11 @@ def chat_format(text: TextModel, settings: object) -> ChatFormat:
     Raises UserError for a model that knows no turns.
     """
     tokenizer = text.tokenizer
-    learned = settings if isinstance(settings, FinetuneConfig) and settings.task.kind == "dialogue" else None
+    tuned = settings if isinstance(settings, FinetuneConfig) and settings.task.kind in ("dialogue", "preference") else None
     if own_template(tokenizer) is not None:
         template = chat_template(tokenizer, None)
-    elif learned is not None:
-        template = chat_template(tokenizer, learned.data.template)
+    elif tuned is not None and tuned.task.kind == "dialogue":
+        template = chat_template(tokenizer, tuned.data.template)
     else:
         raise UserError(
             f"{tokenizer.folder}: holds no chat template, and the model has learned no dialogues, so it knows no turns; give "
@@ -90,7 +90,7 @@ def chat_format(text: TextModel, settings: object) -> ChatFormat:
         opening=text.opening,
         ends=tuple(dict.fromkeys(ends)),
         known_ids=text.known_ids,
-        system=learned.data.system if learned else None,
+        system=tuned.data.system if tuned else None,
     )
 
 

@@ -13,10 +13,14 @@ import torch
 
 from conf.errors import UserError
 from data_pipeline.chat import BUILT_IN
+from data_pipeline.rows_config import RowsConfig
+from data_pipeline.task_config import TaskConfig, TaskSource
 from data_pipeline.tokenizer import Tokenizer
 from tests.unit.convert.checkpoints import LLAMA, open_checkpoint
 from tests.unit.data_pipeline.labelled import tokenizer_in
+from train.config.finetune import FinetuneConfig
 from train.config.model import RopeConfig
+from train.config.training import EvaluateConfig, RunConfig
 from train.inference.cached import CachedDecoder
 from train.inference.chat import Answering, Dialogue, Reader, chat_format
 from train.inference.chat_loop import ChatLoop, Lines
@@ -203,6 +207,20 @@ def test_a_model_that_knows_no_turns(tmp_path):
     tokenizer = tokenizer_in(tmp_path / "tokenizer")
     with pytest.raises(UserError, match="knows no turns; give prompt=TEXT"):
         chat_format(TextModel(model=MODEL, tokenizer=tokenizer, opening=()), None)
+
+
+@pytest.mark.parametrize("kind", ["dialogue", "preference"])
+def test_what_the_system_said_in_training_is_said_again(tmp_path, kind):
+    tokenizer = tokenizer_in(tmp_path / "tokenizer", template=BUILT_IN["chatml"])
+    settings = FinetuneConfig(
+        run=RunConfig(name="tuned"),
+        model=MODEL,
+        initial_checkpoint="base",
+        task=TaskConfig(kind=kind, data=(TaskSource(path="rows.jsonl"),)),
+        data=RowsConfig(sequence_length=64, system="Be kind."),
+        evaluate=EvaluateConfig(probes=()),
+    )
+    assert chat_format(TextModel(model=MODEL, tokenizer=tokenizer, opening=()), settings).system == "Be kind."
 
 
 def test_a_template_that_refuses_what_is_said(tmp_path):
