@@ -264,8 +264,11 @@ class Trainer:
         return replace(ending, state="stopped" if ending.state == "stopped" else "unsaved", reason=reason)
 
     def _is_best(self) -> bool:
-        """Whether this step is to be kept for what was measured."""
-        return self.config.checkpoint.keep_best > 0 and self.state.step in self.state.best.steps
+        """Whether this step is to be kept for what was measured; all ranks together."""
+        step, best, keep = self.state.step, self.state.best, self.config.checkpoint.keep_best
+        if keep == 0 or step not in best.steps:
+            return False
+        return best.is_to_be_kept(step, keep=keep, on_disk=self.context.from_first(self.saver.steps_on_disk()))
 
     def _evaluate(self, examiner: Examiner) -> Ending | None:
         """Measure the model and report; the ending, when a request to stop came before it was through, or it was one too many

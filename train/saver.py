@@ -102,10 +102,13 @@ class Saver:
         """Whether no save is under way."""
         return self.store.is_idle
 
+    def steps_on_disk(self) -> list[int]:
+        """Steps of the checkpoints on disk, the newest last."""
+        return [step_of(folder) for folder in published(self.store.root)]
+
     def newest_step(self) -> int | None:
         """Step of the newest checkpoint on disk."""
-        folders = published(self.store.root)
-        return step_of(folders[-1]) if folders else None
+        return max(self.steps_on_disk(), default=None)
 
     def mark(self, step: int, goodput: Goodput) -> None:
         """Remember how much work was done at the checkpoint of `step`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from train.health.guard import GuardState
 from train.health.windows import Window, leave_out
 
 INTERVENTIONS_FILE = "interventions.json"
+SPARE_BEST = 8  # best evaluations that are remembered beyond those kept: a checkpoint may fail to be written, or be damaged
 
 
 @dataclass(kw_only=True)
@@ -21,7 +22,7 @@ class Best:
     """The best evaluations so far, and how long it has been since the last of them."""
 
     steps: list[int] = field(default_factory=list)
-    """Of the best evaluations, the best first; as many as checkpoints are kept for it, at least one."""
+    """Of the best evaluations, the best first; more than checkpoints are kept for it, as not all may be on disk."""
     criteria: list[float] = field(default_factory=list)
     """Theirs, the lower the better."""
     without_gain: int = 0
@@ -34,8 +35,12 @@ class Best:
         self.without_gain = 0 if gained else self.without_gain + 1
         if math.isinf(criterion):
             return
-        found = sorted([*zip(self.criteria, self.steps, strict=True), (criterion, step)])[: max(1, keep)]
+        found = sorted([*zip(self.criteria, self.steps, strict=True), (criterion, step)])[: keep + SPARE_BEST]
         self.criteria, self.steps = [one for one, _ in found], [step for _, step in found]
+
+    def is_to_be_kept(self, step: int, *, keep: int, on_disk: Collection[int]) -> bool:
+        """Whether `step` is among the best `keep` of those whose checkpoints are there, its own counted among them."""
+        return step in [one for one in self.steps if one == step or one in on_disk][:keep]
 
 
 @dataclass(kw_only=True)

@@ -11,8 +11,10 @@ import pytest
 
 from tests.dist import run_ranks
 from tests.integration.runs import STEPS, attempt
-from tests.integration.test_recovery import BATCH, die_after_a_rollback, steady
+from tests.integration.test_recovery import BATCH, die_after_a_rollback, steady, with_faults
+from tools.fault_injection import Once
 from train.checkpoint.manifest import published, resolve_checkpoint, step_of
+from train.checkpoint.reader import CheckpointReader
 from train.config.guard import GuardConfig
 from train.config.training import CheckpointConfig
 from train.loop import Trainer
@@ -51,6 +53,20 @@ def test_a_damaged_best_gives_its_place_to_the_one_before(corpus: Path, tmp_path
     no_more = replace(config, checkpoint=replace(checkpoint, keep_best=0))
     assert run_ranks(attempt, 1, no_more, str(tmp_path), 3) == [("finished", STEPS)]
     assert not (tmp_path / "best").is_symlink(), "none is kept for being the best"
+
+
+def test_a_best_that_cannot_be_written_leaves_the_one_before(corpus: Path, tmp_path: Path) -> None:
+    """Step 8 is the best and cannot be written; step 9, which is saved in its place, was not measured."""
+    checkpoint = CheckpointConfig(every_steps=None, keep_last=1, keep_best=1, asynchronous=False)
+    config = steady(corpus, checkpoint=checkpoint)
+    stopping = replace(config, budget=replace(config.budget, stop_at_step=10))
+    change = with_faults(tmp_path, once=(Once(kind="file_system_error", step=7, rank=0),))
+    assert run_ranks(attempt, 2, stopping, str(tmp_path), 1, change) == [("stopped", 10)] * 2
+    assert [step_of(path) for path in published(tmp_path / "checkpoints")] == [4, 10]
+    assert step_of(resolve_checkpoint(str(tmp_path / "best"))) == 4
+    assert CheckpointReader(tmp_path / "checkpoints/step-00000010").state["best"]["steps"] == [8, 4]
+    assert run_ranks(attempt, 2, config, str(tmp_path), 2) == [("finished", STEPS)] * 2
+    assert step_of(resolve_checkpoint(str(tmp_path / "best"))) == STEPS
 
 
 def die_before_a_step() -> None:

@@ -42,8 +42,9 @@ class Keep:
 
     last: int
     every_steps: int | None
+    num_best: int = 0
     best: tuple[int, ...] = ()
-    """Steps of the best evaluations, the best first."""
+    """Steps of the best evaluations, the best first; the first `num_best` of those that are published stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,13 +138,13 @@ def publish(publication: Publication, reports: Sequence[Mapping[str, Any]]) -> N
     sync_folder(folder)
     sync_folder(folder.parent)
     retain(folder.parent, publication.keep)
-    link_best(folder.parent, publication.keep.best)
+    link_best(folder.parent, publication.keep)
 
 
 def retain(root: Path, keep: Keep) -> None:
     """Remove what is not kept; the manifest first, so that half a removal is no checkpoint."""
     folders = published(root)
-    kept = set(folders[-keep.last :]) | {folder for folder in folders if step_of(folder) in keep.best}
+    kept = {*folders[-keep.last :], *_best_of(folders, keep)}
     for folder in folders:
         if folder not in kept and (keep.every_steps is None or step_of(folder) % keep.every_steps):
             (folder / MANIFEST).unlink()
@@ -154,10 +155,9 @@ def retain(root: Path, keep: Keep) -> None:
             shutil.rmtree(folder)
 
 
-def link_best(root: Path, steps: Sequence[int]) -> None:
-    """Let `best` beside the folder of the checkpoints lead to the first of `steps` that is there; where none is, it goes."""
-    there = {step_of(folder): folder for folder in published(root)}
-    best = next((there[step] for step in steps if step in there), None)
+def link_best(root: Path, keep: Keep) -> None:
+    """Let `best` beside the folder of the checkpoints lead to the best that is kept; where there is none, it goes."""
+    best = next(iter(_best_of(published(root), keep)), None)
     link, partial = root.parent / BEST, root.parent / f".{BEST}.partial"
     if best is None:
         link.unlink(missing_ok=True)
@@ -165,6 +165,12 @@ def link_best(root: Path, steps: Sequence[int]) -> None:
     partial.unlink(missing_ok=True)
     partial.symlink_to(best.relative_to(root.parent))
     partial.replace(link)
+
+
+def _best_of(folders: Sequence[Path], keep: Keep) -> list[Path]:
+    """Those of `folders` that stay for being the best, the best first: one that was never written takes no place."""
+    there = {step_of(folder): folder for folder in folders}
+    return [there[step] for step in keep.best if step in there][: keep.num_best]
 
 
 def set_aside(folder: Path, reason: str) -> Path:

@@ -280,11 +280,11 @@ class CheckpointStore:
             place = self.context.from_first(str(set_aside(folder, reason)) if self.context.is_first else "")
             self.set_aside.append(SetAside(step=step_of(folder), place=place, reason=reason))
         if reasons and self.context.is_first:
-            link_best(self.root, self._kept(best))
+            link_best(self.root, self._keep(best))
 
-    def _kept(self, best: Sequence[int]) -> tuple[int, ...]:
-        """Steps of the best evaluations whose checkpoints stay."""
-        return tuple(best)[: self.config.keep_best]
+    def _keep(self, best: Sequence[int]) -> Keep:
+        config = self.config
+        return Keep(last=config.keep_last, every_steps=config.keep_every_steps, num_best=config.keep_best, best=tuple(best))
 
     def _make_ready(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Memory and writing process for a save; returns the bytes of all ranks' files."""
@@ -308,7 +308,6 @@ class CheckpointStore:
         health: Mapping[str, float],
         best: Sequence[int],
     ) -> Publication:
-        keep = Keep(last=self.config.keep_last, every_steps=self.config.keep_every_steps, best=self._kept(best))
         layout = {
             "world_size": self.context.world_size,
             "tensor": self.context.tensor.size,
@@ -324,7 +323,7 @@ class CheckpointStore:
             state_json=json.dumps(dict(state), indent=1),
             tokenizer_folder=str(self.tokenizer_folder),
             health=dict(health),
-            keep=keep,
+            keep=self._keep(best),
             written_by=self.run_config.stage,
             base=self._base_of(engine),
             adapter=engine.adapter,
