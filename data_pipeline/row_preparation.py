@@ -33,6 +33,8 @@ from data_pipeline.tokenizer import Tokenizer
 
 CHUNK_ROWS = 1024
 MOST_LABELS = 10_000
+MADE_AS = 2
+"""Raised where the same files and settings come to give other rows, or the same in another order."""
 TASK_FIELDS = (
     "kind", "name", "format", "columns", "fields", "prompt", "target_prefix", "target", "source_language", "target_language",
     "no_answer", "labels",
@@ -142,7 +144,7 @@ def _fingerprint(task: TaskConfig, data: RowsConfig, facts: Sequence[str]) -> st
         f"{part} {source.label} {Path(source.path).name} {source.split} {hash_of(source, format=task.format)}"
         for part, source in sources
     ]
-    return sha256_of_texts([str(FORMAT_VERSION), json.dumps(settings, sort_keys=True), *facts, *read])
+    return sha256_of_texts([str(FORMAT_VERSION), f"made as {MADE_AS}", json.dumps(settings, sort_keys=True), *facts, *read])
 
 
 def _is_there(folder: Path, fingerprint: str) -> bool:

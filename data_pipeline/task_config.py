@@ -94,7 +94,8 @@ class TaskConfig:
     target_language: str | None = None
     """generation, of such rows: language to translate into; null: the other of two."""
     no_answer: str = "unanswerable"
-    """generation, finetune: what the model learns to write for an empty list of answers."""
+    """generation, finetune: what the model learns to write for an empty list of answers. Null is no answer to a question, and
+    elsewhere a row without a truth: see data.bad_rows."""
     labels: tuple[str, ...] = ()
     """classification: all labels, as the target column has them; see positive. Empty, for finetune: those of the rows."""
     label_texts: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from typing import Any
 
 from conf.errors import UserError
 from data_pipeline.dialogues import Message, dialogue_of, pair_of, text_pair_of, tools_of
-from data_pipeline.layouts import MISSING, Layout, is_null, layout_of, lookup, names_of
+from data_pipeline.layouts import ALIASES, MISSING, Layout, is_null, layout_of, lookup, names_of
 from data_pipeline.records import BadRow, Fault, Record, RecordReader
 from data_pipeline.task_config import TaskConfig, TaskSource
 
@@ -30,7 +30,7 @@ class Row:
     prompt: str
     """What the model is given; of a dialogue the turns before the last answer, as its chat template writes them."""
     truths: tuple[str, ...]
-    """What is right; none: there is no answer."""
+    """What is right; none: there is no answer, by an empty list, or a null among answers to questions."""
     prefix: str = " "
     """What stands between the prompt and the truth."""
     messages: tuple[Message, ...] = ()
@@ -203,12 +203,20 @@ class _RowMaker:
         if found is MISSING:
             there = f"there are {names_of(record.values)}"
             raise BadRow(Fault.COLUMN, f"{record.id}: task.target={path} is no column; {there}")
+        if is_null(found) and self.task.kind == "generation" and not self._is_of_answers():
+            way_out = "leave the row out, or give an empty list where there is no answer"
+            raise BadRow(Fault.EMPTY, f"{record.id}: task.target={path} is null, which is no text to learn; {way_out}")
         several = [one for one in (found if isinstance(found, list | tuple) else [found]) if not is_null(one)]
         if any(isinstance(one, list | dict) for one in several):
             kind = type(several[0]).__name__
             text = f"{record.id}: task.target={path} holds {kind}, not text; name a field inside: {path}.text"
             raise BadRow(Fault.VALUE, text)
         return tuple(str(one) for one in several)
+
+    def _is_of_answers(self) -> bool:
+        """Whether the truths are answers to a question, which may have none; of a summary or a translation null is a gap."""
+        names = {"answers", *ALIASES["answers"], self.layout.columns.get("answers", "answers")}
+        return any(self.layout.target == name or self.layout.target.startswith(f"{name}.") for name in names)
 
     def _check_label(self, truths: tuple[str, ...], record: Record) -> None:
         task, path = self.task, self.layout.target

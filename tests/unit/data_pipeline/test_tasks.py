@@ -10,6 +10,7 @@ import pytest
 import zstandard
 
 from conf.errors import UserError
+from data_pipeline.records import BadRow, Fault
 from data_pipeline.task_config import TaskConfig, TaskSource
 from data_pipeline.tasks import Row, hash_of, labelled_rows
 from train.evaluate import reading
@@ -75,7 +76,7 @@ class TestFormats:
         assert all(row.id.startswith(f"{path.name}:") for row in rows)
 
     def test_parquet(self, tmp_path: Path) -> None:
-        columns = {"text": ["a", "b", "c"], "target": [["x", "y"], [], None], "n": [1, 2, 3]}
+        columns = {"text": ["a", "b", "c"], "target": [["x", "y"], [], [None]], "n": [1, 2, 3]}
         rows = read_rows(generation(parquet(tmp_path / "a.parquet", columns)))  # type: ignore[arg-type]
         assert [(row.id, row.prompt, row.truths) for row in rows] == [
             ("a.parquet:1", "a", ("x", "y")),
@@ -144,9 +145,16 @@ class TestTargets:
         found = read_rows(generation(json_lines(tmp_path / "a.jsonl", *rows), target="answers.text", metrics=("answers",)))
         assert [row.truths for row in found] == [("x", "y"), (), (), ("z",)]
 
-    def test_what_is_not_there_is_no_answer(self, tmp_path: Path) -> None:
-        path = parquet(tmp_path / "a.parquet", {"text": ["a", "b", "c"], "score": [1.5, float("nan"), None]})
-        assert [row.truths for row in read_rows(generation(path, target="score"))] == [("1.5",), (), ()]
+    @pytest.mark.parametrize("metrics", [("answers",), ("bleu",)])
+    @pytest.mark.parametrize(("name", "changes"), [("answers", {}), ("answer", {}), ("said", {"fields": {"answers": "said"}})])
+    def test_what_is_not_there_is_no_answer(
+        self, tmp_path: Path, name: str, changes: dict[str, object], metrics: tuple[str, ...]
+    ) -> None:
+        path = parquet(tmp_path / "a.parquet", {"text": ["a", "b", "c"], name: [1.5, float("nan"), None]})
+        found = read_rows(generation(path, metrics=metrics, target="answers", **changes))
+        assert [row.truths for row in found] == [("1.5",), (), ()]
+
+    def test_nulls_of_a_list_are_no_answers(self, tmp_path: Path) -> None:
         path = json_lines(tmp_path / "b.jsonl", {"text": "a", "target": [None, "x", None]}, {"text": "b", "target": [None]})
         assert [row.truths for row in read_rows(generation(path))] == [("x",), ()]
 
@@ -219,6 +227,15 @@ class TestWhatIsWrongWithARow:
     def test_a_null_inside_a_column(self, tmp_path: Path) -> None:
         path = json_lines(tmp_path / "a.jsonl", {"text": {"en": None}, "target": "x"})
         refused(generation(path, prompt="{text[en]}"), "a.jsonl:1", "column text[en] is null")
+
+    @pytest.mark.parametrize("columns", [{}, {"prompt": "", "fields": {"document": "text"}}])
+    @pytest.mark.parametrize("value", [None, float("nan")])
+    def test_a_null_is_no_summary(self, tmp_path: Path, value: object, columns: dict[str, object]) -> None:
+        path = json_lines(tmp_path / "a.jsonl", {"text": "a", "summary": "x"}, {"text": "b", "summary": value})
+        task = generation(path, **columns)
+        _, bad = labelled_rows(task, task.data[0])
+        assert isinstance(bad, BadRow) and bad.fault == Fault.EMPTY
+        refused(task, "a.jsonl:2: task.target=summary is null", "leave the row out, or give an empty list")
 
     def test_good_rows_behind_many_bad_ones_are_read(self, tmp_path: Path) -> None:
         path = written(tmp_path / "a.jsonl", "no json\n" * 250 + json.dumps({"text": "a", "target": "yes"}) + "\n")
