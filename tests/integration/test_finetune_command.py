@@ -16,7 +16,9 @@ from conf.errors import ConfigError
 from tests.integration import finetuning
 from train.checkpoint.manifest import published, read_manifest
 from train.checkpoint.settings import read_settings
+from train.groundwork.finetuning import look_into
 from train.initial import check_initial_model, configure
+from train.plan import make_plan
 
 COMMAND = [sys.executable, "-P", "-m", "tools.cli"]
 
@@ -116,6 +118,33 @@ def test_what_pairs_do_not_have_of_the_checkpoint_is_told(files: tuple[Path, Pat
         "its z-loss of 0.0001 is off: the loss of pairs has none",
         "its dropout of 0.1 is 0 (preference.dropout)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["data.validation_fraction=0", "evaluate.patience=3"], "evaluate.patience=3: no row is held out to measure"),
+        (["data.validation_fraction=0", "scoring.metric=loss"], "scoring.metric=loss: no row is held out to measure"),
+        (["task=generation", "task.prompt={text}", "task.target=label", "task.max_new_tokens=9000"],
+         "task.max_new_tokens=9000: leaves no room for a prompt, as the model reads model.max_positions="),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_told_before_anything_starts(
+    files: tuple[Path, Path], tmp_path: Path, words: list[str], told: str
+) -> None:
+    config = configure([*words_of(files, tmp_path)[1:], *words], stage="finetune")
+    with pytest.raises(ConfigError) as refused:
+        look_into(config)
+    assert told in str(refused.value)
+
+
+def test_epochs_are_those_of_the_rows_where_steps_grow(files: tuple[Path, Path], tmp_path: Path) -> None:
+    ramp = ["batch.ramp_start=2", "batch.ramp_increment=2", "batch.ramp_samples=12", "budget.steps=null", "budget.epochs=2"]
+    words = [word for word in words_of(files, tmp_path)[1:] if not word.startswith("budget.")]
+    findings = look_into(configure([*words, *ramp], stage="finetune"))
+    rows = findings.train_tokens // findings.config.sequence_length
+    samples = make_plan(findings.config, 1).total_samples
+    assert 2 * rows <= samples < 2 * rows + 4, (rows, samples)
 
 
 @pytest.mark.parametrize(

@@ -117,9 +117,25 @@ def _with_rows(
         model=replace(config.model, labels=rows.labels, **_of_pairs(config)),
         budget=_in_steps(config, sequences=rows.num_sequences("train")),
     )
-    if problems := problems_of(config.model, lora=config.adapter, frozen=config.frozen):
-        raise ConfigError([f"method.{problem}" for problem in problems])
+    problems = [f"method.{problem}" for problem in problems_of(config.model, lora=config.adapter, frozen=config.frozen)]
+    if problems := [*problems, *_held_out_problems(config, rows)]:
+        raise ConfigError(problems)
     return config, rows
+
+
+def _held_out_problems(config: FinetuneConfig, rows: EncodedRows) -> list[str]:
+    """Settings of what is measured on the way that these rows, or the model, do not allow."""
+    if not rows.num_rows("validation"):
+        given = {"evaluate.patience": config.evaluate.patience, "scoring.metric": config.scoring.metric}
+        way_out = "no row is held out to measure; give task.validation or data.validation_fraction"
+        return [f"{name}={value}: {way_out}" for name, value in given.items() if value is not None]
+    writes = config.task.kind in ("generation", "dialogue") and config.scoring.max_rows != 0
+    if writes and config.task.max_new_tokens > config.model.max_positions:
+        return [
+            f"task.max_new_tokens={config.task.max_new_tokens}: leaves no room for a prompt, as the model reads "
+            f"model.max_positions={config.model.max_positions} tokens; give less"
+        ]
+    return []
 
 
 def _check_base(config: FinetuneConfig, run_dir: Path) -> None:
@@ -157,9 +173,12 @@ def _temporary() -> Path:
 
 
 def _in_steps(config: FinetuneConfig, *, sequences: int) -> BudgetConfig:
-    """The budget, epochs as the steps that they are."""
+    """The budget, epochs as the steps that they are, or the tokens where steps grow on the way."""
     if config.budget.epochs is None:
         return config.budget
+    if config.batch.ramp_start is not None:
+        tokens = math.ceil(config.budget.epochs * sequences) * config.sequence_length
+        return replace(config.budget, epochs=None, tokens=tokens)
     steps = math.ceil(config.budget.epochs * sequences / config.batch.sequences)
     return replace(config.budget, epochs=None, steps=max(1, steps))
 
@@ -192,6 +211,7 @@ def _make_ready(config: FinetuneConfig, rows: EncodedRows, begins: Beginning, ru
     if rows.folder != place:
         read_encoded(rows.folder)
         _put(rows.folder, place)
+        shutil.rmtree(rows.folder, ignore_errors=True)  # or they would lie there twice for as long as the run lasts
     if not begins.goes_on:  # a start that came to nothing may have left those of another checkpoint
         shutil.rmtree(tokenizer, ignore_errors=True)
     if not tokenizer.exists():
