@@ -164,6 +164,9 @@ class Trainer:
         ending = self._reason_to_end(self.requests.agree())
         if self.state.evaluation_due and self.examiner is not None and (ending is None or ending.state == "finished"):
             ending = self._evaluate(self.examiner) or ending
+            # The weights are those of the checkpoint of this step, which may be the best now: no save has to follow. It stays
+            # as it is on disk, evaluation due, since writing it anew would take it away for a while.
+            self.saver.store.keep_best(self.state.best.steps)
         if ending is not None and ending.state == "stopped":
             self.requests.answered()
         return ending

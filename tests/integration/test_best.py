@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.dist import run_ranks
-from tests.integration.runs import STEPS, attempt
-from tests.integration.test_recovery import BATCH, die_after_a_rollback, steady, with_faults
+from tests.integration.runs import EVALUATE_EVERY, STEPS, attempt
+from tests.integration.test_recovery import BATCH, ask_at, die_after_a_rollback, send_usr1, steady, with_faults
 from tools.fault_injection import Once
 from train.checkpoint.manifest import published, resolve_checkpoint, step_of
 from train.checkpoint.reader import CheckpointReader
@@ -67,6 +67,19 @@ def test_a_best_that_cannot_be_written_leaves_the_one_before(corpus: Path, tmp_p
     assert CheckpointReader(tmp_path / "checkpoints/step-00000010").state["best"]["steps"] == [8, 4]
     assert run_ranks(attempt, 2, config, str(tmp_path), 2) == [("finished", STEPS)] * 2
     assert step_of(resolve_checkpoint(str(tmp_path / "best"))) == STEPS
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_evaluation_that_is_made_up_for_counts(corpus: Path, tmp_path: Path, ranks: int) -> None:
+    """A stop comes within the last evaluation: the next attempt evaluates, and ends without a step or a save."""
+    config = steady(corpus, checkpoint=CheckpointConfig(every_steps=None, keep_last=1, keep_best=1))
+    change = partial(ask_at, STEPS, send_usr1, tmp_path, in_evaluation=True)
+    assert run_ranks(attempt, ranks, config, str(tmp_path), 1, change) == [("stopped", STEPS)] * ranks
+    assert step_of(resolve_checkpoint(str(tmp_path / "best"))) == STEPS - EVALUATE_EVERY
+    assert run_ranks(attempt, ranks, config, str(tmp_path), 2) == [("finished", STEPS)] * ranks
+    assert step_of(resolve_checkpoint(str(tmp_path / "best"))) == STEPS
+    assert [step_of(path) for path in published(tmp_path / "checkpoints")] == [STEPS]
+    CheckpointReader(tmp_path / "best").verify()
 
 
 def die_before_a_step() -> None:

@@ -22,7 +22,7 @@ from train.checkpoint.manifest import (
     published,
     step_of,
 )
-from train.checkpoint.publication import Keep, Publication, link_best, set_aside
+from train.checkpoint.publication import Keep, Publication, link_best, retain, set_aside
 from train.checkpoint.reader import CheckpointReader
 from train.checkpoint.saving import SaveResult, SaveTask, Saving
 from train.checkpoint.stored import PROBE
@@ -206,6 +206,13 @@ class CheckpointStore:
         self._together(lambda: self._begin(engine, reader, initial))
         engine.loaded(updates=0)
         return reader
+
+    def keep_best(self, best: Sequence[int]) -> None:
+        """Let the folders follow the best evaluations when these change without a save; all ranks together."""
+        assert self._saving is None, "finish first"
+        if self.context.is_first:
+            retain(self.root, self._keep(best))
+            link_best(self.root, self._keep(best))
 
     def quarantine_from(self, step: int, reason: str, *, best: Sequence[int]) -> None:
         """Set aside every checkpoint of `step` and later; all ranks together. `best`: as in `save`, of those before."""
