@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.sampler import mix
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -70,6 +72,17 @@ def pack(lengths_R: np.ndarray, capacity: int) -> Packing:
 def one_each(num_rows: int) -> Packing:
     """Every row a sequence of its own."""
     return _grouped(np.arange(num_rows, dtype=np.int64), num_rows)
+
+
+def shuffled(packing: Packing) -> Packing:
+    """The same sequences in an order that tells nothing of their rows' lengths, and is always the same: the first of them are a
+    fair sample of all, whatever the packing began with, and of files one behind the other as much of each."""
+    number_Q = np.arange(packing.num_sequences, dtype=np.int64)
+    # Sorting by a hash, and not numpy's own shuffle, whose stream may change with numpy's version.
+    sequences_Q = np.argsort(mix(number_Q.astype(np.uint64)), kind="stable")
+    order_R = np.concatenate([np.empty(0, dtype=np.int64), *map(packing.rows_of, sequences_Q)])
+    counts_Q = np.diff(packing.starts_Q1)[sequences_Q]
+    return Packing(order_R=order_R, starts_Q1=np.concatenate([[0], np.cumsum(counts_Q)]).astype(np.int64))
 
 
 def in_groups(packing: Packing, size: int) -> Packing:

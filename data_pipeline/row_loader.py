@@ -24,7 +24,7 @@ class RowLoader:
     """Micro-batches by sample number; a sample is a sequence of rows. Holds no position, like Loader.
 
     Training samples are endless: each sequence once in an epoch, in another order in the next. Validation samples are the
-    held-out sequences in order.
+    held-out sequences in the order in which they lie, which is a shuffled one.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class RowLoader:
         return self.samples_per_epoch
 
     def held_out_samples(self, most: int | None = None) -> dict[str, range]:
-        """Sample numbers to evaluate on; with `most`, the first ones."""
+        """Sample numbers to evaluate on; with `most`, the first ones, a fair sample: sequences lie shuffled."""
         return {self.names[0]: range(self.num_samples if most is None else min(most, self.num_samples))}
 
     def max_bounds(self, batch: int) -> int:

@@ -21,7 +21,7 @@ from data_pipeline.dialogues import Message
 from data_pipeline.encoded_rows import FORMAT_VERSION, ROWS_FILE, EncodedRows, SplitContents, read_encoded, write_encoded
 from data_pipeline.io import read_json, sha256_of_texts
 from data_pipeline.manifest import Split
-from data_pipeline.packing import Packing, in_groups, one_each, pack
+from data_pipeline.packing import Packing, in_groups, one_each, pack, shuffled
 from data_pipeline.preferences import ROWS_OF_A_PAIR, encode_pairs
 from data_pipeline.records import BadRow, Fault
 from data_pipeline.row_encoding import IGNORE, EncodedRow, RowEncoder, resolved_targets
@@ -304,7 +304,7 @@ def _packed(part: _Part, data: RowsConfig, *, size: int) -> SplitContents:
     """size: rows that stay together."""
     lengths_G = np.array([len(row.inputs_N) for row in part.encoded], dtype=np.int64).reshape(-1, size).sum(axis=1)
     packing: Packing = pack(lengths_G, data.sequence_length) if data.packing else one_each(len(lengths_G))
-    return SplitContents(rows=part.rows, encoded=part.encoded, packing=in_groups(packing, size))
+    return SplitContents(rows=part.rows, encoded=part.encoded, packing=in_groups(shuffled(packing), size))
 
 
 def _endings(encoded: Sequence[EncodedRow], tokenizer: Tokenizer) -> tuple[int, ...]:

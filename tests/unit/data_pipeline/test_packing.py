@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_pipeline.packing import one_each, pack
+from data_pipeline.packing import one_each, pack, shuffled
 
 
 def fewest(lengths: list[int], capacity: int) -> int:
@@ -80,3 +80,28 @@ def test_one_each() -> None:
     packing = one_each(3)
     assert [packing.rows_of(sequence).tolist() for sequence in range(packing.num_sequences)] == [[0], [1], [2]]
     assert (packing.most_rows, one_each(0).num_sequences, one_each(0).most_rows) == (1, 0, 0)
+
+
+def test_the_first_sequences_of_a_shuffled_packing_are_like_all() -> None:
+    lengths_R = np.random.default_rng(0).integers(1, 65, size=8_000)
+    lengths_R[::50] = 64
+    packing = pack(lengths_R, 64)
+    mixed = shuffled(packing)
+    before, after = ([tuple(one.rows_of(number).tolist()) for number in range(one.num_sequences)] for one in (packing, mixed))
+    assert sorted(before) == sorted(after) and before != after
+    first = len(after) // 8
+    means = [np.mean([lengths_R[list(rows)].mean() for rows in order]) for order in (before[:first], after[:first], after)]
+    assert means[0] > 1.5 * means[2] and abs(means[1] / means[2] - 1) < 0.05
+    assert shuffled(packing).order_R.tolist() == mixed.order_R.tolist()
+    assert (mixed.order_R.dtype, mixed.starts_Q1.dtype) == (np.int64, np.int64)
+
+
+def test_the_first_rows_of_shuffled_files_are_of_each_as_much() -> None:
+    mixed = shuffled(one_each(4_000))
+    assert abs((mixed.order_R[:400] < 1_000).mean() - 0.25) < 0.06
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_nothing_to_shuffle(count: int) -> None:
+    mixed = shuffled(one_each(count))
+    assert (mixed.order_R.tolist(), mixed.starts_Q1.tolist()) == (list(range(count)), list(range(count + 1)))

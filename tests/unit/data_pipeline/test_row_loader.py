@@ -151,11 +151,31 @@ class TestOrder:
         with pytest.raises(TypeError, match="the training samples have no end"):
             _ = loader(packed).num_samples
 
+    @pytest.mark.parametrize("packing", [True, False])
+    def test_few_held_out_samples_are_like_all(self, tmp_path: Path, tokenizer: Tokenizer, packing: bool) -> None:
+        rows = [{"prompt": "one, " * (number % 12), "completion": f"{number}"} for number in range(600)]
+        held_out = json_lines(tmp_path / "held_out.jsonl", *sorted(rows, key=lambda row: -len(row["prompt"])))
+        train = json_lines(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"})
+        task = task_of("generation", train, validation=(held_out,))
+        part = loader(prepared(task, tokenizer, tmp_path / "rows", packing=packing), "validation")
+        few = part.held_out_samples(part.num_samples // 4)["lesson"]
+        lengths = [
+            np.mean(
+                [len(seen[0]) for number in numbers for seen in documents(part.micro_batch([number])) if seen[1][-1] != IGNORE]
+            )
+            for numbers in (few, range(part.num_samples))
+        ]
+        assert abs(lengths[0] / lengths[1] - 1) < 0.15
+
     def test_where_a_sample_is_from(self, packed: EncodedRows, tokenizer: Tokenizer) -> None:
         train = loader(packed)
         assert train.source_of(3) == "lesson" and all(one.startswith("a.jsonl:") for one in train.describe(3))
         texts = {f"a.jsonl:{number + 1}": pair["prompt"] + pair["completion"] for number, pair in enumerate(PAIRS)}
-        shown = [tokenizer.decode([*tokens, labels[-1]]) for tokens, labels, _ in documents(train.micro_batch([3]))]
+        shown = [
+            tokenizer.decode([*tokens, labels[-1]])
+            for tokens, labels, _ in documents(train.micro_batch([3]))
+            if labels[-1] != IGNORE
+        ]
         assert [texts[one] for one in train.describe(3)] == shown[: len(train.describe(3))]
         assert train.tokenizer_folder == tokenizer.folder.resolve()
 
