@@ -126,11 +126,11 @@ def make_plan(config: RunSettings, world_size: int) -> RunPlan:
 
 
 def _rule_problems(config: RunSettings) -> list[str]:
-    """Rules of the optimizer that fit no parameter."""
-    names = list(cost.parameter_shapes(config.model))
+    """Rules of the optimizer that fit no parameter that it changes."""
+    names = list(trained_shapes(config.model, lora=config.adapter, frozen=config.frozen))
     return [
-        f"optim.rules[{number}].pattern={rule.pattern}: fits no parameter of the model; they are called {names[0]}, "
-        f"{names[-1]}, blocks.0.mlp.down.weight and so on"
+        f"optim.rules[{number}].pattern={rule.pattern}: fits no parameter that is trained; they are called {names[0]}, "
+        f"{names[len(names) // 2]}, {names[-1]} and so on"
         for number, rule in enumerate(config.optim.rules)
         if not any(fnmatchcase(name, rule.pattern) for name in names)
     ]

@@ -36,6 +36,8 @@ class Identity:
     """Fingerprint of the rows, whatever their order in training."""
     base: str
     """Hash of the manifest of the checkpoint that the run begins with."""
+    model: str
+    """Hash of the model's settings, some of which may be given beside the checkpoint; dropout, which is off, apart."""
     precision: str
     """The run's, in which they were computed."""
 

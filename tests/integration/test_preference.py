@@ -144,6 +144,12 @@ class TestReference:
         with pytest.raises(Exception, match="is of other rows; give a run of the same rows and the same beginning"):
             run(config, tmp_path / "run", ranks=1)
 
+    def test_of_the_same_weights_in_another_model_is_refused(self, checkpoint, rows: Path, tmp_path: Path, alone: Path) -> None:
+        config = pairs(checkpoint, rows, steps=1, preference=PreferenceConfig(reference=str(alone)))
+        config = replace(config, model=replace(config.model, norm_epsilon=1e-2))
+        with pytest.raises(Exception, match="is of other model; give a run of the same rows and the same beginning"):
+            run(config, tmp_path / "run", ranks=1)
+
     @pytest.mark.parametrize("change", ["bits", "base"])
     def test_of_something_else_is_computed_anew(
         self, checkpoint: Path, rows: Path, tmp_path: Path, alone: Path, change

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.encoded_rows import EncodedRows
+from data_pipeline.io import sha256_of_texts
 from data_pipeline.manifest import Split
 from data_pipeline.pair_loader import PairLoader
 from data_pipeline.row_loader import RowLoader
@@ -78,7 +80,8 @@ def _of_pairs(
     def prepare(engine: Engine, store: CheckpointStore) -> None:
         first = (base_of(config, attempt.run_dir) or Path(config.initial_checkpoint)) / MANIFEST
         base = file_facts(first).sha256 if first.is_file() else begun_with(attempt.run_dir)
-        identity = Identity(rows=rows.fingerprint, base=base, precision=config.precision)
+        model = sha256_of_texts([repr(replace(config.model, dropout=0.0))])
+        identity = Identity(rows=rows.fingerprint, base=base, model=model, precision=config.precision)
         reference = Reference(identity=identity, run_dir=attempt.run_dir, elsewhere=config.preference.reference)
 
         def compute() -> dict[Split, np.ndarray]:

@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from conf.errors import ConfigError
+from data_pipeline.rows_config import RowsConfig
+from data_pipeline.task_config import TaskConfig, TaskSource
 from tests.distributed import uneven
 from tests.unit.plan.test_plan import settings
-from train.config.training import GroupRule, OptimConfig
+from train.config.adapter import LoraConfig
+from train.config.finetune import FinetuneConfig
+from train.config.method import MethodConfig
+from train.config.training import BatchConfig, BudgetConfig, EvaluateConfig, GroupRule, OptimConfig
 from train.engine.optimizers import make_optimizer, update_stance
 from train.model.blueprint import Blueprint
 from train.model.logical import logical_of
@@ -49,6 +54,24 @@ def test_the_first_rule_that_fits_counts() -> None:
 def test_a_rule_that_fits_nothing_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"optim.rules\[0\].pattern=embeddings.*fits no parameter"):
         make_plan(settings("optim.rules=[{pattern: 'embeddings.*'}]"), 1)
+
+
+def test_a_rule_is_of_what_trains() -> None:
+    adapted = FinetuneConfig(
+        initial_checkpoint="somewhere",
+        model=uneven.TINY,
+        task=TaskConfig(kind="dialogue", name="lesson", data=(TaskSource(path="rows.jsonl"),)),
+        data=RowsConfig(sequence_length=uneven.SEQUENCE),
+        evaluate=EvaluateConfig(probes=()),
+        batch=BatchConfig(sequences=4, micro_batch=2),
+        budget=BudgetConfig(steps=10),
+        method=MethodConfig(lora=LoraConfig()),
+        optim=OptimConfig(rules=(GroupRule(pattern="*.lora_b.weight", lr_scale=16.0),)),
+    )
+    make_plan(adapted, 1)
+    frozen = OptimConfig(rules=(GroupRule(pattern="embedding.*", lr_scale=2.0),))
+    with pytest.raises(ConfigError, match=r"pattern=embedding.*fits no parameter that is trained; they are called .*lora_a"):
+        make_plan(replace(adapted, optim=frozen), 1)
 
 
 def test_mup_scales_the_growing_matrices_alone() -> None:
