@@ -177,12 +177,22 @@ class RowEncoder:
             return BadRow(Fault.SPECIAL, text)
         try:
             if self.targets == "all":
-                return self.template.render(row.messages, tools=row.tools), []
+                return self._all_written(row)
             last_only = self.targets == "last_turn" or row.answers == 1
             text, spans = self.template.render_marked(row.messages, tools=row.tools, last_only=last_only)
             return text, spans[-row.answers :]
         except BadRow as bad:
             return BadRow(bad.fault, f"{row.id}: {bad}")
+
+    def _all_written(self, row: Row) -> tuple[str, list[Span]]:
+        """The text, and its last answer, which is what is kept of a dialogue that is too long; none where it cannot be told."""
+        assert self.template is not None, "dialogues have a template"
+        text = self.template.render(row.messages, tools=row.tools)
+        try:
+            marked, spans = self.template.render_marked(row.messages, tools=row.tools, last_only=True)
+        except BadRow:
+            return text, []
+        return text, spans if marked == text else []
 
     def _answered(self, row: Row, ids: list[int], offsets: Sequence[Span], spans: list[Span]) -> Tokens:
         flags = [False] * len(ids) if self.targets != "all" else [True] * len(ids)
@@ -201,6 +211,8 @@ class RowEncoder:
         if last_is_answer and not any(token in self.tokenizer.special_ids for token in ids[answer:]):
             ids.append(self.end_of_document)  # the template has no mark for the end of an answer, and the model must stop
             flags.append(True)
+        if self.targets == "all" and not spans:
+            answer = len(ids) - 1  # where the last answer begins is not clear, but it is at the end
         head = len(self.opening)
         if tuple(ids[:head]) != self.opening:
             ids, flags, answer = [*self.opening, *ids], [*[False] * head, *flags], answer + head

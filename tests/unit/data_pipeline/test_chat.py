@@ -155,6 +155,13 @@ class TestTooLong:
         assert row.inputs_N.tolist() == whole.inputs_N.tolist()[-30:]
         assert learned(tokenizer, row)[-1] == " words  of an answer.\n<|im_end|>"
 
+    @pytest.mark.parametrize("template", [UNMARKED, MARKED, FORGETFUL], ids=["unmarked", "marked", "forgetful"])
+    def test_the_last_answer_is_kept_where_everything_is_learned(self, tokenizer: Tokenizer, template: str) -> None:
+        whole = encoded(tokenizer, template, targets="all")
+        row = encoded(tokenizer, template, targets="all", sequence_length=25)
+        assert row.is_cut and row.inputs_N.tolist() == whole.inputs_N.tolist()[-25:]
+        assert row.labels_N.tolist() == whole.labels_N.tolist()[-25:]
+
     def test_an_answer_that_is_too_long_alone_is_cut_at_its_end(self, tokenizer: Tokenizer) -> None:
         whole = encoded(tokenizer, UNMARKED, chat("a", "one, two, three words " * 9))
         row = encoded(tokenizer, UNMARKED, chat("a", "one, two, three words " * 9), sequence_length=12)
