@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +57,16 @@ def test_scores_are_those_of_transformers_whatever_the_batches(case: str) -> Non
     for batch_tokens in (1, 700, 100_000):
         found = classifier_of(decoder, pair.model, batch_tokens).classify(rows)
         torch.testing.assert_close(torch.tensor(found), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.filterwarnings("error")
+def test_rows_may_lie_in_a_file(tmp_path: Path) -> None:
+    pair = make_pair(with_labels("gpt2"))
+    rows, classifier = some_rows(pair.model), classifier_of(pair.ours(160), pair.model)
+    np.save(tmp_path / "tokens.npy", np.array([token for row in rows for token in row], dtype=np.int32))
+    tokens_N = np.load(tmp_path / "tokens.npy", mmap_mode="r")
+    arrays = np.split(tokens_N, np.cumsum([len(row) for row in rows])[:-1])
+    assert classifier.classify(arrays) == classifier.classify(rows)
 
 
 def test_progress_counts_every_row() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from train.inference.likelihood import ROUND_ON_GPU
 from train.model.heads import IGNORE
 from train.model.transformer import Decoder, Reading
 from train.parallel import ParallelContext
+
+Ids: TypeAlias = Sequence[int] | np.ndarray
+"""The tokens of one row; an array may be of a file that is mapped into memory."""
 
 
 class Classifier:
@@ -44,9 +48,7 @@ class Classifier:
         self._apart = decoder.blocks[0].deriver.rotary.asks_for_lengths
         self._round = ROUND_ON_GPU if context.device.type == "cuda" else 1
 
-    def classify(
-        self, rows: Sequence[Sequence[int]], *, progress: Callable[[int], None] = lambda done: None
-    ) -> list[list[float]]:
+    def classify(self, rows: Sequence[Ids], *, progress: Callable[[int], None] = lambda done: None) -> list[list[float]]:
         """Log-probabilities of the model's labels behind the last token of each row, in the rows' order.
 
         `progress` is told how many more rows are done over all ranks. Raises ValueError for a row without a token, one longer
@@ -69,16 +71,16 @@ class Classifier:
             raise UserError("the model's scores are not finite: its weights are damaged or it diverged in training")
         return found.tolist()
 
-    def _check(self, rows: Sequence[Sequence[int]]) -> None:
+    def _check(self, rows: Sequence[Ids]) -> None:
         for number, row in enumerate(rows):
             if not len(row):
                 raise ValueError(f"row {number}: has no token; its label is told from the last one")
             if len(row) > self.model.max_positions:
                 raise ValueError(f"row {number}: {len(row)} tokens, the model reads {self.model.max_positions}; cut its left")
-            if min(row) < 0 or max(row) >= self.model.vocab_size:
+            if np.min(row) < 0 or np.max(row) >= self.model.vocab_size:
                 raise ValueError(f"row {number}: holds an id beyond the model's vocabulary of {self.model.vocab_size}")
 
-    def _check_alike(self, rows: Sequence[Sequence[int]]) -> None:
+    def _check_alike(self, rows: Sequence[Ids]) -> None:
         """Ranks that asked for different rows would add up what does not belong together."""
         if self.context.world_size == 1:
             return
@@ -88,7 +90,7 @@ class Classifier:
         if len(set(self.context.gather_to_all(digest.hexdigest()))) > 1:
             raise RuntimeError("the ranks ask for the labels of different rows")
 
-    def _batches(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    def _batches(self, rows: Sequence[Ids]) -> list[list[int]]:
         """Numbers of the rows that run together, the longest first: what does not fit into memory is found at once."""
         batches: list[list[int]] = []
         for number in sorted(range(len(rows)), key=lambda number: -len(rows[number])):
@@ -98,12 +100,12 @@ class Classifier:
         return batches
 
     @torch.no_grad()
-    def _scores(self, rows: Sequence[Sequence[int]]) -> Tensor:
+    def _scores(self, rows: Sequence[Ids]) -> Tensor:
         """Log-probabilities [B, N] behind some rows, by the kernels of training."""
         decoder, device = self.decoder, self.context.device
         lengths_B = torch.tensor([len(row) for row in rows])
         length = self._padded_length(int(lengths_B.max()))
-        tokens_BS = pad_sequence([torch.as_tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
+        tokens_BS = pad_sequence([torch.from_numpy(np.array(row, dtype=np.int64)) for row in rows], batch_first=True)
         tokens_T = pad(tokens_BS, (0, length - tokens_BS.shape[1])).flatten()
         positions_T = torch.arange(length).clamp(max=self.model.max_positions - 1).repeat(len(rows))
         starts_B = torch.arange(len(rows)) * length
