@@ -108,6 +108,23 @@ def test_labels_are_measured_as_when_all_is_spelled_out(labelled: Path, tmp_path
     assert found.scores["accuracy"].value == pytest.approx(last_figures(labelled)["task/accuracy"])
 
 
+def test_a_long_text_is_cut_as_in_training(labelled: Path, tmp_path: Path) -> None:
+    dev = tmp_path / "dev.jsonl"
+    dev.write_text(json.dumps({"words": f"cat {'a b ' * 60}", "thing": "animal"}) + "\n")
+    found = evaluated(tmp_path / "out", f"checkpoint={labelled}", f"task.data=[{{path: {dev}}}]")
+    assert [example.input_tokens for example in found.examples()] == [32], "of the 160 that the model could read"
+
+
+def test_a_blank_text_is_told_before_weights_are_read(
+    labelled: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("train.stages.evaluate.load_engines")
+    dev = tmp_path / "dev.jsonl"
+    dev.write_text("".join(json.dumps({"words": text, "thing": "animal"}) + "\n" for text in ("cat", "", " ")))
+    assert main(["evaluate", f"checkpoint={labelled}", f"task.data=[{{path: {dev}}}]", *PLAIN]) == 93
+    assert "dev.jsonl:2: its text is empty, so it has no label to tell; leave the row out" in capsys.readouterr().err
+
+
 def test_the_settings_that_are_kept_are_those_that_worked(labelled: Path, written: Path, tmp_path: Path) -> None:
     task = evaluated(tmp_path / "labels", f"checkpoint={labelled}", "limit=3").config["task"]
     assert task["kind"] == "classification" and task["labels"] == ["animal", "tool"]

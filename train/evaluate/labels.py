@@ -6,21 +6,29 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from conf.errors import UserError
 from data_pipeline.tasks import Row
 from train.evaluate.engines import Engines
+from train.inference.classify import Ids
 from train.inference.text_model import TextModel
 from train.scores.record import Example
 
 
-def inputs_of(rows: Sequence[Row], text: TextModel) -> list[list[int]]:
-    """What the model reads of each row; of one that is too long the end."""
-    room = text.model.max_positions - len(text.opening)
+def inputs_of(rows: Sequence[Row], text: TextModel, *, length: int) -> list[list[int]]:
+    """What the model reads of each row, `length` tokens at most; of one that is too long the end.
+
+    Raises UserError for a row without text.
+    """
+    room = length - len(text.opening)
     found = text.tokenizer.encode_all([row.prompt for row in rows])
+    for row, ids in zip(rows, found, strict=True):
+        if not row.prompt.strip() or not ids:
+            raise UserError(f"{row.id}: its text is empty, so it has no label to tell; leave the row out")
     return [[*text.opening, *ids[-room:]] for ids in found]
 
 
 def tell_labels(
-    rows: Sequence[Row], inputs: Sequence[Sequence[int]], engines: Engines, *, progress: Callable[[int], None]
+    rows: Sequence[Row], inputs: Sequence[Ids], engines: Engines, *, progress: Callable[[int], None]
 ) -> list[Example]:
     """The label of each row, with the probabilities of all; all ranks together."""
     found = engines.classifier.classify(inputs, progress=progress)
@@ -31,7 +39,7 @@ def tell_labels(
     ]
 
 
-def _example(row: Row, ids: Sequence[int], log_probability_N: np.ndarray, labels: Sequence[str]) -> Example:
+def _example(row: Row, ids: Ids, log_probability_N: np.ndarray, labels: Sequence[str]) -> Example:
     probability_N = np.exp(log_probability_N)
     return Example(
         id=row.id,

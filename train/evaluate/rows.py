@@ -29,7 +29,7 @@ class Encoded:
     num_bytes: int
     """UTF-8 bytes of what is scored: the text, and what a token that reaches over the border has of the prompt."""
     is_cut: bool
-    """Whether the beginning of the prompt was left out, so that the rest fits the model."""
+    """Whether the beginning of the prompt, behind the opening, was left out, so that the rest fits the model."""
 
     @property
     def request(self) -> LikelihoodRequest:
@@ -55,7 +55,7 @@ def encode_pairs(subject: TextModel, prompt: str, texts: Sequence[str]) -> list[
         if count > subject.model.max_positions:
             raise UserError(f"{text[:40]!r}...: has {count} tokens, the model reads {subject.model.max_positions}")
         longest = max(longest, count)
-    context = opened[-(subject.model.max_positions + 1 - longest) :]
+    context = cut_prompt(opened, subject.model.max_positions + 1 - longest, opening=subject.opening)
     over = sum(len(subject.tokenizer.token_table[token_id]) for token_id in alone[place:])
     return [
         Encoded(
@@ -66,6 +66,12 @@ def encode_pairs(subject: TextModel, prompt: str, texts: Sequence[str]) -> list[
         )
         for text, whole in zip(texts, wholes, strict=True)
     ]
+
+
+def cut_prompt(ids: tuple[int, ...], room: int, *, opening: Sequence[int]) -> tuple[int, ...]:
+    """At most `room` tokens of a prompt: its end, behind the opening, which stays as in training."""
+    kept = min(len(opening), room)
+    return ids if len(ids) <= room else (*ids[:kept], *ids[len(ids) - room + kept :])
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
@@ -183,7 +189,8 @@ def write_rows(
     """
     most = _room_for_prompt(task, subject)
     contexts = [_context(row, subject) for row in rows]
-    prompts = [Prompt(ids=context[-most:], max_new_tokens=task.max_new_tokens) for context in contexts]
+    kept = [cut_prompt(context, most, opening=subject.opening) for context in contexts]
+    prompts = [Prompt(ids=ids, max_new_tokens=task.max_new_tokens) for ids in kept]
 
     def watch(_: int) -> Continuation:
         stream = subject.tokenizer.stream()

@@ -11,6 +11,7 @@ from data_pipeline.task_config import TaskSource
 from data_pipeline.tokenizer import Tokenizer
 from train.checkpoint.manifest import MANIFEST, file_facts, resolve_checkpoint
 from train.checkpoint.reader import CheckpointReader
+from train.config.finetune import FinetuneConfig
 from train.config.imported import ImportedConfig
 from train.config.pretrain import PretrainConfig
 from train.convert.hf_import import fetch
@@ -37,6 +38,12 @@ class Subject(TextModel):
         """Settings of the run that made it; None for one from elsewhere."""
         settings = getattr(self.reader, "settings", None)
         return settings if isinstance(settings, PretrainConfig) else None
+
+    @property
+    def row_length(self) -> int:
+        """Tokens that it reads of a labelled row: as many as its fine-tuning has cut them to."""
+        settings = getattr(self.reader, "settings", None)
+        return settings.data.sequence_length if isinstance(settings, FinetuneConfig) else self.model.max_positions
 
     @property
     def label(self) -> str:

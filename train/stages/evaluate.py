@@ -205,7 +205,7 @@ def _by_head(config: EvaluationConfig, subject: Subject) -> Work:
     """The rows of a classification, for a model with a head that tells its labels apart."""
     task = config.task
     rows, found = read_rows(task, limit=config.limit)
-    inputs = inputs_of(rows, subject)
+    inputs = inputs_of(rows, subject, length=subject.row_length)
     _tell(f"{task.name}: {len(rows):,} {words_of(task, found)}, by the model's own head")
 
     def work(engines: Engines, context: ParallelContext) -> Findings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,6 +96,14 @@ class TestEncoding:
         assert len(pair.context) + len(pair.continuation) - 1 == subject.model.max_positions
         assert not encode_one(subject, "x" * 158, "abc").is_cut and encode_one(subject, "x" * 159, "abc").is_cut
 
+    def test_the_opening_stays_before_a_long_prompt(self, subject: Subject) -> None:
+        """As training keeps it."""
+        opened, ids = replace(subject, opening=(7, 8)), subject.tokenizer.encode("x" * 500 + "y")
+        pair = encode_one(opened, "x" * 500 + "y", "abc")
+        assert pair.is_cut and pair.context == (7, 8, *ids[-(len(pair.context) - 2) :])
+        assert len(pair.context) + len(pair.continuation) - 1 == subject.model.max_positions
+        assert [encode_one(opened, "a", "x" * count).context for count in (160, 159)] == [(7,), (7, 8)]
+
     def test_a_text_that_is_none_or_too_long(self, subject: Subject) -> None:
         with pytest.raises(UserError, match=r"'': is no token behind 'some prompt'; give text of at least one"):
             encode_one(subject, "some prompt", "")
@@ -176,6 +185,16 @@ class TestOutputs:
         assert all(0 < example.output_tokens <= 12 for example in outcome.examples)
         assert two.input_tokens == subject.model.max_positions + 1 - 12 and outcome.cut_off == 1
         assert one.input_tokens == len(subject.tokenizer.encode("def main("))
+
+    def test_the_opening_stays_before_a_long_prompt(self, subject: Subject) -> None:
+        opened, found = replace(subject, opening=(7,)), []
+        generator = SimpleNamespace(generate=lambda prompts, *_, **__: [found.append(one.ids) or () for one in prompts])
+        engines = SimpleNamespace(generator=generator, scorer=SimpleNamespace(score=lambda _: []))
+        rows, task = [row("x" * 400 + "y"), row("x")], outputs(metrics=("answers",))
+        outcome = write_rows(rows, [[], []], task, opened, engines=engines, progress=lambda _: None)  # type: ignore[arg-type]
+        room, ids = subject.model.max_positions + 1 - 12, subject.tokenizer.encode(rows[0].prompt)
+        assert found == [(7, *ids[-(room - 1) :]), (7, *subject.tokenizer.encode("x"))]
+        assert [example.input_tokens for example in outcome.examples] == [room, 2] and outcome.cut_off == 1
 
     def test_an_output_ends_at_a_stop(self, subject: Subject, engines: Engines) -> None:
         free = self.written(subject, engines, [row("def main(", "a")], outputs(stop=("never",))).examples[0]
