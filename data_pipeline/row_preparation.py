@@ -35,6 +35,8 @@ CHUNK_ROWS = 1024
 MOST_LABELS = 10_000
 MADE_AS = 2
 """Raised where the same files and settings come to give other rows, or the same in another order."""
+ALWAYS_LEFT_OUT = (str(Fault.NO_TARGET),)
+"""Rows that are too long are counted, whatever becomes of bad ones."""
 TASK_FIELDS = (
     "kind", "name", "format", "columns", "fields", "prompt", "target_prefix", "target", "source_language", "target_language",
     "no_answer", "labels",
@@ -51,11 +53,9 @@ def prepare_rows(
     end_of_document: int,
     vocab_size: int,
     seed: int,
-    folder: Path,
-    kept: Path | None = None,
+    folders: Sequence[Path],
 ) -> EncodedRows:
-    """The encoded rows: those that are in `kept` or in `folder`, when they are of the same data and settings, or else new ones,
-    in `folder`.
+    """The encoded rows: those in one of the folders, when they are of the same data and settings, or else new ones in the last.
 
     opening: ids that the model has learned to find before a text. vocab_size: ids that it knows. seed: of what is held out.
     Raises UserError for data or settings that do not do, before anything is written, and for a folder that is damaged.
@@ -64,9 +64,9 @@ def prepare_rows(
     template = chat_template(tokenizer, data.template) if task.kind in ("dialogue", "preference") else None
     facts = [tokenizer.sha256, *map(str, (tuple(opening), end_of_document, seed)), template.text if template else ""]
     fingerprint = _fingerprint(task, data, facts)
-    for place in (kept, folder):
-        if place is not None and _is_there(place, fingerprint):
-            encoded = read_encoded(place)
+    for folder in folders:
+        if _is_there(folder, fingerprint, data):
+            encoded = read_encoded(folder)
             _check_ids(encoded, vocab_size, tokenizer)
             return encoded
     encoder = RowEncoder(
@@ -97,7 +97,7 @@ def prepare_rows(
     size = ROWS_OF_A_PAIR if task.kind == "preference" else 1
     contents = {split: _packed(part, data, size=size) for split, part in parts.items()}
     described = EncodedRows(
-        folder=folder,
+        folder=folders[-1],
         fingerprint=fingerprint,
         task=task.name,
         kind=task.kind,
@@ -118,7 +118,7 @@ def prepare_rows(
     _check_most(parts, vocab_size, tokenizer, is_language=task.kind != "classification")
     bytes_V = np.zeros(tokenizer.vocab_size, dtype=np.int32) if task.kind == "classification" else tokenizer.token_bytes()
     write_encoded(described, contents, bytes_V)
-    return read_encoded(folder, verify=False)
+    return read_encoded(folders[-1], verify=False)
 
 
 def _check_settings(task: TaskConfig, data: RowsConfig) -> None:
@@ -139,6 +139,7 @@ def _check_settings(task: TaskConfig, data: RowsConfig) -> None:
 
 def _fingerprint(task: TaskConfig, data: RowsConfig, facts: Sequence[str]) -> str:
     settings = {name: getattr(task, name) for name in TASK_FIELDS} | dataclasses.asdict(data)
+    del settings["bad_rows"]  # where rows are encoded at all, the good ones are: which those are follows from the rest
     sources = [(part, source) for part in ("data", "validation") for source in getattr(task, part)]
     read = [
         f"{part} {source.label} {Path(source.path).name} {source.split} {hash_of(source, format=task.format)}"
@@ -147,10 +148,14 @@ def _fingerprint(task: TaskConfig, data: RowsConfig, facts: Sequence[str]) -> st
     return sha256_of_texts([str(FORMAT_VERSION), f"made as {MADE_AS}", json.dumps(settings, sort_keys=True), *facts, *read])
 
 
-def _is_there(folder: Path, fingerprint: str) -> bool:
+def _is_there(folder: Path, fingerprint: str, data: RowsConfig) -> bool:
+    """Whether the folder holds these rows; where bad ones are to stop, those without bad ones: reading anew tells which is."""
     path = folder / ROWS_FILE
     content = read_json(path) if path.is_file() else None
-    return isinstance(content, dict) and content.get("fingerprint") == fingerprint
+    if not isinstance(content, dict) or content.get("fingerprint") != fingerprint:
+        return False
+    dropped = content.get("report", {}).get("dropped", [])
+    return data.bad_rows == "drop" or all(drop["reason"] in ALWAYS_LEFT_OUT for drop in dropped)
 
 
 @dataclass
@@ -281,8 +286,8 @@ def _encode_pairs(encoder: RowEncoder, pairs: Sequence[Row], *, tally: Tally, as
 
 def _stop_at_bad_rows(data: RowsConfig, tally: Tally) -> None:
     """Rows that are too long are always left out; for others the user decides."""
-    bad = tally.dropped(but=[Fault.NO_TARGET])
-    first = tally.first(but=[Fault.NO_TARGET])
+    bad = tally.dropped(but=ALWAYS_LEFT_OUT)
+    first = tally.first(but=ALWAYS_LEFT_OUT)
     if first is None or data.bad_rows == "drop":
         return
     more = sum(drop.count for drop in bad) - 1

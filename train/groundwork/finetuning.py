@@ -159,8 +159,7 @@ def _encoded(config: FinetuneConfig, tokenizer_folder: Path, run_dir: Path) -> E
         end_of_document=tokenizer.end_of_document()[0],
         vocab_size=config.model.vocab_size,
         seed=config.run.seed,
-        folder=_temporary() / "-".join(run_dir.resolve().parts[1:]),
-        kept=run_dir / ROWS_FOLDER,
+        folders=[run_dir / ROWS_FOLDER, _temporary() / "-".join(run_dir.resolve().parts[1:])],
     )
 
 

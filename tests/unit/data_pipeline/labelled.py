@@ -51,7 +51,7 @@ def prepared(
         end_of_document=tokenizer.end_of_document()[0],
         vocab_size=tokenizer.vocab_size,
         seed=seed,
-        folder=folder,
+        folders=[folder],
     )
 
 

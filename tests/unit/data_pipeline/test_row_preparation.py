@@ -244,7 +244,7 @@ class TestSettings:
 
     def test_ids_that_the_model_does_not_know(self, tmp_path: Path, tokenizer: Tokenizer) -> None:
         task = task_of("dialogue", json_lines(tmp_path / "a.jsonl", {"messages": chat("a", "b")}))
-        given = {"tokenizer": tokenizer, "opening": (), "end_of_document": 0, "seed": 0, "folder": tmp_path / "rows"}
+        given = {"tokenizer": tokenizer, "opening": (), "end_of_document": 0, "seed": 0, "folders": [tmp_path / "rows"]}
         known = RowsConfig(sequence_length=64, validation_fraction=0.0)
         most = int(prepared(task, tokenizer, tmp_path / "all").arrays("train").tokens_N.max())
         for _ in range(2):
