@@ -49,6 +49,26 @@ class TestFolder:
         assert self.made(tmp_path, tokenizer, **changes).fingerprint != before
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "rows"]
 
+    def test_what_becomes_of_bad_rows_makes_no_other_rows(
+        self, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoded = self.made(tmp_path, tokenizer)
+        with monkeypatch.context() as patch:
+            patch.setattr("data_pipeline.row_preparation.write_encoded", None)
+            assert self.made(tmp_path, tokenizer, bad_rows="drop") == encoded
+
+    def test_rows_of_which_bad_ones_were_left_out_stop(self, tmp_path: Path, tokenizer: Tokenizer) -> None:
+        def made(bad_rows: str) -> EncodedRows:
+            return prepared(task, tokenizer, tmp_path / "rows", bad_rows=bad_rows)
+
+        task = task_of("generation", json_lines(tmp_path / "a.jsonl", GOOD, {"prompt": "b", "completion": ""}))
+        encoded = made("drop")
+        with pytest.raises(UserError, match=r"a.jsonl:2: its answer is empty"):
+            made("stop")
+        assert made("drop") == encoded
+        json_lines(tmp_path / "a.jsonl", GOOD)
+        assert made("stop").fingerprint != encoded.fingerprint, "what the files hold counts"
+
     def test_is_made_anew_for_other_data(self, tmp_path: Path, tokenizer: Tokenizer) -> None:
         task = task_of("generation", json_lines(tmp_path / "a.jsonl", GOOD))
         before = prepared(task, tokenizer, tmp_path / "rows")
