@@ -104,7 +104,7 @@ def settings(
         precision="fp32",
         checkpoint=CheckpointConfig(every_steps=5, keep_last=1, keep_best=1),
         evaluate=EvaluateConfig(every_steps=4, probes=()),
-        scoring=ScoringConfig(max_rows=8),
+        scoring=ScoringConfig(max_rows=None if kind == "classification" else 8),
         monitor=MonitorConfig(console_every_steps=1000, tensorboard=False, wandb=WandbConfig(mode="disabled")),
         launch=LaunchConfig(device="cpu"),
     )

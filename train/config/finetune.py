@@ -21,16 +21,22 @@ TRAINABLE = ("classification", "generation", "dialogue", "preference")
 class ScoringConfig:
     metric: str | None = None
     """Figure of the held-out rows by which one checkpoint is better than another: loss, accuracy, f1_macro, bleu, rougeL, ...;
-    null: accuracy of a classification, reward_accuracy of preferences, otherwise the loss."""
-    max_rows: int | None = 200
-    """Held-out rows for which the model writes its outputs at every evaluation, the first ones; null: all; 0: none."""
+    null: accuracy of a classification whose rows are labelled, reward_accuracy of preferences, otherwise the loss."""
+    max_rows: int | None = None
+    """Held-out rows, the first ones, that the model labels or writes its outputs for at every evaluation; null: all for labels,
+    200 for outputs, each of which takes as long as its tokens are many; 0: none."""
+    batch_tokens: int | None = None
+    """Tokens that a rank runs at a time for that, padding included, and positions whose keys and values are held beside the
+    optimizer's state; null: 1,024 on a CPU, 65,536 on a GPU. Give less where an evaluation runs out of memory."""
     shown: int = 3
     """Outputs that are shown on the console; Weights & Biases and the run's folder get all of them."""
 
     def __post_init__(self) -> None:
         problems = []
         if self.max_rows is not None and self.max_rows < 0:
-            problems.append(f"max_rows={self.max_rows}: must not be negative; null takes all, 0 writes none")
+            problems.append(f"max_rows={self.max_rows}: must not be negative; null takes the usual number, 0 none")
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            problems.append(f"batch_tokens={self.batch_tokens}: must be at least 1; null takes the device's usual")
         if self.shown < 0:
             problems.append(f"shown={self.shown}: must not be negative; 0 shows none")
         if problems:

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+import numpy as np
+
 from conf.errors import UserError
 from data_pipeline.encoded_rows import EncodedRows
 from data_pipeline.tokenizer import Tokenizer
@@ -27,6 +29,7 @@ from train.scores.sheet import example_scores, tallies
 from train.scores.tally import plain_figures
 
 Records: TypeAlias = list[dict[str, Value]]
+ROWS_THAT_ARE_WRITTEN = 200
 OF_THE_LOSS = ("loss", "perplexity")
 
 
@@ -44,9 +47,9 @@ class TaskExaminer:
     ) -> None:
         """held_out: of the loss. Raises UserError for a metric that the task does not have."""
         self.config, self.context, self.engine, self.held_out = config, context, engine, held_out
-        self.rows = rows.validation_rows()
-        if config.task.kind != "classification":
-            self.rows = self.rows[: config.scoring.max_rows]
+        labels = config.task.kind == "classification"
+        usual = None if labels else ROWS_THAT_ARE_WRITTEN
+        self.rows = rows.validation_rows(usual if config.scoring.max_rows is None else config.scoring.max_rows)
         self.outputs: tuple[Output, ...] = ()
         self.text = TextModel(
             model=config.model,
@@ -54,10 +57,10 @@ class TaskExaminer:
             opening=rows.opening,
             endings=rows.endings,
         )
-        self._inputs = _labelled_inputs(rows) if config.task.kind == "classification" else []
-        self.metric = config.scoring.metric or ("accuracy" if config.task.kind == "classification" else "loss")
+        self._inputs = _labelled_inputs(rows, len(self.rows)) if labels else []
+        self.metric = config.scoring.metric or ("accuracy" if labels and self.rows else "loss")
         self._settings = score_settings(config.task_of(rows.labels))
-        self._kind: Kind = "classification" if config.task.kind == "classification" else "generation"
+        self._kind: Kind = "classification" if labels else "generation"
         self._check_metric()
 
     def run(self, before_batch: BeforeBatch) -> Records:
@@ -94,7 +97,8 @@ class TaskExaminer:
         ]
         known = [*OF_THE_LOSS, *(name for name in (self._figures(right) if right else ()) if direction(name))]
         if self.metric not in known:
-            raise UserError(f"scoring.metric={self.metric}: is no figure of this task; there are {', '.join(known)}")
+            what = "this task" if self.rows else "this task, as scoring.max_rows=0 measures the loss alone"
+            raise UserError(f"scoring.metric={self.metric}: is no figure of {what}; there are {', '.join(known)}")
 
     def _figures(self, examples: Sequence[Example]) -> dict[str, float]:
         """Those of the whole; per label and per source they are in `longhaul evaluate`."""
@@ -102,13 +106,16 @@ class TaskExaminer:
         return {name: value for name, value in figures.items() if "[" not in name and name not in ("loss", "perplexity")}
 
     def _label(self, decoder: Decoder, progress: BeforeBatch) -> list[Example]:
-        return tell_labels(self.rows, self._inputs, Engines(decoder, self.text, self.context), progress=progress)
+        return tell_labels(self.rows, self._inputs, self._engines(decoder), progress=progress)
 
     def _write(self, decoder: Decoder, progress: BeforeBatch) -> list[Example]:
-        engines = Engines(decoder, self.text, self.context)
+        engines = self._engines(decoder)
         none = [()] * len(self.rows)  # the loss of the truths is measured already
         task = self.config.task_of(())
         return write_rows(self.rows, none, task, self.text, engines=engines, progress=progress).examples
+
+    def _engines(self, decoder: Decoder) -> Engines:
+        return Engines(decoder, self.text, self.context, batch_tokens=self.config.scoring.batch_tokens)
 
     def _output(self, example: Example) -> Output:
         return Output(
@@ -120,7 +127,8 @@ class TaskExaminer:
         )
 
 
-def _labelled_inputs(rows: EncodedRows) -> list[list[int]]:
+def _labelled_inputs(rows: EncodedRows, count: int) -> list[np.ndarray]:
+    """What the model reads of the first held-out rows, as it lies in their file."""
     arrays = rows.arrays("validation")
-    bounds = arrays.row_starts_R1.tolist()
-    return [arrays.tokens_N[first:last].tolist() for first, last in itertools.pairwise(bounds)]
+    bounds = arrays.row_starts_R1[: count + 1].tolist()
+    return [arrays.tokens_N[first:last] for first, last in itertools.pairwise(bounds)]

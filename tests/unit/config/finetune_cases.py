@@ -33,7 +33,12 @@ FINETUNE_CASES: list[tuple[str, list[str], str]] = [
     ("finetune", ["task=preference", "preference.dropout=1"], "preference.dropout=1.0: must be at least 0 and below 1"),
     ("finetune", ["task=preference", "preference.reference=''"], "preference.reference='': needs the folder of a run"),
     ("finetune", ["preference.beta=0.2"], "preference: is of pairs of answers, this is task="),
-    ("finetune", ["scoring.max_rows=-1"], "scoring.max_rows=-1: must not be negative; null takes all, 0 writes none"),
+    ("finetune", ["scoring.max_rows=-1"], "scoring.max_rows=-1: must not be negative; null takes the usual number, 0 none"),
+    (
+        "finetune",
+        ["scoring.batch_tokens=0"],
+        "scoring.batch_tokens=0: must be at least 1; null takes the device's usual",
+    ),
     ("finetune", ["scoring.shown=-1"], "scoring.shown=-1: must not be negative; 0 shows none"),
     ("finetune", ["data.sequence_length=1"], "data.sequence_length=1: must be at least 2, one to read and one to predict"),
     ("pretrain", ["model.labels=[a]"], "model.labels=['a']: a head tells at least 2 apart"),
