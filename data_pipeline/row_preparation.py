@@ -82,6 +82,7 @@ def prepare_rows(
     )
     read = _Read(task)
     splits = _splits(task, data, read, seed=seed)
+    _check_system(task, data, splits)
     if task.kind == "classification":
         _stop_at_bad_rows(data, read.tally)  # the labels are those of the good rows, so the bad ones come first
     labels = _labels(task, splits["train"]) if task.kind == "classification" else ()
@@ -135,6 +136,18 @@ def _check_settings(task: TaskConfig, data: RowsConfig) -> None:
     for name in ("template", "system"):
         if task.kind not in ("dialogue", "preference") and getattr(data, name) is not None:
             raise UserError(f"data.{name}: is for dialogues, this is task={task.kind}; leave it out, or give task=dialogue")
+
+
+def _check_system(task: TaskConfig, data: RowsConfig, splits: dict[Split, list[Row]]) -> None:
+    """Only the rows tell whether preferences are dialogues, or texts that a template makes dialogues."""
+    if task.kind != "preference" or data.system is None or data.template is not None:
+        return
+    text = next((row for rows in splits.values() for row in rows if not row.messages), None)
+    if text is not None:
+        raise UserError(
+            f"data.system={data.system!r}: is for dialogues, and {text.id} is a preference of texts; leave it out, or give "
+            "data.template=chatml or another, which writes texts out as dialogues"
+        )
 
 
 def _fingerprint(task: TaskConfig, data: RowsConfig, facts: Sequence[str]) -> str:

@@ -31,7 +31,8 @@ class RowsConfig:
     template, else chatml where the tokenizer has its tokens, else plain. Preferences that are texts are written out as
     dialogues only when a template is given."""
     system: str | None = None
-    """What the system says first in a dialogue where it says nothing; null: nothing."""
+    """What the system says first in a dialogue where it says nothing; null: nothing. Preferences that are texts need a
+    template for it."""
 
     def __post_init__(self) -> None:
         problems = []

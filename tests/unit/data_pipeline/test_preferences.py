@@ -136,6 +136,11 @@ def test_what_is_no_preference_is_told_and_counted(tmp_path: Path, tokenizer: To
     ("task", "data", "what"),
     [
         ({}, {"targets": "all"}, "data.targets=all: is not for task=preference"),
+        (
+            {},
+            {"system": "s"},
+            r"data.system='s': is for dialogues, and a.jsonl:1 is a preference of texts; leave it out, or give",
+        ),
         ({"fields": {"answer": "b"}}, {}, "task.fields: answer is no part of task=preference"),
     ],
 )
