@@ -76,7 +76,7 @@ def _is_kept(source: TaskSource) -> bool:
 
 
 def _kept_rows(task: TaskConfig, source: TaskSource) -> list[Row]:
-    kept = read_encoded(source.path)
+    kept = read_encoded(source.path, verify="validation")
     if kept.kind == "preference":
         raise UserError(f"{source.path}: holds pairs of answers, which have no one truth; give rows of another task")
     rows = kept.validation_rows()
