@@ -27,6 +27,16 @@ class Best:
     """Theirs, the lower the better."""
     without_gain: int = 0
     """Evaluations in a row since the best."""
+    yardstick: str | None = None
+    """What they are compared by; None: nothing yet, or written before this was kept."""
+
+    def compare_by(self, yardstick: str) -> str | None:
+        """Go by this figure from now on; the one before where that was another, and all begins anew."""
+        before, self.yardstick = self.yardstick, yardstick
+        if before in (None, yardstick):
+            return None
+        self.steps, self.criteria, self.without_gain = [], [], 0
+        return before
 
     def note(self, step: int, criterion: float, *, keep: int, least_gain: float) -> None:
         """Take in an evaluation; one that is no number is as bad as can be."""

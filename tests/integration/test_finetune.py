@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from train.config.adapter import LoraConfig
 from train.config.finetune import ScoringConfig
 from train.config.method import MethodConfig
 from train.config.training import EvaluateConfig, OptimConfig
+from train.metrics import Metrics
 from train.metrics.jsonl import read_metrics
+from train.metrics.record import Level
 from train.model.cost import LABEL_HEAD
 
 STEPS, STOP = 12, 6  # the stop is behind an evaluation and a save, on the step of neither
@@ -172,3 +175,34 @@ def test_a_head_of_other_labels_is_fresh(
         heads.append(CheckpointReader(resolve_checkpoint(str(run_dir))).read(LABEL_HEAD))
     assert heads[0].shape[0] == len(labels) and heads[0].any()
     assert heads[0].equal(heads[1])
+
+
+def test_another_metric_begins_the_best_anew(checkpoint: Path, rows: dict[str, Path], tmp_path: Path) -> None:
+    """No loss is below an accuracy turned negative: patience would end the run, and nothing later be the best."""
+
+    def make(**more):
+        evaluate = EvaluateConfig(every_steps=3, patience=2, probes=())
+        return settings(checkpoint, rows["classification"], evaluate=evaluate, **more)
+
+    run_dir = tmp_path / "run"
+    assert run_ranks(attempt, 1, ready(make(stop_at_step=3), run_dir), str(run_dir), 1) == [("stopped", 3)]
+    config = ready(make(scoring=ScoringConfig(metric="loss", max_rows=8)), run_dir)
+    assert run_ranks(attempt, 1, config, str(run_dir), 2, partial(keep_alerts, tmp_path / "alerts")) == [("finished", STEPS)]
+    losses = {int(record["step"]): float(record["loss"]) for record in figures(run_dir)}
+    later = sorted((step for step in losses if step > 3), key=losses.__getitem__)
+    assert step_of(resolve_checkpoint(str(run_dir / "best"))) == later[0]
+    best = json.loads((published(run_dir / "checkpoints")[-1] / "state.json").read_text())["best"]
+    assert best["steps"] == later and best["yardstick"] == "loss with evaluate.max_samples=null"
+    (told,) = [line for line in (tmp_path / "alerts").read_text().splitlines() if "anew" in line]
+    assert told.startswith("the best is looked for anew: at step 6, ") and told.endswith(", before it was accuracy")
+
+
+def keep_alerts(path: Path) -> None:
+    original = Metrics.alert
+
+    def alert(self: Metrics, title: str, text: str, level: Level = "warn") -> None:
+        with path.open("a") as file:
+            print(f"{title}: {text}", file=file)
+        original(self, title, text, level)
+
+    Metrics.alert = alert

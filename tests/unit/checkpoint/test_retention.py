@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and where `best` leads, while the newest best of them is not on disk."""
+"""Which checkpoints stay and where `best` leads, also while the newest best is not on disk; what they are compared by."""
 
 from __future__ import annotations
 
@@ -50,3 +50,11 @@ def test_one_that_was_never_written_takes_no_place() -> None:
     for step in range(300, 400):
         best.note(step, 0.5, keep=1, least_gain=0.0)
     assert len(best.steps) == 9
+
+
+def test_another_yardstick_begins_anew() -> None:
+    best = Best(steps=[8], criteria=[-0.8], without_gain=1)
+    assert best.compare_by("accuracy") is None and best.steps == [8], "one of before yardsticks were kept goes on"
+    assert best.compare_by("accuracy") is None and best.without_gain == 1
+    assert best.compare_by("loss") == "accuracy"
+    assert (best.steps, best.criteria, best.without_gain) == ([], [], 0)
