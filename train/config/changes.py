@@ -43,7 +43,7 @@ KINDS: dict[str, Kind] = {
     "data.sources": "free",  # a corpus may be moved; that its content is the same is told by the data's fingerprint
     "data.max_epochs": "free",
     "data.verify": "free",
-    "data.bad_rows": "free",  # what follows from it is in the rows' fingerprint
+    "data.bad_rows": "free",  # rows of which some were left out are told from those with none
     "batch": "adjustable",
     "batch.micro_batch": "layout",
     "budget": "adjustable",
