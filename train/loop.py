@@ -10,7 +10,6 @@ from typing import Literal, Protocol
 from data_pipeline.ledger import combined, format_ranges
 from data_pipeline.loader import SampleSource
 from data_pipeline.prefetcher import Prefetcher
-from train.config.changes import yardstick
 from train.config.settings import RunSettings
 from train.engine import Engine, StepResult
 from train.health.garbage import GarbageSchedule
@@ -287,7 +286,7 @@ class Trainer:
         state, settings = self.state, self.config.evaluate
         state.evaluation_due = False
         self.saver.note_validation(state.step, float(records[0]["loss"]))
-        keep, measure = self.config.checkpoint.keep_best, yardstick(self.config)
+        keep, measure = self.config.checkpoint.keep_best, self.config.yardstick
         if (before := state.best.compare_by(measure)) is not None:
             text = f"at step {state.step}, as is the count of evaluate.patience: they go by {measure}, before it was {before}"
             self.metrics.alert("the best is looked for anew", text, level="info")

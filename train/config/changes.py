@@ -8,7 +8,6 @@ from typing import Any, Literal
 from conf.compose import to_plain
 from conf.errors import ConfigError
 from conf.schema import shown
-from train.config.finetune import FinetuneConfig
 from train.config.settings import RunSettings
 
 Kind = Literal["free", "adjustable", "layout", "fixed"]
@@ -63,9 +62,6 @@ KINDS: dict[str, Kind] = {
     "launch": "free",
 }
 
-# What scoring.metric=null means; of other tasks the loss.
-USUAL_METRICS = {"classification": "accuracy", "preference": "reward_accuracy"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
@@ -112,19 +108,6 @@ def check_resume(before: RunSettings, after: RunSettings, checkpoint: str) -> li
             ]
         )
     return [change for change in found if change.kind == "adjustable"]
-
-
-def yardstick(config: RunSettings) -> str:
-    """The figure by which evaluations are compared, and what limits its rows: figures of two of them do not compare."""
-    metric, whole = "loss", f"evaluate.max_samples={shown(config.evaluate.max_samples)}"
-    if not isinstance(config, FinetuneConfig):
-        return f"{metric} with {whole}"
-    metric = config.scoring.metric or USUAL_METRICS.get(config.task.kind, "loss")
-    if metric in ("loss", "perplexity") or config.task.kind == "preference":
-        return f"{metric} with {whole}"
-    if config.task.kind == "classification":  # asks all rows for their labels
-        return metric
-    return f"{metric} with scoring.max_rows={shown(config.scoring.max_rows)}"
 
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from conf.errors import ConfigError
+from conf.schema import shown
 from data_pipeline.rows_config import RowsConfig
 from data_pipeline.task_config import TaskConfig
 from train.config.adapter import LoraConfig
@@ -14,6 +15,9 @@ from train.config.preference import PreferenceConfig
 from train.config.settings import RunSettings
 from train.config.training import BudgetConfig, GroupRule, OptimConfig
 
+ROWS_THAT_ARE_WRITTEN = 200
+OF_THE_LOSS = ("loss", "perplexity")
+"""Figures that need no outputs."""
 TRAINABLE = ("classification", "generation", "dialogue", "preference")
 
 
@@ -100,6 +104,26 @@ class FinetuneConfig(RunSettings):
         rules = [GroupRule(pattern=f"blocks.{number}.*", lr_scale=decay ** (layers - number)) for number in range(layers)]
         rules.append(GroupRule(pattern="embedding.*", lr_scale=decay ** (layers + 1)))
         return replace(self.optim, rules=(*self.optim.rules, *rules))
+
+    @property
+    def scored_rows(self) -> int | None:
+        """Held-out rows that the model labels or writes its outputs for, the first ones; None: all."""
+        usual = None if self.task.kind == "classification" else ROWS_THAT_ARE_WRITTEN
+        return usual if self.scoring.max_rows is None else self.scoring.max_rows
+
+    @property
+    def metric(self) -> str:
+        """Name of the figure of the held-out rows by which one checkpoint is better than another."""
+        labels = self.task.kind == "classification" and self.scored_rows != 0
+        usual = "accuracy" if labels else "reward_accuracy" if self.pairs is not None else "loss"
+        return self.scoring.metric or usual
+
+    @property
+    def yardstick(self) -> str:
+        """See RunSettings."""
+        if self.metric in OF_THE_LOSS or self.pairs is not None:
+            return f"{self.metric} with evaluate.max_samples={shown(self.evaluate.max_samples)}"
+        return f"{self.metric} with scoring.max_rows={shown(self.scored_rows)}"
 
     def task_of(self, labels: tuple[str, ...]) -> TaskConfig:
         """The task, with what was found in its rows where the settings left it open."""

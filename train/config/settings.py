@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from conf.errors import ConfigError
+from conf.schema import shown
 from train.config.adapter import LoraConfig
 from train.config.guard import GuardConfig
 from train.config.kernels import KernelsConfig
@@ -93,6 +94,11 @@ class RunSettings:
     def rates(self) -> OptimConfig:
         """The optimizer's settings, with all that follows for the rates of groups of parameters."""
         return self.optim
+
+    @property
+    def yardstick(self) -> str:
+        """The figure by which evaluations are compared, and what limits its samples: figures of two of them do not compare."""
+        return f"loss with evaluate.max_samples={shown(self.evaluate.max_samples)}"
 
     def __post_init__(self) -> None:
         problems = []

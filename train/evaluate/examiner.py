@@ -11,7 +11,7 @@ import numpy as np
 from conf.errors import UserError
 from data_pipeline.encoded_rows import EncodedRows
 from data_pipeline.tokenizer import Tokenizer
-from train.config.finetune import FinetuneConfig
+from train.config.finetune import OF_THE_LOSS, FinetuneConfig
 from train.engine import Engine
 from train.evaluate.checks import score_settings
 from train.evaluate.engines import Engines
@@ -29,8 +29,6 @@ from train.scores.sheet import example_scores, tallies
 from train.scores.tally import plain_figures
 
 Records: TypeAlias = list[dict[str, Value]]
-ROWS_THAT_ARE_WRITTEN = 200
-OF_THE_LOSS = ("loss", "perplexity")
 
 
 class TaskExaminer:
@@ -48,8 +46,7 @@ class TaskExaminer:
         """held_out: of the loss. Raises UserError for a metric that the task does not have."""
         self.config, self.context, self.engine, self.held_out = config, context, engine, held_out
         labels = config.task.kind == "classification"
-        usual = None if labels else ROWS_THAT_ARE_WRITTEN
-        self.rows = rows.validation_rows(usual if config.scoring.max_rows is None else config.scoring.max_rows)
+        self.rows = rows.validation_rows(config.scored_rows)
         self.outputs: tuple[Output, ...] = ()
         self.text = TextModel(
             model=config.model,
@@ -58,7 +55,7 @@ class TaskExaminer:
             endings=rows.endings,
         )
         self._inputs = _labelled_inputs(rows, len(self.rows)) if labels else []
-        self.metric = config.scoring.metric or ("accuracy" if labels and self.rows else "loss")
+        self.metric = config.metric
         self._settings = score_settings(config.task_of(rows.labels))
         self._kind: Kind = "classification" if labels else "generation"
         self._check_metric()

@@ -25,7 +25,7 @@ class PreferenceExaminer:
         """loader: of the held-out pairs. Raises UserError for a metric that preferences do not have."""
         self.config, self.context, self.engine, self.loader = config, context, engine, loader
         self.outputs: tuple[()] = ()
-        self.metric = config.scoring.metric or "reward_accuracy"
+        self.metric = config.metric
         if self.metric not in ("loss", *PreferenceHead.figures):
             known = ", ".join(("loss", *PreferenceHead.figures))
             raise UserError(f"scoring.metric={self.metric}: is no figure of this task; there are {known}")
