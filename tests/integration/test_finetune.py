@@ -194,7 +194,8 @@ def test_another_metric_begins_the_best_anew(checkpoint: Path, rows: dict[str, P
     best = json.loads((published(run_dir / "checkpoints")[-1] / "state.json").read_text())["best"]
     assert best["steps"] == later and best["yardstick"] == "loss with evaluate.max_samples=null"
     (told,) = [line for line in (tmp_path / "alerts").read_text().splitlines() if "anew" in line]
-    assert told.startswith("the best is looked for anew: at step 6, ") and told.endswith(", before it was accuracy with scoring.max_rows=null")
+    assert told.startswith("the best is looked for anew: at step 6, ")
+    assert told.endswith(", before it was accuracy with scoring.max_rows=null")
 
 
 def keep_alerts(path: Path) -> None:
