@@ -77,7 +77,7 @@ def check(config: EvaluationConfig) -> None:
         raise UserError(f"out={config.out}: exists; an evaluation never replaces another, give a folder that is not there")
     for source in task.data:
         if task.kind in ROW_KINDS:
-            next(rows_of(task, source))
+            next(rows_of(task, source, limit=1))
         elif not Path(source.path).expanduser().exists() and not glob.glob(source.path, recursive=True):  # noqa: PTH207
             raise UserError(f"task.data: {source.path}: no such corpus, file, folder or pattern; check the path")
 

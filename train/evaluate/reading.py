@@ -37,14 +37,15 @@ def held_out_by(run_dir: Path, *, fingerprint: str) -> TaskSource:
     return TaskSource(path=str(folder), split="validation")
 
 
-def rows_of(task: TaskConfig, source: TaskSource) -> Iterator[Row]:
-    """The rows of one source, in order; prompt and columns may be left to be found.
+def rows_of(task: TaskConfig, source: TaskSource, *, limit: int | None = None) -> Iterator[Row]:
+    """The rows of one source, in order, no more than the first `limit`; prompt and columns may be left to be found.
 
     Raises UserError for a file that cannot be read or is of another format, a column that is missing, a label outside the
     set, and a source without rows.
     """
     is_empty = True
-    for row in _kept_rows(task, source) if _is_kept(source) else labelled_rows(task, source):
+    rows = _kept_rows(task, source, limit) if _is_kept(source) else itertools.islice(labelled_rows(task, source), limit)
+    for row in rows:
         if isinstance(row, BadRow):
             raise row
         is_empty = False
@@ -58,7 +59,7 @@ def read_rows(task: TaskConfig, *, limit: int | None) -> tuple[list[Row], list[F
     rows: list[Row] = []
     found: list[Found] = []
     for source in task.data:
-        read = list(itertools.islice(rows_of(task, source), limit))
+        read = list(rows_of(task, source, limit=limit))
         digest = sha256_of(Path(source.path) / KEPT_TEXT) if _is_kept(source) else hash_of(source, format=task.format)
         rows += read
         found += [(name, source.path, digest) for name in dict.fromkeys(row.source for row in read)]
@@ -75,11 +76,11 @@ def _is_kept(source: TaskSource) -> bool:
     return (Path(source.path) / ROWS_FILE).is_file()
 
 
-def _kept_rows(task: TaskConfig, source: TaskSource) -> list[Row]:
+def _kept_rows(task: TaskConfig, source: TaskSource, limit: int | None) -> list[Row]:
     kept = read_encoded(source.path, verify="validation")
     if kept.kind == "preference":
         raise UserError(f"{source.path}: holds pairs of answers, which have no one truth; give rows of another task")
-    rows = kept.validation_rows()
+    rows = kept.validation_rows(limit)
     for row in rows:
         if task.kind == "classification" and row.truths[0] not in task.labels:
             known = ", ".join(task.labels)
