@@ -44,6 +44,7 @@ TEXT_CHARACTERS = (20, 400)  # of a docstring; of a longer one the beginning
 DOCUMENT_CHARACTERS = (40, 800)
 SUMMARY_WORDS = (3, 14)
 LEAST_ROWS: dict[Split, int] = {"train": 40, "validation": 1, "test": 10}  # of a package, for it to be a label
+MOST_LABELS = 10  # where their number is not given
 MOST_ROWS_OF_A_FILE = 60  # tkinter/__init__.py alone has 550 docstrings
 
 Split = Literal["train", "validation", "test"]
@@ -60,8 +61,9 @@ class StdlibTasksConfig:
     held_out_of: str | None = None
     """Folder of a prepared corpus of the same files: the documents that it holds out become the test rows; null: a fifth of
     the files, by the hash of their names."""
-    labels: int = 10
-    """Packages to tell apart: those with the most docstrings."""
+    labels: int | None = None
+    """Packages to tell apart, those with the most docstrings; null: all that have enough of them, 10 at most, as a library has
+    other packages with each version and distribution of Python."""
     most_held_out: int | None = 400
     """Rows of each task that are kept for validation, and for the test: a sample of them, as a model writes some ten a
     second on a CPU; null: all."""
@@ -74,8 +76,8 @@ class StdlibTasksConfig:
             problems.append("source='': needs a folder with Python files; stdlib: is the standard library")
         if self.held_out_of == "":
             problems.append("held_out_of='': needs the folder of a prepared corpus; null chooses the test files by their names")
-        if self.labels < 2:
-            problems.append(f"labels={self.labels}: must be at least 2")
+        if self.labels is not None and self.labels < 2:
+            problems.append(f"labels={self.labels}: must be at least 2; null takes what there is")
         if self.most_held_out is not None and self.most_held_out < 1:
             problems.append(f"most_held_out={self.most_held_out}: must be at least 1; null keeps all")
         if problems:
@@ -201,8 +203,10 @@ def _draw(name: str, purpose: str) -> float:
 # --- which package a docstring is from
 
 
-def docstring_rows(files: Sequence[SourceFile], split_of: Mapping[str, Split], *, num_labels: int) -> tuple[list[str], Rows]:
-    """The labels, by name, and the rows of each split, in the order of the files.
+def docstring_rows(
+    files: Sequence[SourceFile], split_of: Mapping[str, Split], *, num_labels: int | None
+) -> tuple[list[str], Rows]:
+    """The labels, by name, and the rows of each split, in the order of the files. num_labels: None takes what there is.
 
     Raises UserError where fewer packages have enough docstrings.
     """
@@ -227,13 +231,14 @@ def docstring_rows(files: Sequence[SourceFile], split_of: Mapping[str, Split], *
         for label, _ in sum(counts.values(), Counter()).most_common()
         if all(counts[split][label] >= LEAST_ROWS[split] for split in SPLITS)
     ]
-    if len(enough) < num_labels:
+    wanted = num_labels or min(MOST_LABELS, max(2, len(enough)))
+    if len(enough) < wanted:
         raise UserError(
-            f"labels={num_labels}: only {len(enough)} packages have {LEAST_ROWS['train']} docstrings to learn from and "
+            f"labels={wanted}: only {len(enough)} packages have {LEAST_ROWS['train']} docstrings to learn from and "
             f"{LEAST_ROWS['test']} to test ({', '.join(enough) or 'none'}); give fewer labels, or more files to test: a corpus "
             "prepared with a higher held_out_fraction"
         )
-    labels = sorted(enough[:num_labels])
+    labels = sorted(enough[:wanted])
     rows: Rows = {split: [] for split in SPLITS}
     for row in once.values():
         if row["label"] in labels and len(text := masked(row["text"], labels)) >= TEXT_CHARACTERS[0]:

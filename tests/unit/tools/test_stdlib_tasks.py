@@ -191,6 +191,23 @@ def test_a_folder_of_the_same_settings_stays_and_another_is_not_replaced(tmp_pat
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+def test_without_a_number_all_packages_that_have_enough_are_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = many_files(tmp_path / "tree"), tmp_path / "out"
+    (source / "small").mkdir()
+    (source / "small" / "part.py").write_text('"""A package with one docstring, which is not enough."""\n')
+    assert run(StdlibTasksConfig(out=str(out), source=str(source))) == 0
+    assert json.loads((out / "manifest.json").read_text())["labels"] == ["mail", "net"]
+    monkeypatch.setattr(stdlib_tasks, "MOST_LABELS", 1)
+    files, _ = read_sources(source)
+    splits = ("train", "validation", "test")
+    labels, _ = docstring_rows(files, {file.name: splits[number % 3] for number, file in enumerate(files)}, num_labels=None)
+    assert len(labels) == 1, "the number that is taken by itself has an upper end"
+    (source / "net").rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(stdlib_tasks, "MOST_LABELS", 10)
+    with pytest.raises(UserError, match="labels=2: only 1 packages have 40 docstrings to learn from"):
+        run(StdlibTasksConfig(out=str(tmp_path / "other"), source=str(source)))
+
+
 def test_nothing_is_written_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = many_files(tmp_path / "tree")
     with pytest.raises(UserError, match="labels=3: only 2 packages have 40 docstrings to learn from"):
