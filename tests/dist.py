@@ -14,8 +14,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-_FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["tests.preloaded"])
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["tests.preloaded"])
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 120.0) -> list[Any]:
@@ -25,9 +25,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        queue = _FORKSERVER.SimpleQueue()
+        queue = FORKSERVER.SimpleQueue()
         ranks = [
-            _FORKSERVER.Process(
+            FORKSERVER.Process(
                 target=_rank_main,
                 args=(function, rank, world_size, f"{folder}/store", timeout_seconds, queue, arguments),
                 daemon=True,
