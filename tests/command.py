@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import importlib
 import multiprocessing.reduction
 import os
 import runpy
@@ -34,15 +35,22 @@ _PR_SET_PDEATHSIG = 1
 MODULE_COMMAND = (sys.executable, "-P", "-m")
 
 
-def longhaul(
+def longhaul(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`longhaul WORDS`; see `run_module`."""
+    return run_module("tools.cli", *words, **options)
+
+
+def run_module(
+    module: str,
     *words: str,
     typed: str = "",
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
     timeout_seconds: float = 240.0,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end, with `typed` as its standard input and `environment` on top of the present one.
+    """Run `python -P -m MODULE WORDS` to its end, with `typed` as its standard input and `environment` on top of the present.
 
+    For an installed script MODULE is its entry point, "package.module:function", and the first word its name.
     Raises TimeoutExpired after `timeout_seconds`, as the reference machine counts them.
     """
     limit = scaled(timeout_seconds)
@@ -52,6 +60,7 @@ def longhaul(
         process = FORKSERVER.Process(
             target=_serve,
             args=(
+                module,
                 words,
                 str(folder or Path.cwd()),
                 {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
@@ -64,8 +73,8 @@ def longhaul(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.join()
-            raise subprocess.TimeoutExpired(["longhaul", *words], limit, _text(stdout).encode(), _text(stderr).encode())
-        return subprocess.CompletedProcess(["longhaul", *words], process.exitcode, _text(stdout), _text(stderr))
+            raise subprocess.TimeoutExpired([module, *words], limit, _text(stdout).encode(), _text(stderr).encode())
+        return subprocess.CompletedProcess([module, *words], process.exitcode, _text(stdout), _text(stderr))
 
 
 def _text(file: Any) -> str:
@@ -87,14 +96,14 @@ def _detach(sent: Any) -> int:
     return sent.detach()
 
 
-def _serve(words: Sequence[str], folder: str, environment: dict[str, str], files: list[int]) -> None:
+def _serve(module: str, words: Sequence[str], folder: str, environment: dict[str, str], files: list[int]) -> None:
     """In a process of the server: become the command."""
     os.setsid()
     for target, file in enumerate(files):
         os.dup2(file, target)
         os.close(file)
     os.chdir(folder)
-    _become("tools.cli", words, environment)
+    _become(module, words, environment)
 
 
 def _become(module: str, words: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
@@ -116,8 +125,9 @@ def _become(module: str, words: Sequence[str], environment: Mapping[str, str]) -
         sys.stdout = open(1, "w", buffering=1 if unbuffered or os.isatty(1) else -1, closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         _set_threads(environment)
-        sys.argv = [module, *words]
-        sys.orig_argv = [*MODULE_COMMAND, module, *words]
+        sys.argv = list(words) if ":" in module else [module, *words]
+        script = [sys.executable, str(Path(sys.executable).with_name(words[0]))] if ":" in module else None
+        sys.orig_argv = [*script, *words[1:]] if script else [*MODULE_COMMAND, module, *words]
         subprocess.Popen = ForkingPopen  # type: ignore[misc]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*found in sys.modules", category=RuntimeWarning)
@@ -133,6 +143,9 @@ def _become(module: str, words: Sequence[str], environment: Mapping[str, str]) -
 
 def _exit_code(module: str) -> int:
     try:
+        if ":" in module:
+            name, _, function = module.partition(":")
+            sys.exit(getattr(importlib.import_module(name), function)())
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as left:
         if left.code is None or isinstance(left.code, int):
@@ -184,7 +197,7 @@ class ForkingPopen(subprocess.Popen):
                 if given[place] != -1:
                     os.dup2(given[place], target)
             keep = {0, 1, 2, *given["pass_fds"]}
-            for number in [int(name) for name in os.listdir("/proc/self/fd")]:
+            for number in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
                 if number not in keep:
                     with contextlib.suppress(OSError):
                         os.close(number)

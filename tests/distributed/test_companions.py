@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.timeouts import scaled
+
 BEGIN = """
 import os, sys, time
 from pathlib import Path
@@ -38,7 +40,7 @@ def command(program: str, folder: Path) -> list[str]:
 def run(program: str, folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
     """What came of it, and the seconds that it took, most of which go into importing torch, twice."""
     started = time.monotonic()
-    done = subprocess.run(command(program, folder), capture_output=True, text=True, check=False, timeout=100)
+    done = subprocess.run(command(program, folder), capture_output=True, text=True, check=False, timeout=scaled(100))
     return done, time.monotonic() - started
 
 
@@ -54,7 +56,7 @@ def _state(pid: str) -> str:
 
 
 def wait_until_gone(folder: Path) -> None:
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + scaled(5.0)
     while alive(folder):
         assert time.monotonic() < deadline, "a companion has outlived rank 0"
         time.sleep(0.05)
@@ -108,14 +110,14 @@ with ranks(3, "cpu") as context:
 """
     done, seconds = run(program, tmp_path)
     assert done.returncode == 93 and done.stderr.startswith("longhaul: rank 1 of 3 ") and said in done.stderr, done.stderr
-    assert seconds < 60
+    assert seconds < scaled(60)
     wait_until_gone(tmp_path)
 
 
 def test_one_that_never_joins_ends_the_wait(tmp_path: Path) -> None:
     done, seconds = run("pids()\nfail('before it joined')\nwith ranks(2, 'cpu'): print('unreachable')", tmp_path)
     assert done.returncode == 93 and "told to fail before it joined" in done.stderr and not done.stdout, done.stderr
-    assert seconds < 60 and not alive(tmp_path)
+    assert seconds < scaled(60) and not alive(tmp_path)
 
 
 def test_what_is_done_is_not_undone_by_those_that_leave_badly(tmp_path: Path) -> None:

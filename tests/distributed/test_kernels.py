@@ -19,6 +19,8 @@ from train.model.blueprint import Blueprint
 from train.model.transformer import Reading, build_layers
 from train.parallel import ParallelContext, split_ranks
 
+pytestmark = pytest.mark.further
+
 STEPS = 6
 ROWS = 16 * 4 * 4  # bytes of fp32 logits of 4 tokens per 16 rows of the vocabulary: many chunks
 CHUNKED = KernelsConfig(logits_bytes=ROWS)
@@ -49,7 +51,9 @@ def train(context: ParallelContext, layout: tuple, kernels: KernelsConfig, model
         pytest.param((1, 1, False), 1, KernelsConfig(compile=True), id="compiled"),
         pytest.param((2, 1, False), 2, KernelsConfig(compile=True, recompute="selective"), id="compiled-zero2-selective"),
         pytest.param((3, 1, False), 2, KernelsConfig(compile=True), id="compiled-zero3"),
-        pytest.param((1, 2, False), 2, KernelsConfig(compile=True), id="compiled-tensor2", marks=pytest.mark.thorough),
+        pytest.param(
+            (1, 2, False), 2, KernelsConfig(compile=True), id="compiled-tensor2", marks=pytest.mark.campaign("layouts")
+        ),
     ],
 )
 def test_kernels_give_the_plain_result(layout: tuple, ranks: int, kernels: KernelsConfig) -> None:

@@ -20,6 +20,8 @@ from train.model.logical import logical_parameters
 from train.model.transformer import Decoder, Reading, build_layers
 from train.parallel import ParallelContext, split_ranks
 
+pytestmark = pytest.mark.further
+
 STEPS = 6
 LORA = LoraConfig(rank=3, alpha=12)
 DORA = replace(LORA, dora=True)
@@ -117,7 +119,7 @@ def train(context: ParallelContext, layout: Layout, names: list[str], precision:
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(layout, marks=pytest.mark.thorough if layout in SELDOM else []) for layout in LAYOUTS],
+    [pytest.param(layout, marks=pytest.mark.campaign("layouts") if layout in SELDOM else []) for layout in LAYOUTS],
     ids=lambda layout: "zero{}-tensor{}-data{}-rows{}".format(*layout),
 )
 def test_every_layout_equals_one_process(layout: Layout) -> None:

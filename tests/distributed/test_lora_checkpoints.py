@@ -26,6 +26,8 @@ from train.model.adapters import adapter_shapes, is_adapter, trained_shapes
 from train.model.cost import parameter_shapes
 from train.parallel import ParallelContext, split_ranks
 
+pytestmark = pytest.mark.further
+
 HALF = 4
 Case = tuple[LoraConfig | None, tuple[str, ...]]
 CASES: dict[str, Case] = {

@@ -20,6 +20,8 @@ from train.model.logical import logical_parameters
 from train.model.transformer import Decoder, Reading, build_layers
 from train.parallel import ParallelContext
 
+pytestmark = pytest.mark.further
+
 STEPS, CLIP, DECAY, MUON_LR = 6, 0.5, 0.1, 0.02
 OPTIM = OptimConfig(kind="muon", lr=uneven.LR, muon_lr=MUON_LR, epsilon=uneven.EPSILON, grad_clip=CLIP, weight_decay=DECAY)
 State = dict[str, Tensor]

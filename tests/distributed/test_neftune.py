@@ -10,6 +10,8 @@ from tests.dist import run_ranks
 from tests.distributed import uneven
 from train.parallel import ParallelContext, split_ranks
 
+pytestmark = pytest.mark.further
+
 RANKS = 2
 
 

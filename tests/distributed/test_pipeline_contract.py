@@ -17,6 +17,8 @@ from train.model.transformer import Layer, Reading, build_layers
 from train.optim import OptimizerSpec, parameter_groups
 from train.parallel import ParallelContext
 
+pytestmark = pytest.mark.further
+
 STEPS = 5
 
 

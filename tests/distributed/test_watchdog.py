@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.timeouts import factor, scaled
 from train.health.watchdog import lagging
 
 RANK = """
@@ -18,15 +19,16 @@ import ctypes, os, signal, sys, time
 from datetime import timedelta
 from pathlib import Path
 from train.config.watchdog import WatchdogConfig
+from tests.timeouts import factor, scaled
 from train.health.watchdog import Watchdog
-folder, rank, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-config = WatchdogConfig(startup_seconds=30.0, step_seconds=1.0, evaluate_seconds=4.0, grace_seconds=1.0)
+folder, rank, what, factor = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[5])
+config = WatchdogConfig(startup_seconds=30 * factor, step_seconds=factor, evaluate_seconds=4 * factor, grace_seconds=factor)
 watchdog = Watchdog(
     config, folder=folder, rank=rank, world_size=2, leave=lambda said, _: (folder / "left.txt").write_text(f"{rank}: {said}")
 )
 import torch, torch.distributed as dist
-store = dist.TCPStore("127.0.0.1", int(sys.argv[4]), 2, is_master=rank == 0, timeout=timedelta(seconds=20))
-dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
+store = dist.TCPStore("127.0.0.1", int(sys.argv[4]), 2, is_master=rank == 0, timeout=timedelta(seconds=20 * factor))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20 * factor))
 watchdog.connect(store, ["first", "second"])
 for step in range(4):
     watchdog.phase("data", step)
@@ -34,7 +36,7 @@ for step in range(4):
     watchdog.phase("forward", step)
     if step == 3 and what == "slow evaluation":
         watchdog.phase("evaluate", step)
-        time.sleep(2.0)
+        time.sleep(2.0 * factor)
         print("evaluated", flush=True)
     if step == 3 and rank == 1:
         if what == "sleep":
@@ -59,7 +61,7 @@ def ranks_that(what: str, folder: Path) -> tuple[list[int | None], list[str]]:
         port = str(free.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(folder), str(rank), what, port],
+            [sys.executable, "-c", RANK, str(folder), str(rank), what, port, str(factor())],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -70,7 +72,7 @@ def ranks_that(what: str, folder: Path) -> tuple[list[int | None], list[str]]:
     codes: list[int | None] = []
     for rank in ranks:
         try:
-            codes.append(rank.wait(40.0))
+            codes.append(rank.wait(scaled(40.0)))
         except subprocess.TimeoutExpired:
             codes.append(None)
             rank.kill()

@@ -31,7 +31,7 @@ WORDS = (
     "model.dropout=0.1", f"data.sequence_length={SEQUENCE}", "batch.sequences=8", "batch.micro_batch=2", "batch.ramp_start=4",
     "batch.ramp_samples=48", f"budget.steps={STEPS}", "schedule.warmup_steps=4", "optim.lr=0.003",
     f"checkpoint.every_steps={SAVE_EVERY}", f"evaluate.every_steps={EVALUATE_EVERY}", "evaluate.max_samples=8",
-    "monitor=quiet", "launch.device=cpu",
+    "monitor=quiet", "launch.device=cpu", "precision=fp32",
 )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def settings(
     corpus: Path,
     *,
     zero: int = 1,
-    precision: str = "bf16",
+    precision: str = "fp32",
     steps: int = STEPS,
     stop_at_step: int | None = None,
     batch: BatchConfig | None = None,

@@ -6,22 +6,17 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.command import longhaul
 from tests.integration.runs import WORDS
 from tests.unit.data_pipeline.corpora import prepared, some_texts
 from train.launch import visible_gpus
 
 REFUSED = 93
-
-
-def longhaul(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "tools.cli", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
 
 
 def refused(result: subprocess.CompletedProcess[str], *expected: str) -> None:

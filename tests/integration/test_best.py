@@ -20,6 +20,8 @@ from train.config.training import CheckpointConfig
 from train.loop import Trainer
 from train.saver import Saver
 
+pytestmark = pytest.mark.further
+
 
 def test_a_rollback_takes_it_back_at_once(corpus: Path, tmp_path: Path) -> None:
     """Steps 8 and 9 are NaN, and step 8 was saved all the same as the best so far: it is set aside, `best` leads to step 4."""

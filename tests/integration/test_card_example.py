@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, processors
 
 from tests.integration import finetuning
 from tests.integration.test_evaluate_finetuned import STEPS, TALKS, finished
+from tests.timeouts import scaled
 from tests.unit.convert.checkpoints import rewritten
 from train.checkpoint.manifest import file_facts, read_manifest
 from train.config.adapter import LoraConfig
@@ -22,6 +23,8 @@ from train.config.export import ExportConfig
 from train.config.finetune import FinetuneConfig
 from train.config.method import MethodConfig
 from train.stages.export import run as export
+
+pytestmark = pytest.mark.further
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,9 @@ def example(card: Path, more: str = "") -> str:
     assert 'folder = "path/to/this/folder"' in code
     program = code.replace("path/to/this/folder", str(card.parent)) + more
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=scaled(120), env=environment
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

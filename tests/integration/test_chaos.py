@@ -16,10 +16,13 @@ import pytest
 
 from conf.errors import ConfigError, UserError
 from tests.integration.runs import WORDS
+from tests.timeouts import scaled
 from tools import watched_run
 from tools.chaos import ChaosConfig, Struck, chaos, judge
 from tools.chaos_faults import IN_SAVE, MEANING, Kind, Moment, Shape, Strike, plan_data_faults, plan_moments, reach
 from tools.watched_run import UnexpectedEnd, WatchedRun
+
+pytestmark = pytest.mark.further
 
 SHAPE = Shape(processes=2, steps=120, samples=960, save_steps=tuple(range(5, 120, 5)))
 LEAVES_A_CHILD = """
@@ -44,7 +47,7 @@ def test_a_process_that_stays_is_an_orphan_and_does_not_stay(tmp_path: Path, imp
     child = run.supervisor.children()[0]
     run.kill_supervisor()
     assert len(run.orphans) == 1 and run.orphans[0].startswith(f"{child.pid}: ")
-    assert psutil.wait_procs([child], timeout=2.0)[1] == []
+    assert psutil.wait_procs([child], timeout=scaled(2.0))[1] == []
 
 
 def test_a_process_that_outlives_a_good_end_is_an_orphan(tmp_path: Path, impatient: None) -> None:
@@ -59,7 +62,7 @@ def test_the_death_of_a_machine_leaves_nothing(tmp_path: Path) -> None:
     run.wait(lambda: len(run.supervisor.children()) == 1, "the child was there")
     child = run.supervisor.children()[0]
     run.kill_all()
-    assert psutil.wait_procs([child], timeout=2.0)[1] == []
+    assert psutil.wait_procs([child], timeout=scaled(2.0))[1] == []
     assert run.orphans == []
 
 

@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conf.errors import UserError
 from conf.schema import leaf_names
 from data_pipeline.corpus import Corpus
+from tests.command import longhaul
 from tests.integration.runs import SEQUENCE, WORDS
+from tests.timeouts import scaled
 from tools.cli import main
 from train.config.evaluation import EvaluationConfig
 from train.scores.intervals import measure
@@ -30,16 +32,13 @@ from train.scores.settings import ScoreSettings
 from train.scores.sheet import tallies
 from train.stoppable import Stopped
 
+pytestmark = pytest.mark.further
+
 PLAIN = ("device=cpu", "wandb.mode=disabled", "resamples=50")
 
 
 def command(*words: str) -> list[str]:
     return [sys.executable, "-P", "-m", "tools.cli", *words]
-
-
-def longhaul(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*words), capture_output=True, text=True, check=False, timeout=120, env=environment)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -339,13 +338,15 @@ LATER = [
 def test_what_is_wrong_is_told_before_torch_is_imported(run_dir: Path, tmp_path: Path) -> None:
     program = f"""
 import sys
+from tests.timeouts import scaled
 from tools.cli import main
 for words in {[words for words, _ in REFUSALS]!r}:
     code = main(["evaluate", "checkpoint={run_dir}", *words])
     assert code == 93 and "torch" not in sys.modules, (code, words)
     print("-----", file=sys.stderr)
 """
-    done = subprocess.run([sys.executable, "-P", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=scaled(60), check=False)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     for said, (_, expected) in zip(done.stderr.split("-----\n"), REFUSALS, strict=False):
         assert said.count("longhaul evaluate:") == 1 and expected in said

@@ -20,6 +20,8 @@ from train.config.training import OptimConfig
 from train.launch import prepare_folder
 from train.scores.record import Evaluation, read_evaluation
 
+pytestmark = pytest.mark.further
+
 PLAIN = ("device=cpu", "dtype=fp32", "wandb.mode=disabled", "resamples=20")
 STEPS = 12
 TALKS = [

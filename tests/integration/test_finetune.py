@@ -25,6 +25,8 @@ from train.metrics.jsonl import read_metrics
 from train.metrics.record import Level
 from train.model.cost import LABEL_HEAD
 
+pytestmark = pytest.mark.further
+
 STEPS, STOP = 12, 6  # the stop is behind an evaluation and a save, on the step of neither
 LORA = MethodConfig(lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1))
 FROZEN = MethodConfig(frozen=("embedding.*", "blocks.0.*"), neftune_alpha=5.0, layer_decay=0.8)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from conf.errors import ConfigError
+from tests.command import longhaul
 from tests.integration import finetuning
 from train.checkpoint.manifest import published, read_manifest
 from train.checkpoint.settings import read_settings
@@ -20,12 +18,7 @@ from train.groundwork.finetuning import look_into
 from train.initial import check_initial_model, configure
 from train.plan import make_plan
 
-COMMAND = [sys.executable, "-P", "-m", "tools.cli"]
-
-
-def longhaul(*words: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=240, env=environment, check=False)
+pytestmark = pytest.mark.further
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +33,8 @@ def words_of(files: tuple[Path, Path], folder: Path, *more: str) -> list[str]:
     return [
         "finetune", f"checkpoint={checkpoint}", "task=classification", f"task.data=[{{path: {rows}}}]", "budget.steps=8",
         "data.sequence_length=64", "batch.sequences=4", "batch.micro_batch=2", "checkpoint.every_steps=4", "optim.lr=1e-3",
-        "evaluate.every_steps=4", f"run.folder={folder}", "run.name=run", "launch.device=cpu", "monitor=quiet", *more,
+        "evaluate.every_steps=4", f"run.folder={folder}", "run.name=run", "launch.device=cpu", "monitor=quiet",
+        "precision=fp32", *more,
     ]  # fmt: skip
 
 

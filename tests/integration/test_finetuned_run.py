@@ -32,6 +32,8 @@ from train.launch import prepare_folder
 from train.stages.export import run as export
 from train.stages.generate import run as generate
 
+pytestmark = pytest.mark.further
+
 STEPS = 60
 PROMPT = "owl cat saw >"
 

@@ -21,6 +21,8 @@ from train.config.method import MethodConfig
 from train.initial import beginning
 from train.launch import get_ready
 
+pytestmark = pytest.mark.further
+
 STEPS, STOP = 8, 5
 FULL, LORA = MethodConfig(), MethodConfig(lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1))
 FROZEN = MethodConfig(frozen=("embedding.*", "blocks.0.*"))

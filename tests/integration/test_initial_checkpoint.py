@@ -14,6 +14,8 @@ from tests.integration.test_tensor_parallel_command import longhaul
 from train.checkpoint.reader import CheckpointReader
 from train.metrics.jsonl import read_metrics
 
+pytestmark = pytest.mark.further
+
 STEPS = 5
 WORDS = (
     "data.sequence_length=32", "batch.sequences=8", "batch.micro_batch=2", f"budget.steps={STEPS}", "schedule.warmup_steps=1",

@@ -15,6 +15,8 @@ from tests.integration.runs import attempt, settings
 from tools.inspect_step import InspectConfig, run
 from train.metrics.jsonl import read_metrics
 
+pytestmark = pytest.mark.further
+
 STEP = 3
 
 

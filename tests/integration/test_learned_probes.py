@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from tests.dist import run_ranks
@@ -15,6 +16,8 @@ from train.model.transformer import Reading, build_layers
 from train.optim import OptimizerSpec
 from train.parallel import ParallelContext
 from train.probes.tasks import copying, induction
+
+pytestmark = pytest.mark.further
 
 LENGTH, SEQUENCES, STEPS, LR = 32, 32, 500, 3e-3
 IDS = np.arange(1, 40)

@@ -18,9 +18,13 @@ import pytest
 import yaml
 
 from conf.errors import UserError
+from tests.command import longhaul, run_module
+from tests.timeouts import scaled
 from tests.unit.convert.checkpoints import LLAMA, write_checkpoint
 from train.checkpoint.reader import CheckpointReader
 from train.convert.hf_export import plan_weights, write_model
+
+pytestmark = pytest.mark.further
 
 TASKS: dict[str, dict[str, Any]] = {
     "tiny_choice": {
@@ -51,6 +55,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }
 NUM_DOCUMENTS = 9
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def write_tasks(folder: Path) -> None:
@@ -85,13 +90,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lm_eval(place: Path, model: str, arguments: str, *more: str) -> tuple[dict[str, Any], dict[str, list]]:
     """(results, samples by task) of the command, which is run as a person would."""
     out = place / f"out-{model}-{len(list(place.iterdir()))}"
-    command = Path(sys.executable).with_name("lm_eval")
-    done = subprocess.run(
-        [
-            command, "--model", model, "--model_args", arguments, "--include_path", place / "tasks", "--tasks", ",".join(TASKS),
-            "--output_path", out, "--log_samples", "--device", "cpu", *more,
-        ],
-        capture_output=True, text=True, check=False, timeout=280, env=_offline(),
+    done = run_module(
+        "train.harness.command:main", "lm_eval", "--model", model, "--model_args", arguments,
+        "--include_path", str(place / "tasks"), "--tasks", ",".join(TASKS), "--output_path", str(out), "--log_samples",
+        "--device", "cpu", *more, environment=OFFLINE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "tiny_choice" in done.stdout
@@ -103,10 +105,6 @@ def lm_eval(place: Path, model: str, arguments: str, *more: str) -> tuple[dict[s
     return json.loads(results.read_text(encoding="utf-8")), samples
 
 
-def _offline() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
 @pytest.fixture(scope="module")
 def by_hf(place: Path) -> tuple[dict[str, Any], dict[str, list]]:
     return lm_eval(place, "hf", f"pretrained={place / 'exported'},dtype=float32", "--batch_size", "4")
@@ -116,8 +114,8 @@ def by_hf(place: Path) -> tuple[dict[str, Any], dict[str, list]]:
     "arguments",
     [
         "checkpoint={place}/run,batch_tokens=200",
-        pytest.param("hf={place}/exported", marks=pytest.mark.thorough),
-        pytest.param("checkpoint={place}/run,processes=2", marks=pytest.mark.thorough),
+        pytest.param("hf={place}/exported", marks=pytest.mark.campaign("layouts")),
+        pytest.param("checkpoint={place}/run,processes=2", marks=pytest.mark.campaign("layouts")),
     ],
 )
 def test_our_model_has_the_scores_of_hf(place, by_hf, arguments):
@@ -147,13 +145,10 @@ def _compare(ours: Any, theirs: Any) -> None:
 
 def test_its_tasks_within_an_evaluation(place, by_hf, tmp_path):
     """The scores of lm-eval, its results and every sample, in one folder; two ranks share the work."""
-    done = subprocess.run(
-        [
-            sys.executable, "-P", "-m", "tools.cli", "evaluate", f"checkpoint={place / 'run'}", "task=harness",
-            f"task.tasks=[{','.join(TASKS)}]", f"task.include={place / 'tasks'}", "task.own_tasks=false",
-            f"out={tmp_path / 'found'}", "processes=2", "wandb.mode=disabled", "resamples=50",
-        ],
-        capture_output=True, text=True, check=False, timeout=280, env=_offline(),
+    done = longhaul(
+        "evaluate", f"checkpoint={place / 'run'}", "task=harness", f"task.tasks=[{','.join(TASKS)}]",
+        f"task.include={place / 'tasks'}", "task.own_tasks=false", f"out={tmp_path / 'found'}", "processes=2",
+        "wandb.mode=disabled", "resamples=50", environment=OFFLINE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     kept = json.loads((tmp_path / "found" / "evaluation.json").read_text(encoding="utf-8"))
@@ -252,7 +247,8 @@ def test_the_command_tells_an_error_in_one_line(place):
     done = subprocess.run(
         [Path(sys.executable).with_name("lm_eval"), "--model", "longhaul", "--model_args", "checkpoint=nowhere",
          "--include_path", place / "tasks", "--tasks", "tiny_choice"],
-        capture_output=True, text=True, check=False, timeout=120, env=_offline(),
+        capture_output=True, text=True, check=False, timeout=scaled(120),
+        env={**os.environ, **OFFLINE},
     )  # fmt: skip
     assert done.returncode == 93
     assert "lm_eval: checkpoint=nowhere: no such folder" in done.stderr and "Traceback" not in done.stderr

@@ -21,6 +21,8 @@ from train.metrics.jsonl import read_metrics
 from train.parallel import ParallelContext, split_ranks
 from train.reference import FACTS_FILE, FOLDER
 
+pytestmark = pytest.mark.further
+
 STEPS, STOP = 12, 6
 LORA = MethodConfig(lora=LoraConfig(rank=4, alpha=8.0))
 RATE = OptimConfig(lr=3e-4, weight_decay=0.0)

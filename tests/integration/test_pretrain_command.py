@@ -14,6 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.integration.runs import WORDS
+from tests.timeouts import scaled
 from tools.watched_run import WatchedRun
 from train.checkpoint.reader import CheckpointReader
 from train.metrics.jsonl import read_metrics
@@ -66,7 +67,7 @@ def story(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     )  # fmt: skip
 
     def call(*words: str, signal_at: int | None = None) -> Call:
-        run = WatchedRun([sys.executable, "-P", "-m", "tools.cli", "pretrain", *common, *words], run_dir, 120.0)
+        run = WatchedRun([sys.executable, "-P", "-m", "tools.cli", "pretrain", *common, *words], run_dir, scaled(120.0))
         run.log.unlink(missing_ok=True)
         attempt = last_attempt(run_dir) + 1
         try:

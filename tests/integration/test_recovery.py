@@ -18,6 +18,7 @@ import pytest
 from data_pipeline.ledger import parse_ranges
 from tests.dist import run_ranks
 from tests.integration.runs import EVALUATE_EVERY, STEPS, attempt, settings
+from tests.timeouts import scaled
 from tools.exactness import differences
 from tools.fault_injection import Faults, Once, inject
 from train.attempt import Attempt
@@ -28,6 +29,8 @@ from train.config.pretrain import PretrainConfig
 from train.config.training import BatchConfig, CheckpointConfig
 from train.loop import Trainer
 from train.metrics.jsonl import read_metrics
+
+pytestmark = pytest.mark.further
 
 BATCH = 8  # sequences of a step; no ramp here, so that samples are steps
 
@@ -348,21 +351,22 @@ def test_a_stop_within_an_evaluation_is_made_up_for(corpus: Path, tmp_path: Path
 
 def test_a_time_limit_leaves_time_for_the_save(corpus: Path, tmp_path: Path) -> None:
     """The limit is 9 s away, the steps take 16, and time is held back for a save that was never measured."""
-    assert run_ranks(limited, 1, steady(corpus), str(tmp_path)) == ["stopped: the time limit is near"]
+    seconds = (scaled(9.0), scaled(1.0))
+    assert run_ranks(limited, 1, steady(corpus), str(tmp_path), *seconds) == ["stopped: the time limit is near"]
     assert step_of(published(tmp_path / "checkpoints")[-1]) < STEPS
 
 
-def limited(context: Any, config: PretrainConfig, run_dir: str) -> str:
+def limited(context: Any, config: PretrainConfig, run_dir: str, limit_seconds: float, step_seconds: float) -> str:
     from train.stages.training import train
 
     original = Trainer._advance
 
     def slowly(self: Trainer, *arguments: Any) -> None:
-        time.sleep(1.0)
+        time.sleep(step_seconds)
         original(self, *arguments)
 
     Trainer._advance = slowly
     Path(run_dir).mkdir(exist_ok=True)
-    one = Attempt(run_dir=Path(run_dir), number=1, ends_at=time.time() + 9.0)
+    one = Attempt(run_dir=Path(run_dir), number=1, ends_at=time.time() + limit_seconds)
     ending, _ = train(config, context, one, run={"run_id": "small", "wandb_id": "small"})
     return f"{ending.state}: {ending.reason}"

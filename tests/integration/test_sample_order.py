@@ -17,6 +17,8 @@ from train.metrics import NullMetrics
 from train.parallel import ParallelContext
 from train.stages.training import build
 
+pytestmark = pytest.mark.further
+
 STEPS = 6
 PLAIN = BatchConfig(sequences=6, micro_batch=1)
 

@@ -10,14 +10,17 @@ import pytest
 from conf.errors import ConfigError, UserError
 from tests.integration.mutant import MODULE
 from tests.integration.runs import WORDS
+from tests.timeouts import scaled
 from tools import chaos, verify_resume
 from tools.chaos import ChaosConfig
 from tools.verify_resume import VerifyConfig, judge, spread
 from train.metrics.record import encode
 
+pytestmark = pytest.mark.further
+
 STEPS = 8
 # Below the campaign's patience, or it could not tell a rank that hangs from one that takes its time.
-DEADLINES = [f"watchdog.{phase}_seconds=60" for phase in ("startup", "step", "evaluate", "save")]
+DEADLINES = [f"watchdog.{phase}_seconds={scaled(60)}" for phase in ("startup", "step", "evaluate", "save")]
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -36,14 +39,14 @@ def words(corpus: Path, *more: str) -> tuple[str, ...]:
     return (*WORDS, f"data.sources=[{{path: {corpus}}}]", "launch.processes=2", *more)
 
 
-@pytest.mark.thorough
+@pytest.mark.campaign("resume")
 def test_a_resumed_run_is_verified(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = words(corpus, f"steps={STEPS}", f"folder={tmp_path / 'runs'}", "parallel=zero2")
     assert verify_resume.verify_resume(settings) == 0
     assert "VERIFIED: the resumed run is the undisturbed run, to the bit" in capsys.readouterr().out
 
 
-@pytest.mark.thorough
+@pytest.mark.campaign("resume")
 @pytest.mark.parametrize(
     ("mistake", "named"),
     [
@@ -62,7 +65,7 @@ def test_verify_resume_notices_a_mistake(
     assert "FAILED: the resumed run is not the undisturbed run" in printed and named in printed
 
 
-@pytest.mark.thorough
+@pytest.mark.campaign("resume")
 @pytest.mark.parametrize(
     ("mistake", "kind", "named"),
     [

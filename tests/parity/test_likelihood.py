@@ -21,6 +21,8 @@ from train.model.blueprint import Blueprint
 from train.model.transformer import Decoder, Reading
 from train.parallel import ParallelContext, single_process, split_ranks
 
+SELDOM = pytest.mark.campaign("layouts")
+
 TOLERANCE = 1e-4
 SHARED = 2 * LEAST_SHARED
 
@@ -142,7 +144,7 @@ def _on_ranks(context: ParallelContext, case: str, tensor: int) -> list[tuple[fl
 
 
 @pytest.mark.parametrize(
-    ("ranks", "tensor"), [(3, 1), (2, 2), *(pytest.param(*sizes, marks=pytest.mark.thorough) for sizes in [(2, 1), (4, 2)])]
+    ("ranks", "tensor"), [(3, 1), (2, 2), *(pytest.param(*sizes, marks=SELDOM) for sizes in [(2, 1), (4, 2)])]
 )
 def test_ranks_give_the_numbers_of_one_process(ranks, tensor):
     """The last round of batches is uneven: three ranks share a number of batches that three does not divide."""
@@ -207,7 +209,7 @@ def _regrets(pair: Pair, prompt: Prompt, ids: list[int]) -> list[float]:
 GREEDY = ("gpt2", "llama-gqa", "mistral", "gemma2", "gpt-neox", "phi3")
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in GREEDY else pytest.mark.thorough) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in GREEDY else SELDOM) for case in CASES])
 def test_greedy_continuations_are_those_of_transformers(case):
     pair = make_pair(CASES[case])
     prompts = some_prompts()

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.timeouts import scaled
+
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
 NODES = ("n1", "n2", "n3", "n4")
 FAULTY = Path(__file__).with_name("faulty")
@@ -134,7 +136,9 @@ class Cluster:
 
     def call(self, *words: str) -> str:
         """Output of one of Slurm's commands."""
-        return subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60, check=True).stdout
+        return subprocess.run(
+            words, env=self.environment, capture_output=True, text=True, timeout=scaled(60), check=True
+        ).stdout
 
     def node_states(self) -> Mapping[str, str]:
         """State of every node."""
@@ -186,11 +190,11 @@ class Cluster:
             )
 
     def _await(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + scaled(START_SECONDS)
         while not condition():
             if time.monotonic() > deadline:
                 logs = "\n".join(f"{path}:\n{path.read_text()[-1500:]}" for path in sorted(self.folder.glob("*.log")))
-                raise AssertionError(f"{what}: not ready within {START_SECONDS:g} s\n{logs}")
+                raise AssertionError(f"{what}: not ready within {scaled(START_SECONDS):g} s\n{logs}")
             time.sleep(0.1)
 
 

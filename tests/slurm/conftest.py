@@ -15,6 +15,7 @@ from slurm.history import History, read_history
 from slurm.submission import read_submission
 from tests.integration.runs import WORDS
 from tests.slurm.cluster import Cluster, missing_programs
+from tests.timeouts import scaled
 
 REPOSITORY = Path(__file__).parents[2]
 SITES = {
@@ -29,7 +30,7 @@ cpus_per_task: 1
 tasks_per_node: {tasks}
 time_limit_minutes: 10
 warning_seconds: 60
-preflight: {{min_matmul_share: 0.0, min_bandwidth_share: 0.0, timeout_seconds: 60.0}}
+preflight: {{min_matmul_share: 0.0, min_bandwidth_share: 0.0, timeout_seconds: {patience}}}
 """
 
 
@@ -72,7 +73,7 @@ class Desk:
             *([f"--config-dir={self.folder / 'sites'}"] if sites else []),
         ]
         environment = {**self.cluster.environment, "PYTHONPATH": str(REPOSITORY)}
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=scaled(120))
         return Called(code=done.returncode, text=done.stdout + done.stderr)
 
     def submit(self, name: str, *words: str, site: str = "here", nodes: int = 2) -> Path:
@@ -92,10 +93,10 @@ class Desk:
 
     def wait(self, condition: Callable[[], object], what: str, seconds: float = 150.0) -> None:
         """Wait until something holds."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + scaled(seconds)
         while not condition():
             if time.monotonic() > deadline:
-                raise AssertionError(f"{what}: not within {seconds:g} s\n{self.story()}")
+                raise AssertionError(f"{what}: not within {scaled(seconds):g} s\n{self.story()}")
             time.sleep(0.2)
 
     def wait_for_step(self, unit: Path, step: int, attempt: int = 1) -> None:
@@ -140,7 +141,7 @@ def desks(cluster: Cluster, folder: Path, corpus: Path, tasks: int = 1) -> Itera
     """A desk that leaves no job behind."""
     (folder / "sites" / "cluster").mkdir(parents=True)
     for name, text in SITES.items():
-        (folder / "sites" / "cluster" / f"{name}.yaml").write_text(text + COMMON.format(tasks=tasks))
+        (folder / "sites" / "cluster" / f"{name}.yaml").write_text(text + COMMON.format(tasks=tasks, patience=scaled(60.0)))
     desk = Desk(cluster=cluster, folder=folder, corpus=corpus)
     cluster.wait_until_idle()
     try:

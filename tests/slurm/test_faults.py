@@ -12,10 +12,11 @@ import pytest
 from slurm.history import Begin, End
 from slurm.submission import read_submission
 from tests.slurm.conftest import Desk
+from tests.timeouts import scaled
 from tools.exactness import differences
 from train.outcome import read_outcome
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.campaign("slurm")
 LONG = ("budget.steps=100000", "checkpoint.every_steps=20", "evaluate.every_steps=null")
 SLOW = "slow:0.2"  # a step takes long enough to be met
 LIMITED_STEPS = 120  # of two seconds each
@@ -149,7 +150,7 @@ def test_unfit_nodes_and_no_others(desk: Desk) -> None:
 def test_a_rank_that_hangs(desk: Desk) -> None:
     """The watchdog names the host; the next attempt goes on without it."""
     desk.cluster.break_node("n2", "hang:7")
-    unit = desk.submit("stuck", "watchdog.step_seconds=4", "watchdog.grace_seconds=1")
+    unit = desk.submit("stuck", f"watchdog.step_seconds={scaled(4)}", f"watchdog.grace_seconds={scaled(1)}")
     desk.wait_finished(unit)
     first, last = settle(desk, unit)
     assert (first.state, first.action, first.suspects) == ("crashed", "again", ("n2",))
@@ -243,8 +244,8 @@ def test_a_bad_configuration_submits_nothing(desk: Desk) -> None:
 def test_a_chain_of_jobs_without_requeue(desk: Desk) -> None:
     """Sites that forbid requeueing: the next job of the chain goes on, and those behind the end leave at once."""
     slowly(desk)
-    chain = ["cluster.restarts.how=chain", "jobs=3", "launch.time_limit_minutes=0.4", "checkpoint.every_steps=1000"]
-    unit = desk.submit("links", *chain, "budget.steps=100", "watchdog.step_seconds=60")
+    chain = ["cluster.restarts.how=chain", "jobs=3", f"launch.time_limit_minutes={scaled(0.4)}", "checkpoint.every_steps=1000"]
+    unit = desk.submit("links", *chain, "budget.steps=100", f"watchdog.step_seconds={scaled(60)}")
     desk.wait(lambda: len(desk.history(unit).ends) == 1, "the first job's end")
     desk.cluster.mend()
     desk.wait_finished(unit)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.timeouts import scaled
 from tools import cli
 from tools.cli import VERBS, Verb, main
 
@@ -76,7 +77,7 @@ def test_closed_pipe_is_no_error(words: str) -> None:
     """As under `| head`: the reader leaves before, or in the middle of, what is printed."""
     process = subprocess.Popen([*COMMAND, *words.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
-    assert (process.wait(timeout=60), process.stderr.read()) == (141, b"")
+    assert (process.wait(timeout=scaled(60)), process.stderr.read()) == (141, b"")
 
 
 def test_folder_with_packages_of_the_same_names_is_not_imported(tmp_path: object) -> None:

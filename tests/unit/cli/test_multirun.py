@@ -14,6 +14,7 @@ import pytest
 from conf.compose import combinations
 from conf.errors import ConfigError
 from conf.sweep import with_names
+from tests.timeouts import scaled
 from tools.multirun import run_all
 
 
@@ -115,7 +116,7 @@ def test_interrupt_reaches_the_job_once_and_ends_the_sweep(whole_group: bool) ->
         assert sweep.poll() is None
     time.sleep(0.1)
     (subprocess.os.killpg if whole_group else subprocess.os.kill)(sweep.pid, signal.SIGINT)
-    out, _ = sweep.communicate(timeout=30)
+    out, _ = sweep.communicate(timeout=scaled(30))
     assert json.loads(out.splitlines()[0]) == [signal.SIGINT]
     assert "SIGINT: 2 of 3 jobs were not started" in out
     assert sweep.returncode == 85

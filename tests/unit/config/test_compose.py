@@ -15,6 +15,7 @@ from conf.errors import ConfigError, UserError
 from conf.schema import dataclass_in, leaf_names, nearest
 from data_pipeline.config import PrepareConfig
 from slurm.config import SubmitConfig
+from tests.timeouts import scaled
 from tests.unit.config.words import ENOUGH, FINETUNE, pretrain_config, problems_of
 from train.config.evaluation import EvaluationConfig
 from train.config.finetune import FinetuneConfig
@@ -347,7 +348,7 @@ config = validate(PretrainConfig, compose("pretrain", ["model=llama_8b", "budget
 describe(make_plan(config, 8), config)
 print([name for name in {heavy} if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, timeout=scaled(60))
     assert done.stdout.strip() == "[]"
 
 

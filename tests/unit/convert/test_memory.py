@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.parity.foreign import save
+from tests.timeouts import scaled
 
 MIB = 1024**2
 WIDTH, INNER, VOCAB = 768, 2048, 4000
@@ -46,13 +47,13 @@ def peak_bytes(*words: str) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    _, told = process.communicate(timeout=280)
+    _, told = process.communicate(timeout=scaled(280))
     watcher.join()
     assert process.returncode == 0, told.decode()
     return peak[0]
 
 
-@pytest.mark.thorough
+@pytest.mark.campaign("memory")
 def test_a_larger_model_takes_no_more_memory(tmp_path):
     """Without the proof, whose process has a test of its own."""
     peaks: dict[int, list[int]] = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from conf.errors import UserError
+from tests.timeouts import scaled
 from train.rendezvous import RendezvousError, open_store
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -48,7 +49,7 @@ def test_two_supervised_ranks_reduce(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=scaled(60)
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "sum 3.0\n"
@@ -61,7 +62,7 @@ def test_two_ranks_started_by_somebody_else_reduce() -> None:
         for rank in range(2)
     ]
     try:
-        assert [rank.communicate(timeout=60)[0] for rank in ranks] == [b"sum 3.0\n", b"sum 3.0\n"]
+        assert [rank.communicate(timeout=scaled(60))[0] for rank in ranks] == [b"sum 3.0\n", b"sum 3.0\n"]
     finally:
         for rank in ranks:
             rank.kill()

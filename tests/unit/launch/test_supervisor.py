@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from conf.errors import UserError
+from tests.timeouts import scaled
 from train.outcome import Outcome, attempt_folder, last_attempt, read_outcome
 from train.supervisor import supervise
 
@@ -69,7 +70,7 @@ class Launch:
         return [int((self.run / name).read_text()) for name in names]
 
     def result(self, timeout_seconds: float = 10.0) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=timeout_seconds)
+        out, err = self.process.communicate(timeout=scaled(timeout_seconds))
         return self.process.returncode, out, err
 
     def outcome(self, attempt: int = 1) -> Outcome:
@@ -79,7 +80,7 @@ class Launch:
 
 
 def wait_until(condition: Callable[[], bool], timeout_seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_seconds
+    deadline = time.monotonic() + scaled(timeout_seconds)
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
@@ -164,7 +165,7 @@ def test_rank_0_inherits_the_listening_rendezvous_port(launch: Callable[..., Lau
             store.settimeout(5)
             assert store.accept()[0].recv(5) == b"hello"
         else:
-            with socket.create_connection(address, timeout=5) as peer:
+            with socket.create_connection(address, timeout=scaled(5)) as peer:
                 peer.sendall(b"hello")
     """)
     code, out, err = run.result()
@@ -372,13 +373,13 @@ def test_a_closed_console_does_not_end_the_run(launch: Callable[..., Launch]) ->
     assert run.process.stdout is not None
     run.process.stdout.close()
     (run.run / "go").touch()
-    assert run.process.wait(timeout=10) == 0
+    assert run.process.wait(timeout=scaled(10)) == 0
     assert len((attempt_folder(run.run, 1) / "rank-00000.log").read_text()) > 100_000
 
 
 def test_a_console_nobody_reads_does_not_hold_the_watch(launch: Callable[..., Launch]) -> None:
     run = launch("print('x' * 300_000); sys.exit(5)", processes=1)
-    assert run.process.wait(timeout=5) == 1
+    assert run.process.wait(timeout=scaled(5)) == 1
 
 
 def test_crashes_count_from_the_start_again_after_progress(launch: Callable[..., Launch]) -> None:

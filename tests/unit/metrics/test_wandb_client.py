@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.timeouts import scaled
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 RUN = """
@@ -163,7 +165,7 @@ def run(
         env=environment_of(folder, None if service is None else f"http://127.0.0.1:{service.server_address[1]}"),
         capture_output=True,
         text=True,
-        timeout=40,
+        timeout=scaled(40),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == "", "the client is silent"
@@ -176,7 +178,9 @@ def replayed(folder: Path, service: Service | None, *, address: str | None = Non
     """Output of a process that sends what metrics.jsonl has."""
     address = address or f"http://127.0.0.1:{service.server_address[1]}"
     command = [sys.executable, "-c", REPLAY, str(folder)]
-    done = subprocess.run(command, env=environment_of(folder, address), capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        command, env=environment_of(folder, address), capture_output=True, text=True, timeout=scaled(60), check=True
+    )
     return done.stdout
 
 
@@ -257,10 +261,10 @@ def test_a_run_that_was_offline_is_sent_under_its_own_id(
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment |= {"NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
     command = [sys.executable, "-P", "-m", "tools.cli", "report", f"run={folder}", "wandb=true"]
-    refused = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    refused = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=scaled(60))
     assert refused.returncode == 93 and "needs a key; set WANDB_API_KEY" in refused.stderr
     environment |= {"WANDB_BASE_URL": f"http://127.0.0.1:{service.server_address[1]}", "WANDB_API_KEY": "k" * 40}
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=scaled(60))
     assert done.returncode == 0, done.stdout + done.stderr
     assert service.buckets[0]["name"] == "w1"
     sent = [row["train/tokens"] for row in service.history if "train/loss" in row]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from conf.errors import UserError
+from tests.timeouts import scaled
 from tests.unit.scores.cases import classified, every_tally
 from train.scores.classification import classification
 from train.scores.language import language
@@ -102,5 +103,5 @@ train.scores.sheet.tallies("language", [Example(id="1", loss=1.0, target_tokens=
 found = [name for name in ("torch", "sacrebleu", "rouge_score", "nltk", "regex", "sklearn", "scipy") if name in sys.modules]
 sys.exit(", ".join(found) or 0)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=scaled(60))
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.timeouts import scaled
 from tools.bench_step import make_report
 from tools.cli import main
 from tools.verbs import BENCHES
@@ -37,7 +38,11 @@ def test_report_by_hand() -> None:
 
 def bench(*words: str) -> tuple[str, dict]:
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "tools.cli", "bench", *words], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-P", "-m", "tools.cli", "bench", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=scaled(300),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(done.stdout.splitlines()[-1])
@@ -53,7 +58,7 @@ def test_step_runs_and_traces(corpus: Path, tmp_path: Path) -> None:
     assert "collective" in text
 
 
-@pytest.mark.thorough
+@pytest.mark.campaign("benches")
 def test_step_runs_on_two_ranks(corpus: Path) -> None:
     words = ("rounds=1", "block_steps=2", "kernels.compile=false", "sequence_length=32", "micro_batch=2", "processes=2")
     text, report = bench("step", f"data={corpus}", *TINY, *words)
@@ -69,7 +74,11 @@ def test_loader_and_checkpoint_run(corpus: Path, tmp_path: Path) -> None:
 
 def test_a_bench_that_is_not_there() -> None:
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "tools.cli", "bench", "speed"], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-P", "-m", "tools.cli", "bench", "speed"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=scaled(60),
     )
     assert done.returncode == 93
     assert "there is: longhaul bench attention | checkpoint | likelihood | loader | startup | step" in done.stderr

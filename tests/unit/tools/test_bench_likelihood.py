@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from conf.errors import ConfigError, UserError
+from tests.timeouts import scaled
 from tests.unit.convert.checkpoints import LLAMA, write_checkpoint
 from tools.bench_likelihood import LikelihoodBenchConfig, _measure, kinds_of, run
 from train.checkpoint.reader import CheckpointReader
@@ -35,11 +36,13 @@ def test_it_times_both_and_finds_them_equal(exported: Path, capsys: pytest.Captu
         assert 0 <= found["largest_difference"] < 1e-4
 
 
-@pytest.mark.thorough
+@pytest.mark.campaign("benches")
 def test_two_processes_share_the_requests(exported: Path) -> None:
     # A command of its own: the second process is a copy of its command line.
     command = [sys.executable, "-P", "-m", "tools.cli", "bench", "likelihood", f"hf={exported}", "requests=8", "rounds=1"]
-    done = subprocess.run([*command, "batch_sizes=[2]", "processes=2"], capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(
+        [*command, "batch_sizes=[2]", "processes=2"], capture_output=True, text=True, timeout=scaled(300), check=True
+    )
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["processes"] == 2
     assert all(0 <= report[kind]["largest_difference"] < 1e-4 for kind in ("lone", "choices"))

@@ -15,6 +15,7 @@ from conf.compose import write_config
 from conf.errors import ConfigError, UserError
 from data_pipeline.rows_config import RowsConfig
 from data_pipeline.task_config import TaskConfig, TaskSource
+from tests.timeouts import scaled
 from tests.unit.tools.comparable import TINY, evaluate, imported, labelled, run_folder, texts
 from tests.unit.tools.test_report import CHROMIUM, opened
 from tools.cli import EXIT_USER_ERROR, main
@@ -247,7 +248,7 @@ from tools.cli import main
 assert main(["compare", *{words}, "curves=false", {f"out={tmp_path / 'out'}"!r}]) == 0
 assert not {{"torch", "safetensors", "transformers", "matplotlib"}} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, timeout=scaled(60))
 
 
 def test_wide_characters_keep_the_columns() -> None:

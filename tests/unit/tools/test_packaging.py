@@ -8,6 +8,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from tests.timeouts import scaled
+
 ROOT = Path(__file__).resolve().parents[3]
 PARTS = ("conf", "train", "data_pipeline", "tools", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
@@ -33,7 +35,7 @@ def test_wheel_holds_what_the_command_needs(tmp_path: Path) -> None:
         str(tmp_path),
         str(source),
     ]
-    subprocess.run(build, check=True, capture_output=True, timeout=120)
+    subprocess.run(build, check=True, capture_output=True, timeout=scaled(120))
     names = set(zipfile.ZipFile(next(tmp_path.glob("longhaul-*.whl"))).namelist())
     yamls = {path.relative_to(ROOT).as_posix() for path in (ROOT / "conf").rglob("*.yaml")}
     modules = {

@@ -14,6 +14,7 @@ import pytest
 from conf.compose import write_config
 from conf.errors import UserError
 from data_pipeline.config import DataConfig, SourceConfig
+from tests.timeouts import scaled
 from tools.curves import MOST_POINTS, Chart, Curve, binned, draw
 from tools.history import History
 from tools.report import ReportConfig, run
@@ -77,7 +78,7 @@ def opened(page: Path, folder: Path) -> tuple[str, list[str], set[str]]:
         "--host-resolver-rules=MAP * ~NOTFOUND", f"--log-net-log={log}", "--virtual-time-budget=2000", "--dump-dom",
         page.as_uri(),
     ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=scaled(60), check=True)
     # What the page itself asks for has an origin; the browser asks its maker for this and that besides.
     wanted = (
         line for line in log.read_text().splitlines() if '"initiator":' in line and '"initiator":"not an origin"' not in line
