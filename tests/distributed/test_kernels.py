@@ -52,7 +52,7 @@ def train(context: ParallelContext, layout: tuple, kernels: KernelsConfig, model
         pytest.param((2, 1, False), 2, KernelsConfig(compile=True, recompute="selective"), id="compiled-zero2-selective"),
         pytest.param((3, 1, False), 2, KernelsConfig(compile=True), id="compiled-zero3"),
         pytest.param(
-            (1, 2, False), 2, KernelsConfig(compile=True), id="compiled-tensor2", marks=pytest.mark.campaign("layouts")
+            (1, 2, False), 2, KernelsConfig(compile=True), id="compiled-tensor2", marks=pytest.mark.campaign(name="layouts")
         ),
     ],
 )

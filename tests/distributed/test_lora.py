@@ -119,7 +119,7 @@ def train(context: ParallelContext, layout: Layout, names: list[str], precision:
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(layout, marks=pytest.mark.campaign("layouts") if layout in SELDOM else []) for layout in LAYOUTS],
+    [pytest.param(layout, marks=pytest.mark.campaign(name="layouts") if layout in SELDOM else []) for layout in LAYOUTS],
     ids=lambda layout: "zero{}-tensor{}-data{}-rows{}".format(*layout),
 )
 def test_every_layout_equals_one_process(layout: Layout) -> None:

@@ -47,7 +47,9 @@ def train(
 @pytest.mark.parametrize(
     ("tensor", "data", "zero", "rows", "name"),
     [
-        pytest.param(*layout, name, marks=[] if layout in FEW_LAYOUTS or name == "llama" else pytest.mark.campaign("layouts"))
+        pytest.param(
+            *layout, name, marks=[] if layout in FEW_LAYOUTS or name == "llama" else pytest.mark.campaign(name="layouts")
+        )
         for layout in LAYOUTS
         for name in MODELS
         if layout in FEW_LAYOUTS or name in ("llama", "gpt2", "qwen3")

@@ -84,7 +84,7 @@ def test_lines_of_a_pipe_are_turns(run_dir: Path, tmp_path: Path) -> None:
     assert refused.returncode == 93 and "standard input is no terminal, chat=true takes its lines" in refused.stderr
 
 
-@pytest.mark.campaign("layouts")
+@pytest.mark.campaign(name="layouts")
 def test_ranks_that_share_the_model_chat_as_one(run_dir: Path) -> None:
     words = ["generate", f"checkpoint={run_dir}", "chat=true", "temperature=0", "device=cpu", "max_new_tokens=20", "tensor=2"]
     shared = longhaul(*words, typed="one\n/undo\nthree\n/reset\ntwo\n")
@@ -193,7 +193,7 @@ def test_transformers_answers_the_same_from_the_export(run_dir: Path, tmp_path: 
     assert "fine-tuned on rows" in json.dumps(report)
 
 
-@pytest.mark.campaign("layouts")
+@pytest.mark.campaign(name="layouts")
 def test_an_export_that_is_imported_again_chats_alike(run_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "exported"
     exported = longhaul("export", f"checkpoint={run_dir}", f"out={out}")

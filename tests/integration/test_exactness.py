@@ -171,8 +171,10 @@ def test_a_changed_bit_of_a_checkpoint_is_noticed(undisturbed: Path, tmp_path: P
     ("zero", "faults", "kinds"),
     [
         (1, 3, "machine,rank_in_save,flipped_byte"),
-        pytest.param(3, 10, ",".join(kind for kind in MEANING if kind not in SLOW_KINDS), marks=pytest.mark.campaign("faults")),
-        pytest.param(2, 2, "hang,stopped_rank", marks=pytest.mark.campaign("faults")),
+        pytest.param(
+            3, 10, ",".join(kind for kind in MEANING if kind not in SLOW_KINDS), marks=pytest.mark.campaign(name="faults")
+        ),
+        pytest.param(2, 2, "hang,stopped_rank", marks=pytest.mark.campaign(name="faults")),
     ],
 )
 def test_a_run_that_meets_faults_ends_as_the_undisturbed_one(

@@ -114,8 +114,8 @@ def by_hf(place: Path) -> tuple[dict[str, Any], dict[str, list]]:
     "arguments",
     [
         "checkpoint={place}/run,batch_tokens=200",
-        pytest.param("hf={place}/exported", marks=pytest.mark.campaign("layouts")),
-        pytest.param("checkpoint={place}/run,processes=2", marks=pytest.mark.campaign("layouts")),
+        pytest.param("hf={place}/exported", marks=pytest.mark.campaign(name="layouts")),
+        pytest.param("checkpoint={place}/run,processes=2", marks=pytest.mark.campaign(name="layouts")),
     ],
 )
 def test_our_model_has_the_scores_of_hf(place, by_hf, arguments):

@@ -39,14 +39,14 @@ def words(corpus: Path, *more: str) -> tuple[str, ...]:
     return (*WORDS, f"data.sources=[{{path: {corpus}}}]", "launch.processes=2", *more)
 
 
-@pytest.mark.campaign("resume")
+@pytest.mark.campaign(name="resume")
 def test_a_resumed_run_is_verified(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = words(corpus, f"steps={STEPS}", f"folder={tmp_path / 'runs'}", "parallel=zero2")
     assert verify_resume.verify_resume(settings) == 0
     assert "VERIFIED: the resumed run is the undisturbed run, to the bit" in capsys.readouterr().out
 
 
-@pytest.mark.campaign("resume")
+@pytest.mark.campaign(name="resume")
 @pytest.mark.parametrize(
     ("mistake", "named"),
     [
@@ -65,7 +65,7 @@ def test_verify_resume_notices_a_mistake(
     assert "FAILED: the resumed run is not the undisturbed run" in printed and named in printed
 
 
-@pytest.mark.campaign("resume")
+@pytest.mark.campaign(name="resume")
 @pytest.mark.parametrize(
     ("mistake", "kind", "named"),
     [

@@ -21,7 +21,7 @@ from train.model.blueprint import Blueprint
 from train.model.transformer import Decoder, Reading
 from train.parallel import ParallelContext, single_process, split_ranks
 
-SELDOM = pytest.mark.campaign("layouts")
+SELDOM = pytest.mark.campaign(name="layouts")
 
 TOLERANCE = 1e-4
 SHARED = 2 * LEAST_SHARED

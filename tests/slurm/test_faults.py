@@ -16,7 +16,7 @@ from tests.timeouts import scaled
 from tools.exactness import differences
 from train.outcome import read_outcome
 
-pytestmark = pytest.mark.campaign("slurm")
+pytestmark = pytest.mark.campaign(name="slurm")
 LONG = ("budget.steps=100000", "checkpoint.every_steps=20", "evaluate.every_steps=null")
 SLOW = "slow:0.2"  # a step takes long enough to be met
 LIMITED_STEPS = 120  # of two seconds each

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.further
 PLACES = {"zero1": [], "tensor2": ["parallel.tensor=2"]}
 
 
-@pytest.mark.parametrize("layout", ["zero1", pytest.param("tensor2", marks=pytest.mark.campaign("slurm"))])
+@pytest.mark.parametrize("layout", ["zero1", pytest.param("tensor2", marks=pytest.mark.campaign(name="slurm"))])
 def test_two_nodes_do_what_one_machine_does(desk: Desk, layout: str) -> None:
     """The same words, by srun on two nodes and by the local supervisor: the same lines of metrics.jsonl, the same weights."""
     there = desk.submit("there", *PLACES[layout])
@@ -40,7 +40,7 @@ def test_two_nodes_do_what_one_machine_does(desk: Desk, layout: str) -> None:
         assert "finished" in line and "16/16" in line
 
 
-@pytest.mark.campaign("slurm")
+@pytest.mark.campaign(name="slurm")
 def test_a_fine_tuning_does_on_two_nodes_what_it_does_on_one_machine(desk: Desk, tmp_path: Path) -> None:
     base, rows = finetuning.base(tmp_path / "base", desk.corpus), finetuning.labelled_file(tmp_path)
     data = ["task=classification", f"task.data=[{{path: {rows}}}]", "data.sequence_length=32", "data.validation_fraction=0.2"]
@@ -57,7 +57,7 @@ def test_a_fine_tuning_does_on_two_nodes_what_it_does_on_one_machine(desk: Desk,
     assert (there / "outputs/step-00000006.jsonl").read_bytes() == (here / "outputs/step-00000006.jsonl").read_bytes()
 
 
-@pytest.mark.campaign("slurm")
+@pytest.mark.campaign(name="slurm")
 def test_a_corpus_a_model_and_its_export_one_after_the_other(desk: Desk, tmp_path: Path) -> None:
     """An array prepares, a run waits for it and trains, an export waits for the run."""
     text = tmp_path / "text"

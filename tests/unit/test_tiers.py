@@ -13,7 +13,7 @@ from tests import timeouts
 from tests.timeouts import scaled
 from tests.unit.sources import REPOSITORY
 
-MARKED = re.compile(r"""mark\.campaign\("(\w+)"\)""")
+MARKED = re.compile(r"""mark\.campaign\(name="(\w+)"\)""")
 
 
 def listed() -> dict[str, int]:
@@ -39,9 +39,9 @@ import pytest
 def test_usual(): pass
 @pytest.mark.further
 def test_further(): pass
-@pytest.mark.campaign("one")
+@pytest.mark.campaign(name="one")
 def test_one(): pass
-@pytest.mark.campaign("other")
+@pytest.mark.campaign(name="other")
 @pytest.mark.further
 def test_other(): assert {fails} == 0
 """

@@ -53,7 +53,7 @@ def peak_bytes(*words: str) -> int:
     return peak[0]
 
 
-@pytest.mark.campaign("memory")
+@pytest.mark.campaign(name="memory")
 def test_a_larger_model_takes_no_more_memory(tmp_path):
     """Without the proof, whose process has a test of its own."""
     peaks: dict[int, list[int]] = {}

@@ -77,7 +77,7 @@ def _peak_bytes(task: Task) -> int:
     return int(done.stdout.split()[-1]) * 1024
 
 
-@pytest.mark.campaign("memory")
+@pytest.mark.campaign(name="memory")
 def test_neither_model_is_ever_whole_in_memory(tmp_path):
     large = replace(LLAMA, num_layers=20, hidden_size=512, num_heads=8, num_kv_heads=4, ffn_size=1536, vocab_size=4000)
     small = replace(large, num_layers=2)

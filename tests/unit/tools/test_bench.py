@@ -58,7 +58,7 @@ def test_step_runs_and_traces(corpus: Path, tmp_path: Path) -> None:
     assert "collective" in text
 
 
-@pytest.mark.campaign("benches")
+@pytest.mark.campaign(name="benches")
 def test_step_runs_on_two_ranks(corpus: Path) -> None:
     words = ("rounds=1", "block_steps=2", "kernels.compile=false", "sequence_length=32", "micro_batch=2", "processes=2")
     text, report = bench("step", f"data={corpus}", *TINY, *words)

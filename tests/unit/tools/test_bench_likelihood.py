@@ -36,7 +36,7 @@ def test_it_times_both_and_finds_them_equal(exported: Path, capsys: pytest.Captu
         assert 0 <= found["largest_difference"] < 1e-4
 
 
-@pytest.mark.campaign("benches")
+@pytest.mark.campaign(name="benches")
 def test_two_processes_share_the_requests(exported: Path) -> None:
     # A command of its own: the second process is a copy of its command line.
     command = [sys.executable, "-P", "-m", "tools.cli", "bench", "likelihood", f"hf={exported}", "requests=8", "rounds=1"]
