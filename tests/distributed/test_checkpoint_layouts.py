@@ -96,11 +96,42 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, tuple[str,
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "zero{}-tensor{}-data{}-rows{}".format(*layout))
-def test_any_layout_goes_on_from_any_other(written, layout: Layout) -> None:
-    roots = [root for root, _, _ in written.values()]
+def some_others(layout: Layout) -> list[Layout]:
+    """Its own, and two in the circle of them: over all layouts, each way to change one part of a layout comes up."""
+    place = LAYOUTS.index(layout)
+    return [LAYOUTS[(place + step) % len(LAYOUTS)] for step in (0, 2, 5)]
+
+
+def name_of(layout: Layout) -> str:
+    return "zero{}-tensor{}-data{}-rows{}".format(*layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+def test_a_layout_resumes_from_others(written, layout: Layout) -> None:
+    resumes_from(written, layout, some_others(layout))
+
+
+@pytest.mark.campaign(name="layouts")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+def test_any_layout_resumes_from_any_other(written, layout: Layout) -> None:
+    resumes_from(written, layout, LAYOUTS)
+
+
+def test_some_others_change_every_part() -> None:
+    """(part, from, to): whatever two layouts differ in is met by the few pairs too."""
+
+    def changes(pairs: list[tuple[Layout, Layout]]) -> set[tuple[int, int, int]]:
+        return {(part, new[part], old[part]) for new, old in pairs for part in range(4)}
+
+    few = [(layout, other) for layout in LAYOUTS for other in some_others(layout)]
+    assert changes(few) == changes([(layout, other) for layout in LAYOUTS for other in LAYOUTS])
+
+
+def resumes_from(written: dict, layout: Layout, others: list[Layout]) -> None:
+    roots = [written[other][0] for other in others]
     resumed = run_ranks(resume, layout[1] * layout[2], roots, layout, "fp32")[0]
-    for (other, (_, losses, state)), (new_losses, new_state) in zip(written.items(), resumed, strict=True):
+    for other, (new_losses, new_state) in zip(others, resumed, strict=True):
+        _, losses, state = written[other]
         exact = other == layout
         tolerance = {"rtol": 0, "atol": 0 if exact else 1e-5}
         torch.testing.assert_close(torch.tensor(new_losses), torch.tensor(losses), **tolerance)
