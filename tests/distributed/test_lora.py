@@ -128,11 +128,10 @@ def test_every_layout_equals_one_process(layout: Layout) -> None:
     for index, name in enumerate(CASES):
         expected_curve, expected, still = reference(name)
         curve, state, frozen, held = results[0][index]
-        near = {"rtol": 0, "atol": 1e-5}
-        torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected_curve), **near, msg=lambda t, n=name: f"{n}: {t}")
+        uneven.assert_same_curve(curve, expected_curve, name)
         assert set(state) == set(expected) and set(frozen) == set(still)
         for key, value in expected.items():
-            torch.testing.assert_close(state[key], value, **near, msg=lambda t, k=f"{name} {key}": f"{k}: {t}")
+            torch.testing.assert_close(state[key], value, rtol=0, atol=1e-5, msg=lambda t, k=f"{name} {key}": f"{k}: {t}")
         for key, value in still.items():
             assert torch.equal(frozen[key], value), f"{name}: {key} is frozen"
         model, lora, patterns = CASES[name]
@@ -170,7 +169,7 @@ def curve_of(context: ParallelContext, zero: int, kernels: KernelsConfig, lora: 
 )
 def test_kernels_give_the_plain_result(zero: int, kernels: KernelsConfig, name: str) -> None:
     curve = run_ranks(curve_of, 2, zero, kernels, CASES[name][1], timeout_seconds=300.0)[0]
-    torch.testing.assert_close(torch.tensor(curve), torch.tensor(reference(name)[0][:5]), rtol=0, atol=1e-5)
+    uneven.assert_same_curve(curve, reference(name)[0][:5])
 
 
 def dropped(context: ParallelContext, tensor: int, rows: bool) -> list[list[float]]:

@@ -11,7 +11,7 @@ from tests.dist import run_ranks
 from tests.distributed import uneven
 from tests.distributed.test_zero_parity import STEPS, reference
 from train.model.blueprint import Blueprint
-from train.model.float8 import Float8Linear, check_device, product, quantized
+from train.model.float8 import Float8Linear, Scaling, check_device, cpu_has_product, product, product_line, quantized
 from train.model.transformer import Decoder, Reading, build_layers
 from train.parallel import ParallelContext
 
@@ -27,6 +27,10 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     made = [torch.randn(size, generator=generator) for size in sizes]
     made[0] *= torch.logspace(-2, 2, TOKENS).unsqueeze(1)
     return tuple(tensor.to(dtype) for tensor in made)
+
+
+def on_this_cpu(left: Tensor, right: Tensor, scaling: Scaling) -> Tensor:
+    return product(left, right, (E4M3, E4M3), scaling, fast=False, native=cpu_has_product(scaling))
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -57,7 +61,7 @@ def test_a_scale_for_each_row_keeps_small_rows() -> None:
     left, right = torch.randn(16, IN), torch.randn(16, IN)
     left[0] *= 1e7
     expected = left.double() @ right.double().T
-    by_row, by_matrix = (product(left, right, (E4M3, E4M3), scaling, fast=False) for scaling in ("rowwise", "tensorwise"))
+    by_row, by_matrix = (on_this_cpu(left, right, scaling) for scaling in ("rowwise", "tensorwise"))
     assert error(by_row[1:], expected[1:]) < 0.06 and error(by_matrix[1:], expected[1:]) > 0.9
 
 
@@ -81,14 +85,56 @@ def test_what_eight_bits_can_hold_is_kept_exactly(scaling: str, dtype: torch.dty
 def test_a_value_that_is_no_number_stays_none(scaling: str, poison: float) -> None:
     left, right = torch.randn(16, IN), torch.randn(16, IN)
     left[2, 3] = poison
-    assert not product(left, right, (E4M3, E4M3), scaling, fast=False)[2].isfinite().any()
+    assert not on_this_cpu(left, right, scaling)[2].isfinite().any()
+
+
+@pytest.mark.parametrize(("scaling", "dtype"), [("tensorwise", E4M3), ("tensorwise", E5M2), ("rowwise", E4M3)])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_a_product_in_fp32_of_what_was_rounded(scaling: Scaling, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    """It is float64's but for the last bits, and torch's own product where this CPU has it."""
+    left_TI, right_OI = inputs(out_dtype)[:2]
+    found_TO = product(left_TI, right_OI, (dtype, E4M3), scaling, fast=False, native=False)
+    pairs = (quantized(left_TI, dtype, scaling), quantized(right_OI, E4M3, scaling))
+    left, right = (rounded.double() * factor.double() for rounded, factor in pairs)
+    last_bits = 1e-6 if out_dtype == torch.float32 else 2.0**-8
+    assert found_TO.dtype == out_dtype and error(found_TO, left @ right.T) < last_bits
+    if not cpu_has_product(scaling):
+        pytest.skip(f"torch has no {scaling} product on this CPU")
+    own_TO = product(left_TI, right_OI, (dtype, E4M3), scaling, fast=False, native=True)
+    assert error(found_TO, own_TO.double()) < last_bits
 
 
 @pytest.mark.parametrize("scaling", ["tensorwise", "rowwise"])
-def test_it_compiles_into_one_graph(scaling: str) -> None:
+def test_a_cpu_that_refuses_the_product_is_asked_before_the_first_step(
+    scaling: Scaling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once; then neither forward nor backward asks for it again."""
+    asked = []
+
+    def refused(*_: object, **__: object) -> Tensor:
+        asked.append(1)
+        raise RuntimeError("could not create a primitive descriptor for the matmul primitive")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refused)
+    cpu_has_product.cache_clear()
+    try:
+        layers = [Float8Linear(IN, OUT, bias=False, scaling=scaling) for _ in range(2)]
+        assert "multiplied in fp32" in product_line(torch.device("cpu"), scaling)
+        for layer in layers:
+            layer(inputs(torch.float32)[0]).sum().backward()
+        assert len(asked) == 1
+    finally:
+        cpu_has_product.cache_clear()
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("scaling", ["tensorwise", "rowwise"])
+def test_it_compiles_into_one_graph(scaling: Scaling, native: bool) -> None:
+    if native and not cpu_has_product(scaling):
+        pytest.skip(f"torch has no {scaling} product on this CPU")
     input_TI, weight_OI, _, gradient_TO = inputs(torch.bfloat16)
     layer = Float8Linear(IN, OUT, bias=False, scaling=scaling).to(torch.bfloat16)
-    layer.weight.data = weight_OI
+    layer.weight.data, layer.cpu_has_product = weight_OI, native
     found = []
     for run in (layer, torch.compile(layer, fullgraph=True, dynamic=False)):
         layer.weight.grad = None

@@ -28,6 +28,7 @@ from train.metrics import Metrics, NullMetrics, RunIdentity, Throughput
 from train.metrics.goodput import resume_goodput
 from train.metrics.jsonl import FILE_NAME
 from train.model.blueprint import Blueprint
+from train.model.float8 import product_line
 from train.model.transformer import Reading, build_layers
 from train.optim import OptimizerSpec
 from train.outcome import attempt_folder
@@ -219,6 +220,8 @@ def train(config: RunSettings, context: ParallelContext, attempt: Attempt, *, ru
             metrics.alert("checkpoint set aside", f"step {gone.step}: {gone.reason}; it is in {gone.place}", level="error")
         if context.is_first:
             print(f"attention        {trainer.engine.module.attention_line} (kernels.attention={config.kernels.attention})")
+            if config.precision == "fp8":
+                print(f"products         {product_line(context.device, config.kernels.fp8_scaling)}")
         ending = trainer.run()
         trainer.saver.close()
         outcome, reason = ending.state, ending.reason

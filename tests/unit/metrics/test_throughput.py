@@ -5,7 +5,9 @@ from __future__ import annotations
 import mmap
 
 import pytest
+import torch
 
+from train import device
 from train.metrics.throughput import StepTimer, Throughput, memory_gib
 
 
@@ -49,3 +51,17 @@ def test_memory_is_that_of_this_process() -> None:
         after = memory_gib()
     assert before is not None and after is not None
     assert 0.05 < after - before < 0.2
+
+
+@pytest.mark.parametrize(("rate", "size"), [(1e9, 256), (5e9, 512), (1e11, 1024)])
+def test_the_peak_of_a_slow_cpu_is_measured_on_small_matrices(monkeypatch: pytest.MonkeyPatch, rate: float, size: int) -> None:
+    """At 1 GFLOP/s, which emulated bf16 gives, eight products of 1,024 would take 17 s."""
+    asked = []
+
+    def best_seconds(dtype: torch.dtype, size: int, repeats: int) -> float:
+        asked.append(size)
+        return 2 * size**3 / rate
+
+    monkeypatch.setattr(device, "_best_seconds", best_seconds)
+    assert device.measured_cpu_flops(torch.bfloat16) == pytest.approx(rate)
+    assert asked == [256, size]

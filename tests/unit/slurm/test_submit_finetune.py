@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -139,11 +140,13 @@ def test_a_sweep_is_an_array(words: list[str], slurm: Path) -> None:
 
 
 @pytest.fixture
-def here(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def here(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The same words for this machine."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
-    return [*words, "launch.device=cpu", "cluster=local", "cluster.preflight.enabled=false"]
+    yield [*words, "launch.device=cpu", "precision=fp32", "cluster=local", "cluster.preflight.enabled=false"]
+    with suppress(UserError):  # where the test has not failed no job is left
+        cancel(["run=tuned", "save=false"])
 
 
 def wait(condition: Callable[[], object], what: str) -> None:
