@@ -10,7 +10,6 @@ faults     10  runs of two ranks that meet ten faults under ZeRO 3, a hang and a
 layouts    15  every layout where the tests take a few: tensor x data x ZeRO x rows, checkpoints from each to each, likelihoods
 memory      5  conversion and proof of large models within bounded memory
 benches     5  `longhaul bench` end to end, with tables and traces
-recovery    5  bad data, failing saves, damaged checkpoints, requests and `best` beyond the cases of continuous integration
 resume     25  `verify-resume` and `chaos` say yes to the program, and no to the program with a mistake of a resume in it
 slurm      40  what a cluster does to a run: preemption, chains, sweeps, unfit nodes, time limits, on a real Slurm
 TABLE

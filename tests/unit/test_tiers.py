@@ -25,8 +25,8 @@ def listed() -> dict[str, int]:
 
 
 def test_every_campaign_is_listed_and_holds_tests() -> None:
-    marked = {name for path in (REPOSITORY / "tests").rglob("test_*.py") for name in MARKED.findall(path.read_text())}
-    assert marked == set(listed())
+    files = [path for path in (REPOSITORY / "tests").rglob("test_*.py") if path != Path(__file__)]
+    assert {name for path in files for name in MARKED.findall(path.read_text())} == set(listed())
 
 
 def test_an_unknown_campaign_is_refused() -> None:
