@@ -19,7 +19,7 @@ shift
 git rev-parse --git-dir > /dev/null 2>&1 || fail "$here: is no git repository, so it has no other revision"
 commit="$(git rev-parse --verify --quiet "$revision^{commit}")" ||
     fail "$revision: no such revision here; fetch it, or give one that \`git log\` shows"
-"$python" -c "import torch, deepspeed" 2> /dev/null ||
+"$python" -c 'from importlib.util import find_spec as find; exit(not (find("torch") and find("deepspeed")))' ||
     fail "$python: lacks torch or deepspeed; activate the environment (tools/environment.sh makes it), or set PYTHON"
 runs=("$@")
 [ "$#" -gt 0 ] || mapfile -t runs < <(cd "$golden/runs" && ls)
