@@ -20,9 +20,9 @@ from conf.compose import read_config
 from conf.errors import ConfigError, UserError
 from tools.exactness import comparable_state, differences, newest_checkpoint, records, summary, tensor_names
 from train.config.changes import leaves
-from train.metrics.record import Value
 
 SHOWN = 3
+MOST_CHARACTERS = 160  # state.json is one line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def judge(run: str, reference: Path, other: Path, declared: Sequence[DeclaredCha
     if unexplained or not measured:
         worst = sorted(unexplained.items(), key=lambda item: -item[1])
         text = ", ".join(f"{figure} by {shown(difference)}" for figure, difference in worst)
-        details = [f"    {line}" for line in summary(found, most=SHOWN)]
+        details = [f"    {line[:MOST_CHARACTERS]}" for line in summary(found, most=SHOWN)]
         return Verdict(fits=False, lines=[f"{run:<30} DIFFERS: {text or 'in what has no figure'}", *details])
     lines = [f"{line} (found: {shown(difference)})" for line, difference in reasons.items()]
     return Verdict(fits=True, lines=[f"{run:<30} {'; '.join(lines)}"])
@@ -144,10 +144,13 @@ def _of_checkpoints(reference: Path, other: Path, note: Any) -> None:
             note(f"checkpoint.{kind}", distance / size if size else distance and math.inf)
 
 
-def relative(one: Value | None, other: Value | None) -> float:
-    """Relative difference of two numbers; of anything else 0 where it is equal, and otherwise infinite."""
+def relative(one: Any, other: Any) -> float:
+    """Relative difference of two numbers, the largest of two lists of them; of anything else 0 where it is equal, and otherwise
+    infinite."""
     if one == other:
         return 0.0
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return max(map(relative, one, other))
     if not isinstance(one, (int, float)) or not isinstance(other, (int, float)):
         return math.inf
     difference = abs(one - other) / max(abs(one), abs(other))
@@ -155,8 +158,8 @@ def relative(one: Value | None, other: Value | None) -> float:
 
 
 def shown(difference: float | None) -> str:
-    """A difference, for a person."""
-    return "any" if difference is None or math.isinf(difference) else f"{difference:.1e}"
+    """A difference or a bound, for a person."""
+    return "any" if difference is None else f"{difference:.1e}"
 
 
 def main(arguments: Sequence[str]) -> int:

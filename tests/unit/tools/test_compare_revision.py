@@ -88,6 +88,7 @@ def test_a_run_without_a_checkpoint_differs(other: Path) -> None:
 
 def test_relative() -> None:
     assert relative(2.0, 2.0) == relative("a", "a") == 0 and relative(2.0, -2.0) == 2
+    assert relative([1.0, 2.0, "a"], [1.0, 4.0, "a"]) == 0.5 and relative([1.0], [1.0, 2.0]) == float("inf")
     assert relative(1, None) == relative("a", "b") == float("inf") and relative(0.0, 4.0) == 1
 
 
