@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conf.errors import UserError
 from train.checkpoint.manifest import CheckpointError, published
 from train.metrics.goodput import Goodput
 from train.metrics.jsonl import FILE_NAME, read_metrics
 from train.metrics.record import Value
+
+if TYPE_CHECKING:
+    from train.checkpoint.reader import CheckpointReader
 
 TIME_LIKE = frozenset(
     {"time", "attempt", "seconds", "step_seconds", "data_wait_seconds", "tokens_per_second", "mfu", "mfu_causal", "memory_gib"}
@@ -48,16 +51,16 @@ def differences(reference: Path, other: Path) -> list[str]:
 
 def summary(found: Sequence[str], *, most: int) -> list[str]:
     """The first `most` of what `differences` found among the records, the first `most` of the rest, and how many more."""
-    records = [line for line in found if line.startswith(f"{FILE_NAME}: ")]
+    of_records = [line for line in found if line.startswith(f"{FILE_NAME}: ")]
     others = [line for line in found if not line.startswith(f"{FILE_NAME}: ")]
-    lines = records[:most] + others[:most]
+    lines = of_records[:most] + others[:most]
     left = len(found) - len(lines)
     return [*lines, f"and {left:,} more differences"] if left else lines
 
 
 def metrics_differences(reference: Path, other: Path) -> list[str]:
     """Steps and evaluations that differ in value, or that only one of the runs has."""
-    left, right = _records(reference), _records(other)
+    left, right = records(reference), records(other)
     found = []
     for key in sorted(left.keys() | right.keys(), key=lambda key: (key[1], key[0])):
         place = f"{FILE_NAME}: {key[0]} of step {key[1]}"
@@ -80,18 +83,19 @@ def checkpoint_differences(reference: Path, other: Path) -> list[str]:
 
     from train.checkpoint.reader import CheckpointReader
 
-    left, right = (CheckpointReader(_newest(folder)) for folder in (reference, other))
+    left, right = (CheckpointReader(newest_checkpoint(folder)) for folder in (reference, other))
     left.verify()
     right.verify()
     if left.step != right.step:
         return [f"newest checkpoint: of step {right.step}, undisturbed {left.step}"]
     found = []
-    mine, theirs = _comparable(left.state), _comparable(right.state)
+    mine, theirs = comparable_state(left.state), comparable_state(right.state)
     if mine != theirs:
         found.append(f"state.json: {json.dumps(theirs)}, undisturbed {json.dumps(mine)}")
-    if left.names != right.names:
+    names = tensor_names(left)
+    if names != tensor_names(right):
         return [*found, "newest checkpoint: holds other tensors"]
-    for name in left.names:
+    for name in names:
         for kind in left.kinds(name):
             mine, theirs = left.read(name, kind), right.read(name, kind)
             # As integers: a NaN is equal to itself, and 0.0 is not -0.0.
@@ -101,7 +105,12 @@ def checkpoint_differences(reference: Path, other: Path) -> list[str]:
     return found
 
 
-def _comparable(state: dict[str, Any]) -> dict[str, Any]:
+def tensor_names(reader: CheckpointReader) -> tuple[str, ...]:
+    """Logical names of all tensors that a checkpoint holds, with those of adapters, whose moments no other tensor shows."""
+    return (*reader.names, *reader.adapter_names)
+
+
+def comparable_state(state: dict[str, Any]) -> dict[str, Any]:
     """Without the step of the checkpoint that a rollback went back to: a run that was stopped has others."""
     entries = [{key: entry[key] for key in entry if key != "to_step"} for entry in state.get("interventions", [])]
     return {**state, "interventions": entries}
@@ -109,10 +118,10 @@ def _comparable(state: dict[str, Any]) -> dict[str, Any]:
 
 def num_records(run_dir: Path) -> int:
     """Steps and evaluations that count."""
-    return len(_records(run_dir))
+    return len(records(run_dir))
 
 
-def _records(run_dir: Path) -> dict[tuple[str, int, str], Mapping[str, Value]]:
+def records(run_dir: Path) -> dict[tuple[str, int, str], Mapping[str, Value]]:
     """(kind, step, name) -> the record that counts, without what a clock decides."""
     return {
         (str(record["kind"]), int(record["step"]), str(record.get("name", ""))): {
@@ -127,7 +136,8 @@ def _spelled(value: Value) -> Value:
     return value if value == value else "nan"
 
 
-def _newest(run_dir: Path) -> Path:
+def newest_checkpoint(run_dir: Path) -> Path:
+    """Folder of the newest checkpoint. Raises CheckpointError when there is none."""
     folders = published(run_dir / "checkpoints")
     if not folders:
         raise CheckpointError(f"{run_dir}: holds no checkpoint")
