@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from conf.errors import UserError
+from conf.frozen import hashed_fields
 from data_pipeline.chat import chat_template
 from data_pipeline.dialogues import Message
 from data_pipeline.encoded_rows import FORMAT_VERSION, ROWS_FILE, EncodedRows, SplitContents, read_encoded, write_encoded
@@ -42,6 +43,8 @@ TASK_FIELDS = (
     "no_answer", "labels",
 )  # fmt: skip
 """What of a task decides its rows."""
+ROWS_FIELDS = ("sequence_length", "packing", "targets", "validation_fraction", "template", "system")
+"""What the fingerprint of rows was first made of, beside the task."""
 
 
 def prepare_rows(
@@ -151,8 +154,10 @@ def _check_system(task: TaskConfig, data: RowsConfig, splits: dict[Split, list[R
 
 
 def _fingerprint(task: TaskConfig, data: RowsConfig, facts: Sequence[str]) -> str:
-    settings = {name: getattr(task, name) for name in TASK_FIELDS} | dataclasses.asdict(data)
-    del settings["bad_rows"]  # where rows are encoded at all, the good ones are: which those are follows from the rest
+    # Not bad_rows: where rows are encoded at all, the good ones are, and which those are follows from the rest.
+    settings = {name: getattr(task, name) for name in TASK_FIELDS} | hashed_fields(
+        dataclasses.replace(data, bad_rows="stop"), ROWS_FIELDS
+    )
     sources = [(part, source) for part in ("data", "validation") for source in getattr(task, part)]
     read = [
         f"{part} {source.label} {Path(source.path).name} {source.split} {hash_of(source, format=task.format)}"

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from conf.errors import UserError
-from data_pipeline.io import full_disk_is_users, read_json, sha256_of, write_array, write_json
+from conf.frozen import hashed_fields
+from data_pipeline.io import full_disk_is_users, read_json, sha256_of, sha256_of_texts, write_array, write_json
 from data_pipeline.manifest import Split
 from data_pipeline.pair_loader import PairLoader
+from train.config.model import ModelConfig, RopeConfig
 from train.engine import Engine
 from train.held_out import shared_out
 from train.parallel import ParallelContext
@@ -26,6 +29,31 @@ from train.parallel import ParallelContext
 FOLDER = "reference"
 FACTS_FILE = "reference.json"
 FORMAT_VERSION = 1
+# What the hash of a model was first made of, in order.
+MODEL_FIELDS = (
+    "family", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size", "ffn_size", "max_positions", "vocab_size",
+    "vocab_multiple", "labels", "positions", "rope", "local_rope", "norm", "norm_epsilon", "norm_placement", "norm_one_plus",
+    "residual", "mlp", "bias", "qkv_bias", "attention_output_bias", "qk_norm", "qk_norm_across_heads", "embedding_scale",
+    "logit_softcap", "tied_head", "dropout", "window", "window_pattern", "attention_scale", "attention_softcap", "init_std",
+    "mup_base_width", "z_loss",
+)  # fmt: skip
+ROPE_FIELDS = (
+    "base", "fraction", "scaling", "factor", "low_frequency_factor", "high_frequency_factor", "original_max_positions",
+    "fast_turns", "slow_turns", "truncate", "attention_factor", "short_factors", "long_factors",
+)  # fmt: skip
+
+
+def hash_of_model(model: ModelConfig) -> str:
+    """Hash of a model's settings without its dropout, as text: what Python showed of them when there were these fields."""
+
+    def text(name: str, settings: Any, first: Sequence[str]) -> str:
+        values = hashed_fields(settings, first).items()
+        return f"{name}({', '.join(f'{field}={of(value)}' for field, value in values)})"
+
+    def of(value: Any) -> str:
+        return text("RopeConfig", value, ROPE_FIELDS) if isinstance(value, RopeConfig) else repr(value)
+
+    return sha256_of_texts([text("ModelConfig", replace(model, dropout=0.0), MODEL_FIELDS)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,7 @@ ORDER = (
 # What a package may import of ours, where that is less than all that lies below it.
 ONLY = {
     "conf": ("conf",),
-    "data_pipeline": ("conf.errors", "data_pipeline"),
+    "data_pipeline": ("conf.errors", "conf.frozen", "data_pipeline"),
     "train.config": ("conf", "data_pipeline.config", "data_pipeline.rows_config", "data_pipeline.task_config", "train.config"),
     "train.plan": ("conf", "train.config", "train.model.adapters", "train.model.cost", "train.model.flops"),
     "train.supervisor": ("conf.errors", "train.outcome", "train.supervisor"),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.encoded_rows import EncodedRows
-from data_pipeline.io import sha256_of_texts
 from data_pipeline.manifest import Split
 from data_pipeline.pair_loader import PairLoader
 from data_pipeline.row_loader import RowLoader
@@ -27,7 +25,7 @@ from train.initial import check_initial_model, head_changes, initial_folder
 from train.metrics import Metrics, NullMetrics
 from train.model.transformer import Reading
 from train.parallel import ParallelContext
-from train.reference import Identity, Reference, begun_with, compute_references
+from train.reference import Identity, Reference, begun_with, compute_references, hash_of_model
 from train.stages.training import Material
 
 
@@ -80,8 +78,7 @@ def _of_pairs(
     def prepare(engine: Engine, store: CheckpointStore) -> None:
         first = (base_of(config, attempt.run_dir) or Path(config.initial_checkpoint)) / MANIFEST
         base = file_facts(first).sha256 if first.is_file() else begun_with(attempt.run_dir)
-        model = sha256_of_texts([repr(replace(config.model, dropout=0.0))])
-        identity = Identity(rows=rows.fingerprint, base=base, model=model, precision=config.precision)
+        identity = Identity(rows=rows.fingerprint, base=base, model=hash_of_model(config.model), precision=config.precision)
         reference = Reference(identity=identity, run_dir=attempt.run_dir, elsewhere=config.preference.reference)
 
         def compute() -> dict[Split, np.ndarray]:
