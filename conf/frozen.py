@@ -12,7 +12,7 @@ from typing import Any
 
 
 def hashed_fields(settings: Any, first: Sequence[str]) -> dict[str, Any]:
-    """Name -> value: of a dataclass the fields `first`, in that order, then those that came later and are not at their default."""
+    """Name -> value of a dataclass: fields `first`, in that order, then later ones that are not at their defaults, by name."""
     later = sorted(
         (field for field in fields(settings) if field.name not in first and getattr(settings, field.name) != _default(field)),
         key=lambda field: field.name,
