@@ -196,11 +196,13 @@ class ForkingPopen(subprocess.Popen):
             for target, place in enumerate(("p2cread", "c2pwrite", "errwrite")):
                 if given[place] != -1:
                     os.dup2(given[place], target)
-            keep = {0, 1, 2, *given["pass_fds"]}
+            # Occupied, not closed: an inherited object that is collected later would close a number that is in use again.
+            nothing = os.open(os.devnull, os.O_RDWR)
+            keep = {0, 1, 2, nothing, *given["pass_fds"]}
             for number in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
                 if number not in keep:
                     with contextlib.suppress(OSError):
-                        os.close(number)
+                        os.dup2(nothing, number, inheritable=False)
             if given["cwd"] is not None:
                 os.chdir(given["cwd"])
             if preexec_fn is not None:

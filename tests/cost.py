@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-DEAREST = 12
-"""Files that are listed by name."""
+DEAR = 10.0
+"""CPU seconds from which a file is listed by name."""
 
 
 class Meter:
@@ -65,8 +65,10 @@ class Meter:
             write(f"{seconds:8.0f}  {folder}  ({items[folder]:,} items)")
         busy = machine_seconds() - self._machine
         write(f"{sum(folders.values()):8.0f}  together; {busy:.0f} by the machine's own count, with all else that ran on it")
-        write("the dearest files")
-        for path, seconds in self.seconds.most_common(DEAREST):
+        write(f"files above {DEAR:g} s")
+        for path, seconds in self.seconds.most_common():
+            if seconds < DEAR:
+                break
             write(f"{seconds:8.0f}  {path}  ({self.items[path]:,} items)")
 
     def _file(self, item: pytest.Item) -> str:

@@ -23,7 +23,7 @@ from train.parallel import ParallelContext
 SEQUENCE, SEQUENCES, MICRO = 16, 8, 2
 # The gradient of a key bias is zero in theory: without a floor Adam would blow its rounding noise up to full steps.
 LR, EPSILON = 3e-3, 1e-5
-STEPS = 20
+STEPS = 10
 PLAIN = KernelsConfig()
 Curve: TypeAlias = Sequence[tuple[float, float]]  # loss and gradient norm of each step
 # Clipping is tight enough to be active.

@@ -159,7 +159,7 @@ ENVIRONMENT: dict[str, set[str]] = {
     "train.launch": {"CUDA_VISIBLE_DEVICES", "LONGHAUL_ATTEMPT"},
     "train.host": {"SLURMD_NODENAME"},
     "train.companions": {"*", "OMP_NUM_THREADS", "LONGHAUL_STORE_FD"},
-    "train.engine.engine": {"DS_ACCELERATOR", "LOCAL_RANK"},
+    "train.engine.engine": {"DS_ACCELERATOR", "LOCAL_RANK", "LOCAL_SIZE"},
     "train.metrics.weights_and_biases": {"*", "WANDB_BASE_URL", "WANDB_ERROR_REPORTING"},
     "train.rendezvous": {"*"},
     "train.supervisor.policy": {"*"},

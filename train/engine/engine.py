@@ -290,6 +290,10 @@ def load_deepspeed(context: ParallelContext) -> ModuleType:
     """DeepSpeed, told where it is before it looks for itself."""
     os.environ.setdefault("DS_ACCELERATOR", context.device.type)
     os.environ.setdefault("LOCAL_RANK", str(context.local_rank))  # DeepSpeed insists on it, also under srun
+    if context.device.type == "cpu":
+        # Or ZeRO 3 asks `numactl` for the sockets whenever it reduces gradients, in a process of its own each time: 160 of them
+        # in 20 steps of two layers. The number counts in ZeRO++ only, which is not used.
+        os.environ.setdefault("LOCAL_SIZE", "1")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

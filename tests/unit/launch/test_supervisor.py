@@ -165,7 +165,7 @@ def test_rank_0_inherits_the_listening_rendezvous_port(launch: Callable[..., Lau
             store.settimeout(5)
             assert store.accept()[0].recv(5) == b"hello"
         else:
-            with socket.create_connection(address, timeout=scaled(5)) as peer:
+            with socket.create_connection(address, timeout=5) as peer:
                 peer.sendall(b"hello")
     """)
     code, out, err = run.result()
