@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 
-from conf.compose import CONF_FOLDER, compose, validate
+from conf.compose import CONF_FOLDER, Composition, compose, validate
 from conf.errors import ConfigError
 from data_pipeline.config import PrepareConfig
 from slurm.config import SubmitConfig
@@ -323,6 +324,26 @@ class Provoked:
     lines: frozenset[tuple[str, int]]
 
 
+@cache
+def base(verb: str, given: tuple[str, ...]) -> Composition:
+    return compose(verb, given)
+
+
+def composition(verb: str, given: tuple[str, ...], words: Sequence[str]) -> Composition:
+    """What `compose` makes of the words; where they only set fields, they are put into what it has made of `given`, since it
+    takes 0.15 s a time."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    parsed = [OverridesParser.create().parse_override(word) for word in words]
+    if not all("." in word.key_or_group and not word.is_add() and not word.is_delete() for word in parsed):
+        return compose(verb, [*given, *words])
+    tree = OmegaConf.create(base(verb, given).tree)
+    for word in parsed:
+        OmegaConf.update(tree, word.key_or_group, word.value())
+    return Composition(tree=OmegaConf.to_container(tree))
+
+
 @pytest.fixture(scope="module")
 def provoked() -> Provoked:
     """All cases, run once with an eye on the lines of the rule files."""
@@ -339,7 +360,7 @@ def provoked() -> Provoked:
     found = []
     for verb, words, _ in CASES:
         schema, given = VERBS[verb]
-        composed = compose(verb, [*given, *words])
+        composed = composition(verb, tuple(given), words)
         before = sys.gettrace()
         sys.settrace(call)
         try:
