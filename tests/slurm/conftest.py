@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from slurm.history import History, read_history
+from slurm.history import Begin, End, History, read_history
 from slurm.submission import read_submission
 from tests.integration.runs import WORDS
-from tests.slurm.cluster import Cluster, missing_programs
+from tests.slurm.cluster import NODES, Cluster, missing_programs
 from tests.timeouts import scaled
 
 REPOSITORY = Path(__file__).parents[2]
@@ -157,3 +157,20 @@ def desks(cluster: Cluster, folder: Path, corpus: Path, tasks: int = 1) -> Itera
 
 def _roots(folder: Path) -> Sequence[Path]:
     return [path.parents[1] for path in folder.glob("runs/**/slurm/submission.json")]
+
+
+def settle(desk: Desk, unit: Path) -> list[End]:
+    """The ends of a unit, when it has no job any more."""
+    desk.wait_until_gone(unit)
+    return desk.history(unit).ends
+
+
+def nodes_of(desk: Desk, unit: Path) -> list[tuple[str, ...]]:
+    """Nodes of every attempt."""
+    return [event.nodes for event in desk.history(unit).events if isinstance(event, Begin)]
+
+
+def slowly(desk: Desk) -> None:
+    """Have every step take long enough to be met."""
+    for node in NODES:
+        desk.cluster.break_node(node, "slow:0.2")

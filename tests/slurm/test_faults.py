@@ -9,33 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from slurm.history import Begin, End
+from slurm.history import Begin
 from slurm.submission import read_submission
-from tests.slurm.conftest import Desk
+from tests.slurm.conftest import Desk, nodes_of, settle, slowly
 from tests.timeouts import scaled
 from tools.exactness import differences
 from train.outcome import read_outcome
 
 pytestmark = pytest.mark.campaign(name="slurm")
 LONG = ("budget.steps=100000", "checkpoint.every_steps=20", "evaluate.every_steps=null")
-SLOW = "slow:0.2"  # a step takes long enough to be met
 LIMITED_STEPS = 120  # of two seconds each
-
-
-def settle(desk: Desk, unit: Path) -> list[End]:
-    """The ends of a unit, when it has no job any more."""
-    desk.wait_until_gone(unit)
-    return desk.history(unit).ends
-
-
-def nodes_of(desk: Desk, unit: Path) -> list[tuple[str, ...]]:
-    """Nodes of every attempt."""
-    return [event.nodes for event in desk.history(unit).events if isinstance(event, Begin)]
-
-
-def slowly(desk: Desk) -> None:
-    for node in ("n1", "n2", "n3", "n4"):
-        desk.cluster.break_node(node, SLOW)
 
 
 def reason_in_status(desk: Desk, name: str) -> str:
@@ -59,18 +42,6 @@ def test_a_preempted_run_comes_back(desk: Desk) -> None:
     assert first.newest is not None and first.newest >= 10, "it saved where it was"
     assert desk.history(unit).events[2].restarts == 1, "requeued once"  # type: ignore[union-attr]
     assert last.state == "finished"
-
-
-def test_a_signal_by_hand_saves_and_requeues(desk: Desk) -> None:
-    slowly(desk)
-    unit = desk.submit("poked", "budget.steps=40", "checkpoint.every_steps=1000")
-    desk.wait_for_step(unit, 5)
-    (job,) = desk.cluster.queue()
-    desk.cluster.call("scancel", "--signal=USR1", "--batch", job)
-    desk.wait(lambda: len(desk.history(unit).ends) == 1, "the stop")
-    desk.cluster.mend()
-    desk.wait_finished(unit)
-    assert [end.reason for end in settle(desk, unit)][0] == "received SIGUSR1"
 
 
 def test_scancel_saves_and_stays_cancelled(desk: Desk) -> None:
@@ -106,26 +77,6 @@ def test_longhaul_cancel_and_resume(desk: Desk) -> None:
     assert outcome is not None and outcome.state == "finished"
 
 
-def test_a_node_that_is_lost(desk: Desk) -> None:
-    """Its daemon dies while its rank lives on: Slurm requeues the job on other nodes, and no step is done twice or left out."""
-    slowly(desk)
-    unit = desk.submit("unlucky", "budget.steps=150", "checkpoint.every_steps=10")
-    desk.wait_for_step(unit, 15)
-    desk.cluster.kill_node("n2")
-    try:
-        desk.wait(lambda: len(nodes_of(desk, unit)) == 2, "the second attempt")
-        desk.cluster.mend()
-        desk.wait_finished(unit)
-        assert "n2" in nodes_of(desk, unit)[0] and "n2" not in nodes_of(desk, unit)[1]
-        first = desk.history(unit).ends[0]
-        lines = [json.loads(line) for line in (unit / "metrics.jsonl").read_text().splitlines()]
-        newest = {line["step"]: line["attempt"] for line in lines if line["kind"] == "train"}
-        assert list(newest) == list(range(1, 151)) and sorted(newest.values()) == list(newest.values())
-        assert first.action == "leave" and ("the scheduler ended the job" in first.reason or "cut off" in first.reason)
-    finally:
-        desk.cluster.bring_back("n2")
-
-
 def test_a_node_that_is_unfit(desk: Desk) -> None:
     """The check before the first step finds a full disk: the node is named, left out, and the job goes on without it."""
     desk.cluster.break_node("n2", "full_disk")
@@ -145,19 +96,6 @@ def test_unfit_nodes_and_no_others(desk: Desk) -> None:
     (end,) = settle(desk, unit)
     assert (end.state, end.action) == ("unfit", "stop") and "cannot be left out" in end.reason
     assert "unfit" in reason_in_status(desk, "hopeless")
-
-
-def test_a_rank_that_hangs(desk: Desk) -> None:
-    """The watchdog names the host; the next attempt goes on without it."""
-    desk.cluster.break_node("n2", "hang:7")
-    unit = desk.submit("stuck", f"watchdog.step_seconds={scaled(4)}", f"watchdog.grace_seconds={scaled(1)}")
-    desk.wait_finished(unit)
-    first, last = settle(desk, unit)
-    assert (first.state, first.action, first.suspects) == ("crashed", "again", ("n2",))
-    assert "rank 1 on n2" in first.reason
-    first_nodes, next_nodes = nodes_of(desk, unit)
-    assert "n2" in first_nodes and "n2" not in next_nodes
-    assert last.state == "finished"
 
 
 def test_a_rank_that_crashes_at_once_on_one_node(desk: Desk) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from slurm.history import Begin
 from slurm.verdict import read_reports
 from tests.integration import finetuning
-from tests.slurm.conftest import Desk
+from tests.slurm.conftest import Desk, nodes_of, settle, slowly
+from tests.timeouts import scaled
 from tools.exactness import differences
 from train.checkpoint.manifest import published
 
@@ -38,6 +40,51 @@ def test_two_nodes_do_what_one_machine_does(desk: Desk, layout: str) -> None:
     for name in ("there", "here"):
         line = next(line for line in status.splitlines() if line.startswith(name))
         assert "finished" in line and "16/16" in line
+
+
+def test_a_signal_by_hand_saves_and_requeues(desk: Desk) -> None:
+    slowly(desk)
+    unit = desk.submit("poked", "budget.steps=40", "checkpoint.every_steps=1000")
+    desk.wait_for_step(unit, 5)
+    (job,) = desk.cluster.queue()
+    desk.cluster.call("scancel", "--signal=USR1", "--batch", job)
+    desk.wait(lambda: len(desk.history(unit).ends) == 1, "the stop")
+    desk.cluster.mend()
+    desk.wait_finished(unit)
+    assert [end.reason for end in settle(desk, unit)][0] == "received SIGUSR1"
+
+
+def test_a_node_that_is_lost(desk: Desk) -> None:
+    """Its daemon dies while its rank lives on: Slurm requeues the job on other nodes, and no step is done twice or left out."""
+    slowly(desk)
+    unit = desk.submit("unlucky", "budget.steps=150", "checkpoint.every_steps=10")
+    desk.wait_for_step(unit, 15)
+    desk.cluster.kill_node("n2")
+    try:
+        desk.wait(lambda: len(nodes_of(desk, unit)) == 2, "the second attempt")
+        desk.cluster.mend()
+        desk.wait_finished(unit)
+        assert "n2" in nodes_of(desk, unit)[0] and "n2" not in nodes_of(desk, unit)[1]
+        first = desk.history(unit).ends[0]
+        lines = [json.loads(line) for line in (unit / "metrics.jsonl").read_text().splitlines()]
+        newest = {line["step"]: line["attempt"] for line in lines if line["kind"] == "train"}
+        assert list(newest) == list(range(1, 151)) and sorted(newest.values()) == list(newest.values())
+        assert first.action == "leave" and ("the scheduler ended the job" in first.reason or "cut off" in first.reason)
+    finally:
+        desk.cluster.bring_back("n2")
+
+
+def test_a_rank_that_hangs(desk: Desk) -> None:
+    """The watchdog names the host; the next attempt goes on without it."""
+    desk.cluster.break_node("n2", "hang:7")
+    unit = desk.submit("stuck", f"watchdog.step_seconds={scaled(4)}", f"watchdog.grace_seconds={scaled(1)}")
+    desk.wait_finished(unit)
+    first, last = settle(desk, unit)
+    assert (first.state, first.action, first.suspects) == ("crashed", "again", ("n2",))
+    assert "rank 1 on n2" in first.reason
+    first_nodes, next_nodes = nodes_of(desk, unit)
+    assert "n2" in first_nodes and "n2" not in next_nodes
+    assert last.state == "finished"
 
 
 @pytest.mark.campaign(name="slurm")
