@@ -92,6 +92,7 @@ except UserError as error:
     assert done.returncode == 1 and not alive(tmp_path)
 
 
+@pytest.mark.further
 @pytest.mark.parametrize(
     ("how", "said"),
     [("fail('alone')", "ended with code 93:\ntold to fail alone"), ("is_companion() and os.kill(os.getpid(), 9)", "SIGKILL")],
@@ -114,12 +115,14 @@ with ranks(3, "cpu") as context:
     wait_until_gone(tmp_path)
 
 
+@pytest.mark.further
 def test_one_that_never_joins_ends_the_wait(tmp_path: Path) -> None:
     done, seconds = run("pids()\nfail('before it joined')\nwith ranks(2, 'cpu'): print('unreachable')", tmp_path)
     assert done.returncode == 93 and "told to fail before it joined" in done.stderr and not done.stdout, done.stderr
     assert seconds < scaled(60) and not alive(tmp_path)
 
 
+@pytest.mark.further
 def test_what_is_done_is_not_undone_by_those_that_leave_badly(tmp_path: Path) -> None:
     program = """
 companions._LEAVING_SECONDS = 1.0
@@ -137,6 +140,7 @@ print("kept")
     assert not alive(tmp_path)
 
 
+@pytest.mark.further
 def test_one_that_has_nothing_left_to_do_may_leave_first(tmp_path: Path) -> None:
     program = """
 companions._GRACE_SECONDS = 0.2

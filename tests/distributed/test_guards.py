@@ -17,14 +17,14 @@ from train.model.logical import logical_parameters
 from train.parallel import ParallelContext, split_ranks
 
 LAYOUTS = [  # ZeRO stage, precision, ranks, tensor-parallel ranks
-    (1, "bf16", 1, 1),
+    pytest.param(1, "bf16", 1, 1, marks=pytest.mark.further),
     (1, "bf16", 2, 1),
     (1, "fp32", 2, 1),
-    (2, "bf16", 2, 1),
+    pytest.param(2, "bf16", 2, 1, marks=pytest.mark.further),
     (2, "fp32", 2, 1),
     (3, "bf16", 2, 1),
-    (3, "fp32", 2, 1),
-    (1, "bf16", 2, 2),
+    pytest.param(3, "fp32", 2, 1, marks=pytest.mark.further),
+    pytest.param(1, "bf16", 2, 2, marks=pytest.mark.further),
     (3, "fp32", 2, 2),
 ]
 

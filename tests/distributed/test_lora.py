@@ -50,7 +50,7 @@ LAYOUTS = [
     (2, 2, 2, False),
     (3, 2, 2, True),
 ]
-SELDOM = [(1, 1, 1, False), (1, 2, 1, False), (1, 2, 1, True)]
+SELDOM = [(1, 1, 1, False), (1, 2, 1, False), (1, 2, 1, True), (2, 2, 2, False)]
 Layout = tuple[int, int, int, bool]
 
 
@@ -163,7 +163,13 @@ def curve_of(context: ParallelContext, zero: int, kernels: KernelsConfig, lora: 
     [
         pytest.param(1, KernelsConfig(logits_bytes=16 * 4 * 4), "lora", id="chunked"),
         pytest.param(2, KernelsConfig(compile=True), "dora", id="compiled"),
-        pytest.param(3, KernelsConfig(compile=True, recompute="selective"), "dora", id="compiled-zero3-selective"),
+        pytest.param(
+            3,
+            KernelsConfig(compile=True, recompute="selective"),
+            "dora",
+            id="compiled-zero3-selective",
+            marks=pytest.mark.campaign(name="layouts"),
+        ),
         pytest.param(3, KernelsConfig(recompute="full"), "dora", id="full-zero3"),
     ],
 )

@@ -172,7 +172,13 @@ def test_a_run_begins_with_its_base_and_goes_on_to_the_bit(written, base: Path, 
                     torch.testing.assert_close(new_state[key], value, **near, msg=lambda t, k=f"{name} {key}": f"{k}: {t}")
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 2, False), (3, 1, 2, False), (1, 2, 1, True)])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        (1, 1, 2, False),
+        *(pytest.param(layout, marks=pytest.mark.campaign(name="layouts")) for layout in [(3, 1, 2, False), (1, 2, 1, True)]),
+    ],
+)
 def test_bf16_goes_on_to_the_bit(base: Path, tmp_path: Path, layout: Layout) -> None:
     runs = [tmp_path / name for name in CASES]
     for run in runs:

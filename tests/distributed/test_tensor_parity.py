@@ -26,11 +26,17 @@ MODELS = {
     "labels": uneven.TINY_LABELS,
 }
 LAYOUTS = [(2, data, zero, rows) for data in (1, 2) for zero in (1, 2, 3) for rows in (False, True)]
-# Of one model each pair of (data-parallel ranks, ZeRO stage, rows split) occurs, of the others each value.
+# Each pair of (data-parallel ranks, ZeRO stage, rows split) occurs.
 PAIRWISE = [
     (2, 1, 1, False), (2, 2, 1, True), (2, 1, 2, True), (2, 2, 2, False), (2, 1, 3, False), (2, 2, 3, True),
 ]  # fmt: skip
-FEW_LAYOUTS = [(2, 1, 1, False), (2, 2, 3, True)]
+FEW_LAYOUTS = [(2, 1, 1, True), (2, 1, 1, False), (2, 2, 3, True)]
+
+
+def tier_of(layout: tuple[int, int, int, bool], name: str) -> pytest.MarkDecorator | tuple[()]:
+    if layout in (PAIRWISE if name == "llama" else FEW_LAYOUTS[:1]):
+        return ()
+    return pytest.mark.further if layout == FEW_LAYOUTS[-1] else pytest.mark.campaign(name="layouts")
 
 
 def train(
@@ -51,11 +57,10 @@ def train(
 @pytest.mark.parametrize(
     ("tensor", "data", "zero", "rows", "name"),
     [
-        pytest.param(*layout, name, marks=() if layout in few else pytest.mark.campaign(name="layouts"))
+        pytest.param(*layout, name, marks=tier_of(layout, name))
         for name in MODELS
-        for few in [PAIRWISE if name == "llama" else FEW_LAYOUTS]
         for layout in LAYOUTS
-        if layout in few or name in ("llama", "gpt2", "qwen3") or layout == (2, 1, 1, True)
+        if layout in FEW_LAYOUTS or name in ("llama", "gpt2", "qwen3")
     ],
 )
 def test_fp32_equals_one_process(tensor: int, data: int, zero: int, rows: bool, name: str) -> None:

@@ -70,9 +70,11 @@ def ranks_that(what: str, folder: Path) -> tuple[list[int | None], list[str]]:
         for rank in range(2)
     ]
     codes: list[int | None] = []
+    patience_seconds = scaled(40.0)
     for rank in ranks:
         try:
-            codes.append(rank.wait(scaled(40.0)))
+            codes.append(rank.wait(patience_seconds))
+            patience_seconds = scaled(5.0)  # ranks leave together
         except subprocess.TimeoutExpired:
             codes.append(None)
             rank.kill()

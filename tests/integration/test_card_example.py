@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, processors
 
+from tests.command import run_module
 from tests.integration import finetuning
 from tests.integration.test_evaluate_finetuned import STEPS, TALKS, finished
-from tests.timeouts import scaled
 from tests.unit.convert.checkpoints import rewritten
 from train.checkpoint.manifest import file_facts, read_manifest
 from train.config.adapter import LoraConfig
@@ -48,11 +45,10 @@ def example(card: Path, more: str = "") -> str:
     """What the card's code prints, and `more` behind it."""
     (code,) = re.findall(r"^```python\n(.*?)^```$", card.read_text(encoding="utf-8"), flags=re.M | re.S)
     assert 'folder = "path/to/this/folder"' in code
-    program = code.replace("path/to/this/folder", str(card.parent)) + more
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=scaled(120), env=environment
-    )
+    folder = card.parent.parent / "example"
+    folder.mkdir()
+    (folder / "cards_example.py").write_text(code.replace("path/to/this/folder", str(card.parent)) + more, encoding="utf-8")
+    done = run_module("cards_example", environment={"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -338,7 +338,6 @@ LATER = [
 def test_what_is_wrong_is_told_before_torch_is_imported(run_dir: Path, tmp_path: Path) -> None:
     program = f"""
 import sys
-from tests.timeouts import scaled
 from tools.cli import main
 for words in {[words for words, _ in REFUSALS]!r}:
     code = main(["evaluate", "checkpoint={run_dir}", *words])

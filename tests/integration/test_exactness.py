@@ -60,6 +60,7 @@ def test_a_resumed_run_is_the_undisturbed_run(corpus: Path, tmp_path: Path, zero
     assert len({record["batch"] for record in records if record["kind"] == "train"}) == 2, "the batch grew"
 
 
+@pytest.mark.campaign(name="resume")
 @pytest.mark.parametrize("mistake", faults.MISTAKES, ids=lambda mistake: mistake.__name__)
 def test_every_mistake_of_a_resume_is_noticed(corpus: Path, tmp_path: Path, mistake: Callable[[], None]) -> None:
     """The program with the mistake is compared with itself, so that only what the resume does can differ."""
@@ -70,6 +71,7 @@ def test_every_mistake_of_a_resume_is_noticed(corpus: Path, tmp_path: Path, mist
     assert any(line.startswith("exp_avg of ") for line in found)
 
 
+@pytest.mark.campaign(name="resume")
 def test_a_guard_that_is_forgotten_is_noticed(corpus: Path, tmp_path: Path) -> None:
     reference = whole_run(corpus, tmp_path / "whole", change=faults.guard_forgotten)
     found = differences(reference, resumed_run(corpus, tmp_path / "resumed", change=faults.guard_forgotten))

@@ -61,7 +61,7 @@ def resumed_run(make, run_dir: Path, *, ranks: int, change: Callable[[], None] |
     [
         ("classification", 1, MethodConfig()),
         ("generation", 2, LORA),
-        ("generation", 3, FROZEN),
+        pytest.param("generation", 3, FROZEN, marks=pytest.mark.campaign(name="layouts")),
         ("classification", 3, LORA),
     ],
     ids=["labels-zero1", "text-zero2-lora", "text-zero3-frozen", "labels-zero3-lora"],

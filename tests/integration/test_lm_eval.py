@@ -5,10 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from argparse import ArgumentParser
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,7 +16,6 @@ import yaml
 
 from conf.errors import UserError
 from tests.command import longhaul, run_module
-from tests.timeouts import scaled
 from tests.unit.convert.checkpoints import LLAMA, write_checkpoint
 from train.checkpoint.reader import CheckpointReader
 from train.convert.hf_export import plan_weights, write_model
@@ -244,11 +240,9 @@ def test_requests_that_do_not_fit(place):
 
 
 def test_the_command_tells_an_error_in_one_line(place):
-    done = subprocess.run(
-        [Path(sys.executable).with_name("lm_eval"), "--model", "longhaul", "--model_args", "checkpoint=nowhere",
-         "--include_path", place / "tasks", "--tasks", "tiny_choice"],
-        capture_output=True, text=True, check=False, timeout=scaled(120),
-        env={**os.environ, **OFFLINE},
+    done = run_module(
+        "train.harness.command:main", "lm_eval", "--model", "longhaul", "--model_args", "checkpoint=nowhere",
+        "--include_path", str(place / "tasks"), "--tasks", "tiny_choice", environment=OFFLINE,
     )  # fmt: skip
     assert done.returncode == 93
     assert "lm_eval: checkpoint=nowhere: no such folder" in done.stderr and "Traceback" not in done.stderr

@@ -84,10 +84,10 @@ def test_a_resumed_run_is_the_undisturbed_run(checkpoint: Path, rows: Path, tmp_
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
     [
-        (2, ParallelConfig(zero=1)),
-        (2, ParallelConfig(zero=2)),
+        pytest.param(2, ParallelConfig(zero=1), marks=pytest.mark.campaign(name="layouts")),
+        pytest.param(2, ParallelConfig(zero=2), marks=pytest.mark.campaign(name="layouts")),
         (2, ParallelConfig(zero=3)),
-        (2, ParallelConfig(tensor=2)),
+        pytest.param(2, ParallelConfig(tensor=2), marks=pytest.mark.campaign(name="layouts")),
         (2, ParallelConfig(tensor=2, sequence_parallel=True)),
     ],
     ids=["zero1", "zero2", "zero3", "tensor2", "sequence-parallel"],

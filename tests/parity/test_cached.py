@@ -145,6 +145,7 @@ def _on_tensor_ranks(context, case):
     return torch.cat(pieces, dim=1)[..., : pair.model.vocab_size], theirs
 
 
+@pytest.mark.further
 @pytest.mark.parametrize("case", EVEN)
 def test_tensor_ranks_decode_as_hugging_face_does(case):
     for ours_1SV, theirs_1SV in run_ranks(_on_tensor_ranks, 2, case):

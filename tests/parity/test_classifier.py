@@ -127,6 +127,7 @@ def _on_ranks(context: ParallelContext, case: str, tensor: int) -> list[list[flo
     return Classifier(decoder, pair.model, context=context, batch_tokens=700).classify(some_rows(pair.model))
 
 
+@pytest.mark.further
 @pytest.mark.parametrize(("ranks", "tensor"), [(2, 1), (3, 1), (4, 2)])
 def test_ranks_give_the_numbers_of_transformers(ranks: int, tensor: int) -> None:
     case = "qwen2"  # two key-value heads
@@ -175,6 +176,7 @@ def _of_the_live_model(context: ParallelContext, zero: int, tensor: int, rows: b
     return curves[0], found
 
 
+@pytest.mark.further
 @pytest.mark.parametrize(
     ("ranks", "zero", "tensor", "rows"), [(2, 1, 1, False), (2, 3, 1, False), (2, 1, 2, True), (4, 3, 2, True)]
 )

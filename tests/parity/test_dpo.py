@@ -35,6 +35,8 @@ from train.model.transformer import Reading
 from train.reference import FOLDER
 from train.stages import hf_import
 
+pytestmark = pytest.mark.further
+
 STEPS, PAIRS_OF_A_STEP, PAIRS = 6, 4, 60
 RATE, EPSILON, BETA = 1e-3, 1e-5, 0.3
 

@@ -40,6 +40,8 @@ from train.model.logical import logical_parameters
 from train.model.transformer import Decoder, Reading, build_layers
 from train.stages import hf_import
 
+pytestmark = pytest.mark.further
+
 MODEL = replace(CASES["llama-gqa"], vocab_size=304)
 LORA = LoraConfig(rank=4, alpha=8)
 LENGTH, SEQUENCES, STEPS, ROWS = 64, 8, 20, 300

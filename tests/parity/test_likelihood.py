@@ -143,6 +143,7 @@ def _on_ranks(context: ParallelContext, case: str, tensor: int) -> list[tuple[fl
     return [(one.loss, one.is_greedy) for one in found], ids
 
 
+@pytest.mark.further
 @pytest.mark.parametrize(
     ("ranks", "tensor"), [(3, 1), (2, 2), *(pytest.param(*sizes, marks=SELDOM) for sizes in [(2, 1), (4, 2)])]
 )

@@ -27,6 +27,8 @@ from train.inference.load import load_decoder
 from train.model.transformer import Reading
 from train.parallel import ParallelContext, split_ranks
 
+pytestmark = pytest.mark.further
+
 LORA = LoraConfig(rank=3, alpha=12)
 LABELS = ("no", "maybe", "yes")
 LENGTH = 60

@@ -25,6 +25,7 @@ def _config(tmp_path, **settings):
     return ExportConfig(**({"checkpoint": str(tmp_path / "run"), "out": str(tmp_path / "hf")} | settings))
 
 
+@pytest.mark.further
 def test_export_with_its_proof(tmp_path, corpus, capsys):
     model = replace(LLAMA, vocab_size=300)
     checkpoint = write_checkpoint(tmp_path / "run", model, precision="bf16", corpus=corpus)
@@ -67,6 +68,7 @@ def test_held_out_text_that_is_gone_or_another_is_not_measured(tmp_path, corpus)
     assert "is not the one" in find_held_out(CheckpointReader(folder)).figures["not_measured"]
 
 
+@pytest.mark.further
 def test_a_failed_proof_publishes_nothing(tmp_path, monkeypatch):
     checkpoint = write_checkpoint(tmp_path / "run", LLAMA)
     # The child holds the folder against a checkpoint that differs in the rotary base alone.

@@ -261,6 +261,7 @@ def test_a_fault_is_caught_and_named(fault, tmp_path):
 # --- the command
 
 
+@pytest.mark.further
 def test_the_command_proves_and_the_card_says_how_to_use_it(tmp_path, capsys):
     write_checkpoint(tmp_path / "run", CASES["gpt2"])
     assert export.run(ExportConfig(checkpoint=str(tmp_path / "run"), out=str(tmp_path / "hf"))) == 0

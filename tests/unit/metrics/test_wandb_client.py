@@ -17,6 +17,8 @@ import pytest
 
 from tests.timeouts import scaled
 
+pytestmark = pytest.mark.further
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 RUN = """

@@ -156,6 +156,7 @@ def wait(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.further
 def test_it_is_cancelled_resumed_and_finished(here: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     root, long = Path("runs/tuned"), ["budget.steps=100000", "checkpoint.every_steps=100000", "evaluate.every_steps=null"]
     assert submit([*here, *long]) == 0

@@ -265,6 +265,7 @@ def test_a_long_value_keeps_its_end() -> None:
 # --- the page
 
 
+@pytest.mark.further
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
     first, second = run_folder(tmp_path / "first"), run_folder(tmp_path / "second <b>", loss=4.0, tokenizer="u" * 64)
