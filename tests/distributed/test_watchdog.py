@@ -19,7 +19,6 @@ import ctypes, os, signal, sys, time
 from datetime import timedelta
 from pathlib import Path
 from train.config.watchdog import WatchdogConfig
-from tests.timeouts import factor, scaled
 from train.health.watchdog import Watchdog
 folder, rank, what, factor = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[5])
 config = WatchdogConfig(startup_seconds=30 * factor, step_seconds=factor, evaluate_seconds=4 * factor, grace_seconds=factor)
