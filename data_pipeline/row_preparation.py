@@ -154,10 +154,9 @@ def _check_system(task: TaskConfig, data: RowsConfig, splits: dict[Split, list[R
 
 
 def _fingerprint(task: TaskConfig, data: RowsConfig, facts: Sequence[str]) -> str:
-    # Not bad_rows: where rows are encoded at all, the good ones are, and which those are follows from the rest.
-    settings = {name: getattr(task, name) for name in TASK_FIELDS} | hashed_fields(
-        dataclasses.replace(data, bad_rows="stop"), ROWS_FIELDS
-    )
+    # Where rows are encoded at all, the good ones are: which those are follows from the rest.
+    of_rows = hashed_fields(data, ROWS_FIELDS, without=("bad_rows",))
+    settings = {name: getattr(task, name) for name in TASK_FIELDS} | of_rows
     sources = [(part, source) for part in ("data", "validation") for source in getattr(task, part)]
     read = [
         f"{part} {source.label} {Path(source.path).name} {source.split} {hash_of(source, format=task.format)}"

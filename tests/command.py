@@ -5,8 +5,9 @@ than most tests compute. Here the command is forked from the server of `tests.di
 command itself starts as `python -P -m MODULE` is forked from it in turn. All the rest is as with real processes: arguments,
 environment, working folder, files, sessions, signals, exit codes, parents that wait for their children.
 
-One thing differs that a test may not rely on: /proc/PID/cmdline and /proc/PID/environ still show the server's. Where the
-process itself is the subject (found by its environment, killed at a given moment, run under Slurm), start a real one.
+What differs: /proc/PID/cmdline and /proc/PID/environ still show the server's, and a variable that a library reads while it is
+imported has no effect. Where the process itself is the subject (found by its environment, killed at a given moment, run under
+Slurm), start a real one. A process with threads starts real ones too: a fork may find a lock taken by one of them.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.dist import FORKSERVER
+from tests.dist import FORKSERVER, ensure_server
 from tests.timeouts import scaled
 
 _PR_SET_PDEATHSIG = 1
@@ -67,12 +69,17 @@ def run_module(
                 [_Descriptor(file.fileno()) for file in (stdin, stdout, stderr)],
             ),
         )
+        ensure_server()
         process.start()
-        process.join(limit)
-        if process.exitcode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.join()
+        try:
+            process.join(limit)
+            in_time = process.exitcode is not None
+        finally:  # also when the test itself is ended
+            if process.exitcode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.join()
+        if not in_time:
             raise subprocess.TimeoutExpired([module, *words], limit, _text(stdout).encode(), _text(stderr).encode())
         return subprocess.CompletedProcess([module, *words], process.exitcode, _text(stdout), _text(stderr))
 
@@ -132,6 +139,7 @@ def _become(module: str, words: Sequence[str], environment: Mapping[str, str]) -
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*found in sys.modules", category=RuntimeWarning)
             code = _exit_code(module)
+        threading._shutdown()
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -175,7 +183,7 @@ class ForkingPopen(subprocess.Popen):
         parent = None
         if words[1:5] == ["-I", "-S", "-c", companions._DIE_WITH_PARENT]:
             parent, words = int(words[5]), words[6:]
-        if tuple(words[:3]) != MODULE_COMMAND:
+        if tuple(words[:3]) != MODULE_COMMAND or len(list(Path("/proc/self/task").iterdir())) > 1:
             super()._execute_child(args, executable, preexec_fn, *more)  # type: ignore[misc]
             return
         names = _EXECUTE_CHILD[4:]  # behind self, args, executable and preexec_fn
@@ -193,6 +201,8 @@ class ForkingPopen(subprocess.Popen):
         try:
             if given["start_new_session"]:
                 os.setsid()
+            if given["process_group"] != -1:
+                os.setpgid(0, given["process_group"])
             for target, place in enumerate(("p2cread", "c2pwrite", "errwrite")):
                 if given[place] != -1:
                     os.dup2(given[place], target)

@@ -12,7 +12,6 @@ from tests.session import (  # noqa: F401  (hooks of pytest)
     pytest_addoption,
     pytest_collection_modifyitems,
     pytest_configure,
-    pytest_report_header,
 )
 
 # Small products gain nothing from a second thread, and on busy cores the two wait for each other for most of the time.

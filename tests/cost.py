@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.timeouts import factor
+
 DEAR = 10.0
 """CPU seconds from which a file is listed by name."""
 
@@ -60,6 +62,7 @@ class Meter:
             folders[folder] += seconds
             items[folder] += self.items[path]
         write = terminalreporter.write_line
+        write(f"limits of time were multiplied by {factor():g}, as measured at the start with all workers busy")
         write("CPU seconds of all processes")
         for folder, seconds in folders.most_common():
             write(f"{seconds:8.0f}  {folder}  ({items[folder]:,} items)")

@@ -5,19 +5,28 @@ The first group pays for the imports once; later ones start in well under a seco
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from tests.timeouts import scaled
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tests.preloaded"])
+
+
+def ensure_server() -> None:
+    """Start the server from the repository's folder, where it finds what it is to load; elsewhere it would go without."""
+    with contextlib.chdir(Path(__file__).parents[1]):
+        multiprocessing.forkserver.ensure_running()
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 120.0) -> list[Any]:
@@ -28,6 +37,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
     timeout_seconds = scaled(timeout_seconds)
+    ensure_server()
     with tempfile.TemporaryDirectory() as folder:
         queue = FORKSERVER.SimpleQueue()
         ranks = [

@@ -25,12 +25,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Record(config.rootpath / path, writes=not is_worker), "longhaul-record")
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"limits of time are multiplied by {timeouts.factor():g}, as measured with all workers busy"
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Multiply the limit of each item, where it has one."""
+    """Multiply the limit of each item, where it has one; a limit that is given by hand is what it says."""
+    if config.getoption("timeout") is not None:
+        return
     usual = float(config.getini("timeout") or 0)
     for item in items:
         marker = item.get_closest_marker("timeout")
@@ -45,12 +43,18 @@ class Record:
     def __init__(self, path: Path, *, writes: bool) -> None:
         self.path, self.writes = path, writes
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self._passed = {line.split("\t")[2] for line in lines if line.startswith("passed\t") and line.count("\t") == 2}
+        parts = [line.split("\t") for line in lines if line.count("\t") == 2]
+        outcomes = {name: outcome for outcome, _, name in parts}  # the last one counts: a test may fail when it is torn down
+        self._passed = {name for name, outcome in outcomes.items() if outcome == "passed"}
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         done = [item for item in items if item.nodeid in self._passed]
         config.hook.pytest_deselected(items=done)
         items[:] = [item for item in items if item.nodeid not in self._passed]
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self._passed:
+            session.exitstatus = pytest.ExitCode.OK  # all of them have passed before
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not self.writes or (report.when != "call" and report.passed):

@@ -115,8 +115,9 @@ def figures(reference: Path, other: Path) -> dict[str, float]:
     found: dict[str, float] = {}
 
     def note(figure: str, difference: float) -> None:
-        if difference:
-            found[figure] = max(found.get(figure, 0.0), difference)
+        distance = difference if math.isfinite(difference) else math.inf  # the maximum of a number and NaN is the number
+        if distance:
+            found[figure] = max(found.get(figure, 0.0), distance)
 
     left, right = records(reference), records(other)
     for key in left.keys() | right.keys():

@@ -64,13 +64,14 @@ failed() {
 }
 
 echo "$revision ($(git log -1 --format='%h %s' "$commit")) against this tree ($(git describe --always --dirty))"
-code=0
+code=0 compared=0
 for run in "${runs[@]}"; do
     made="$(sed -n 's/.*"commit": "\([0-9a-f]*\)".*/\1/p' "$golden/runs/$run/expected.json")"
     if git cat-file -e "$made" 2> /dev/null && ! git merge-base --is-ancestor "$made" "$commit"; then
         echo "$(printf '%-30s' "$run") not compared: was made by ${made:0:7}, which $revision does not contain"
         continue
     fi
+    compared=1
     before="$work/before" after="$work/after"
     mkdir "$before" "$after"
     (resume "$work/tree" "$before" "$run") & first=$!
@@ -89,4 +90,5 @@ for run in "${runs[@]}"; do
     [ "$result" -le "$code" ] || code="$result"
     rm -rf "$before" "$after"
 done
+[ "$compared" = 1 ] || fail "$revision: contains the maker of no recorded run; nothing was compared"
 exit "$code"

@@ -175,5 +175,5 @@ with ranks(2, "cpu") as context:
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(number)
-        assert process.wait(10.0) == -number
+        assert process.wait(scaled(10.0)) == -number
     wait_until_gone(tmp_path)

@@ -32,7 +32,7 @@ subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"], st
 
 
 def program(folder: Path, source: str) -> WatchedRun:
-    return WatchedRun([sys.executable, "-S", "-c", source], folder / "run", patience_seconds=5.0)
+    return WatchedRun([sys.executable, "-S", "-c", source], folder / "run", patience_seconds=scaled(5.0))
 
 
 @pytest.fixture

@@ -49,7 +49,12 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return whole_run(corpus, tmp_path_factory.mktemp("undisturbed") / "run")
 
 
-@pytest.mark.parametrize(("zero", "ranks", "precision"), [(1, 2, "bf16"), (2, 2, "fp32"), (3, 2, "fp32")])
+RESUMED = [
+    (1, 2, "bf16"), (2, 2, "fp32"), (3, 2, "fp32"), pytest.param(3, 2, "bf16", marks=pytest.mark.campaign(name="resume")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("zero", "ranks", "precision"), RESUMED)
 def test_a_resumed_run_is_the_undisturbed_run(corpus: Path, tmp_path: Path, zero: int, ranks: int, precision: str) -> None:
     options = {"zero": zero, "precision": precision, "ranks": ranks}
     reference = whole_run(corpus, tmp_path / "whole", **options)
@@ -182,7 +187,13 @@ def test_a_changed_bit_of_a_checkpoint_is_noticed(undisturbed: Path, tmp_path: P
 def test_a_run_that_meets_faults_ends_as_the_undisturbed_one(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], zero: int, faults: int, kinds: str
 ) -> None:
-    campaign = (f"faults={faults}", f"kinds=[{kinds}]", "seed=2", f"folder={tmp_path / 'campaign'}")
+    campaign = (
+        f"faults={faults}",
+        f"kinds=[{kinds}]",
+        "seed=2",
+        f"patience_seconds={scaled(180)}",
+        f"folder={tmp_path / 'campaign'}",
+    )
     guard = ("guard.diverged_after_skips=3", "guard.leave_out_steps_before=0", "checkpoint.keep_last=3")
     settings = (
         *WORDS,

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import random
+import sys
 from argparse import ArgumentParser
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -244,5 +245,7 @@ def test_the_command_tells_an_error_in_one_line(place):
         "train.harness.command:main", "lm_eval", "--model", "longhaul", "--model_args", "checkpoint=nowhere",
         "--include_path", str(place / "tasks"), "--tasks", "tiny_choice", environment=OFFLINE,
     )  # fmt: skip
+    script = Path(sys.executable).with_name("lm_eval").read_text(encoding="utf-8")
+    assert "from train.harness.command import main" in script, "lm-eval's own script of this name knows no models of ours"
     assert done.returncode == 93
     assert "lm_eval: checkpoint=nowhere: no such folder" in done.stderr and "Traceback" not in done.stderr

@@ -350,7 +350,7 @@ def test_a_stop_within_an_evaluation_is_made_up_for(corpus: Path, tmp_path: Path
 
 
 def test_a_time_limit_leaves_time_for_the_save(corpus: Path, tmp_path: Path) -> None:
-    """The limit is 9 s away, the steps take 16, and time is held back for a save that was never measured."""
+    """The limit is 9 s away, the 16 steps take a second each, and time is held back for a save that was never measured."""
     seconds = (scaled(9.0), scaled(1.0))
     assert run_ranks(limited, 1, steady(corpus), str(tmp_path), *seconds) == ["stopped: the time limit is near"]
     assert step_of(published(tmp_path / "checkpoints")[-1]) < STEPS

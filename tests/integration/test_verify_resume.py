@@ -85,7 +85,9 @@ def test_chaos_notices_a_mistake(
 ) -> None:
     mutate(mistake)
     settings = words(corpus, "budget.steps=30", *DEADLINES)
-    config = ChaosConfig(overrides=settings, faults=1, kinds=(kind,), bad_data=False, folder=str(tmp_path / "runs"))
+    config = ChaosConfig(
+        overrides=settings, faults=1, kinds=(kind,), bad_data=False, folder=str(tmp_path / "runs"), patience_seconds=scaled(180)
+    )
     assert chaos.run(config, module=MODULE) == 1
     printed = capsys.readouterr().out
     assert "FAILED: " in printed and named in printed

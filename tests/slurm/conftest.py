@@ -173,4 +173,4 @@ def nodes_of(desk: Desk, unit: Path) -> list[tuple[str, ...]]:
 def slowly(desk: Desk) -> None:
     """Have every step take long enough to be met."""
     for node in NODES:
-        desk.cluster.break_node(node, "slow:0.2")
+        desk.cluster.break_node(node, f"slow:{scaled(0.2)}")

@@ -23,6 +23,7 @@ import pytest
 
 from conf.schema import dataclass_in, element_dataclass
 from data_pipeline.config import PrepareConfig
+from tests.timeouts import scaled
 from tests.unit import design
 from tests.unit.design import ENVIRONMENT, ONLY, ORDER, OWNERS, TORCH_FREE
 from tests.unit.sources import PACKAGES, REPOSITORY, Module, is_below, modules
@@ -205,7 +206,7 @@ def heavy_imports(names: Sequence[str]) -> Iterator[Offence]:
     heavy = ("torch", "deepspeed", "megatron", "transformers", "tokenizers", "wandb", "datasets", "safetensors")
     given = repr((heavy, f"{REPOSITORY}/", tuple(names)))
     command = [sys.executable, "-P", "-c", FIND_HEAVY_IMPORTS, given]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=scaled(60))
     assert done.returncode == 0, done.stderr
     for path, line, library, imported in (text.split("|") for text in done.stdout.splitlines()):
         yield Offence(Path(path), int(line), f"imports {library} when {imported} is imported")

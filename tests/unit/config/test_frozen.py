@@ -54,3 +54,4 @@ def test_settings_that_differ_are_told_apart() -> None:
 def test_fields_of_rows() -> None:
     assert list(hashed_fields(RowsConfig(), ROWS_FIELDS)) == list(ROWS_FIELDS)
     assert hashed_fields(RowsConfig(bad_rows="drop"), ROWS_FIELDS)["bad_rows"] == "drop"
+    assert "bad_rows" not in hashed_fields(RowsConfig(bad_rows="drop"), ROWS_FIELDS, without=("bad_rows",))

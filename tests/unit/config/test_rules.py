@@ -344,6 +344,17 @@ def composition(verb: str, given: tuple[str, ...], words: Sequence[str]) -> Comp
     return Composition(tree=OmegaConf.to_container(tree))
 
 
+def test_what_is_put_in_is_what_would_be_composed() -> None:
+    seen = set()
+    for verb, words, _ in CASES:
+        plain = all("." in word.partition("=")[0] for word in words)
+        if plain and verb not in seen:
+            given = tuple(VERBS[verb][1])
+            assert composition(verb, given, words) == compose(verb, [*given, *words]), verb
+            seen.add(verb)
+    assert len(seen) >= 4
+
+
 @pytest.fixture(scope="module")
 def provoked() -> Provoked:
     """All cases, run once with an eye on the lines of the rule files."""

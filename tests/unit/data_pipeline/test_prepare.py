@@ -22,6 +22,7 @@ from data_pipeline.manifest import SPLITS, Manifest, read_manifest
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.workspace import locked, partial_folder
+from tests.timeouts import scaled
 from tests.unit.data_pipeline.corpora import prepared, settings, some_text, some_texts, write_jsonl
 
 
@@ -237,12 +238,12 @@ class TestInterruption:
             [sys.executable, str(script)], env=environment, stderr=subprocess.DEVNULL, start_new_session=True
         )
         documents = tmp_path / "out.partial" / "documents"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + scaled(30)
         while time.monotonic() < deadline and len(list(documents.glob("0*.json"))) < 3:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + scaled(10)
         while time.monotonic() < deadline and _members(process.pid):
             time.sleep(0.05)
         assert not _members(process.pid)

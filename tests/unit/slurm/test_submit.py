@@ -16,6 +16,7 @@ from slurm.submission import read_submission
 from slurm.submit import submit, sweep
 from slurm.verbs import cancel, logs, resume, status, table
 from tests.integration.runs import WORDS
+from tests.timeouts import scaled
 from tools.cli import VERBS
 from train.outcome import Outcome, attempt_folder, write_outcome
 
@@ -321,7 +322,7 @@ def test_this_machine_runs_the_same_script(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "empty").mkdir()
     assert submit(["export", "checkpoint=empty", "cluster=local"]) == 0
     root = Path("runs/export-empty")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + scaled(60)
     while not read_history(root).ends and time.monotonic() < deadline:
         time.sleep(0.1)
     (end,) = read_history(root).ends

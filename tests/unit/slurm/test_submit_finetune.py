@@ -19,6 +19,7 @@ from slurm.submission import read_submission
 from slurm.submit import submit, sweep
 from slurm.verbs import cancel, logs, resume, status
 from tests.integration import finetuning
+from tests.timeouts import scaled
 from tests.unit.convert.checkpoints import write_checkpoint
 from tests.unit.slurm.test_submit import words as pretrain_words
 from train.config.runs import RUNS
@@ -150,7 +151,7 @@ def here(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 def wait(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + scaled(120)
     while not condition():
         assert time.monotonic() < deadline, f"{what}: {Path('runs/tuned/slurm/finetune.out').read_text()}"
         time.sleep(0.2)

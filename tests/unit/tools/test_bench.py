@@ -43,7 +43,7 @@ NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
 
 def bench(*words: str, environment: Mapping[str, str] = NO_COMPILER) -> tuple[str, dict]:
     """What the command printed, and the JSON of its last line."""
-    done = longhaul("bench", *words, environment=environment, timeout_seconds=300)
+    done = longhaul("bench", *words, environment=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(done.stdout.splitlines()[-1])
 
@@ -68,6 +68,7 @@ def test_loader_and_checkpoint_run(corpus: Path, tmp_path: Path) -> None:
 def test_step_runs_on_two_ranks(corpus: Path) -> None:
     text, report = bench("step", f"data={corpus}", *TINY, *SHORT, "processes=2", "peer=hf", environment={})
     assert report["tokens_per_step"] == 2 * 2 * 32 and text.count("round 1/1") == 1
+    assert report["ways"]["hf_compiled"]["tokens_per_second"] > 0
 
 
 def test_a_bench_that_is_not_there() -> None:

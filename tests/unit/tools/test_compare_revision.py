@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from conf.errors import UserError
 from tests.golden import recorded
+from tests.timeouts import scaled
 from tests.unit.sources import REPOSITORY
 from tools.compare_revision import DeclaredChange, declared_since, figures, judge, relative
 from train.checkpoint.manifest import published
@@ -80,6 +83,19 @@ def test_a_changed_moment_of_an_adapter_is_noticed(other: Path, monkeypatch: pyt
     assert judge(RUN, REFERENCE, other, []).lines[0].endswith("DIFFERS: checkpoint.exp_avg_sq by 5.0e-01")
 
 
+def test_no_declared_bound_allows_what_is_no_number(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = StoredCheckpoint.read
+
+    def changed(self: StoredCheckpoint, name: str, kind: str = "weight") -> object:
+        value = read(self, name, kind)
+        return value * float("nan") if self.path.is_relative_to(other) and kind == "exp_avg" else value
+
+    monkeypatch.setattr(StoredCheckpoint, "read", changed)
+    declared = DeclaredChange(runs="*", figures="checkpoint.*", bound=0.5, reason="sums in another order")
+    assert figures(REFERENCE, other) == {"checkpoint.exp_avg": float("inf")}
+    assert not judge(RUN, REFERENCE, other, [declared]).fits
+
+
 def test_a_run_without_a_checkpoint_differs(other: Path) -> None:
     shutil.rmtree(published(other / "checkpoints")[-1])
     verdict = judge(RUN, REFERENCE, other, [])
@@ -120,5 +136,12 @@ def test_the_list_of_this_revision_can_be_read() -> None:
 )
 def test_refused(words: tuple[str, ...], text: str) -> None:
     script = REPOSITORY / "tools" / "compare_revision.sh"
-    done = subprocess.run(["bash", str(script), *words], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        ["bash", str(script), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=scaled(60),
+        env={**os.environ, "PYTHON": sys.executable},
+    )
     assert done.returncode == 2 and text in done.stderr
