@@ -102,6 +102,7 @@ def dropped(context: ParallelContext, rows: bool, recompute: str) -> tuple[list,
     return tuple(curves)
 
 
+@pytest.mark.further
 @pytest.mark.parametrize("rows", [False, True])
 def test_dropout_repeats_itself_and_keeps_the_ranks_together(rows: bool) -> None:
     plain, recomputed = (run_ranks(dropped, 2, rows, recompute) for recompute in ("none", "full"))

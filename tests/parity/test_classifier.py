@@ -142,6 +142,7 @@ def _different_rows(context: ParallelContext) -> None:
     Classifier(pair.ours(160), pair.model, context=context, batch_tokens=700).classify([[context.rank]])
 
 
+@pytest.mark.further
 def test_ranks_that_ask_for_different_rows_are_an_error() -> None:
     with pytest.raises(AssertionError, match="different rows"):
         run_ranks(_different_rows, 2)

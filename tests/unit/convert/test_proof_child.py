@@ -49,6 +49,7 @@ def test_a_task_is_the_same_after_the_command_line(tmp_path):
         Task.parse([*task.words()[:4], "int4", "all", "safetensors", "hf"])
 
 
+@pytest.mark.further
 def test_the_report_is_written_elsewhere_and_the_folder_left_alone(tmp_path):
     task = _task(tmp_path, GPT2)
     before = {path.name: path.stat().st_mtime_ns for path in task.folder.iterdir()}
