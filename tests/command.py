@@ -143,7 +143,7 @@ def _become(module: str, words: Sequence[str], environment: Mapping[str, str]) -
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-    except BaseException:  # nothing may go on behind this call: it would be the test's own program once more
+    except BaseException:  # nothing may run after this call: it would be the test's own program once more
         traceback.print_exc(file=sys.__stderr__)
     finally:
         os._exit(code)

@@ -1,4 +1,4 @@
-"""One run of the tests as a whole: limits of time for this machine, what it costs, and a record to go on from."""
+"""One run of the tests as a whole: limits of time for this machine, what it costs, and a record to resume from."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Long checks, by hand: `tools/campaign.sh` lists them, `tools/campaign.sh NAME [PYTEST ARGUMENTS]` runs one. Interrupted, the
-# same command on the same commit goes on behind what has passed; .cache/campaigns/NAME-COMMIT.tsv tells outcome and seconds.
+# same command on the same commit leaves out what has passed; .cache/campaigns/NAME-COMMIT.tsv tells outcome and seconds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-list() {  # name, minutes on two cores with AVX2, what it holds
+list() {  # name, about how many minutes on two cores with AVX2, what it holds
     cat <<'TABLE'
 faults     10  runs of two ranks that meet ten faults under ZeRO 3, a hang and a stopped rank under ZeRO 2, to the bit
 layouts    15  every layout where the tests take a few: tensor x data x ZeRO x rows, checkpoints from each to each, likelihoods

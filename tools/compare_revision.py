@@ -159,7 +159,7 @@ def relative(one: Any, other: Any) -> float:
 
 
 def shown(difference: float | None) -> str:
-    """A difference or a bound, for a person."""
+    """A difference or a bound, human-readable."""
     return "any" if difference is None else f"{difference:.1e}"
 
 

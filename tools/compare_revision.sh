@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lets another revision and this tree go on from the runs that tests/golden holds, and compares what they write to the bit:
+# Lets another revision and this tree resume the runs that tests/golden holds, and compares what they write to the bit:
 #   bash tools/compare_revision.sh REV [RUN ...]
 # Each has its own copy of a run, and reads it with its own code; the Python and its packages are the same. One line is printed
 # for a run. Exit code 0: equal, or different as tests/golden/declared_changes.yaml declares; 1: some run differs otherwise, or
@@ -45,7 +45,7 @@ trap 'exit 143' TERM
 git worktree add --quiet --detach "$work/tree" "$commit"
 cp "$work/tree/tests/golden/declared_changes.yaml" "$work/declared_before.yaml" 2> /dev/null || true
 
-# resume TREE PLACE RUN: copy the run to PLACE and let TREE go on with it to its end, by the words that it was started with.
+# resume TREE PLACE RUN: copy the run to PLACE and let TREE resume it to its end, by the words that it was started with.
 # Replaces the shell that it is called in, so that a signal to it reaches the program.
 resume() {
     local tree="$1" place="$2" run="$3" words

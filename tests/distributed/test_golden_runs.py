@@ -1,4 +1,4 @@
-"""Runs made by older code go on as they did: their next five losses are compared with those that were recorded.
+"""Runs made by older code continue as they did: their next five losses are compared with those that were recorded.
 
 All of a run that decides its numbers is in them: weights, moments and update count of the checkpoint, sample order, dropout,
 optimizer, schedule. They are resumed by the configuration on their disk, whose old spellings the program has to understand.

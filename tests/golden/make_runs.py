@@ -1,7 +1,7 @@
 """Makes the recorded runs of this folder: `python -m tests.golden.make_runs`, by hand, once, on commit 417006b; no test does.
 
 The corpora and rows are written to tests/golden/data, the folders of the runs to tests/golden/runs. Each run is stopped by
-`budget.stop_at_step` five steps before its end; a copy of it then goes on to the end, which gives `expected.json`. A run that
+`budget.stop_at_step` five steps before its end; a copy of it then runs to the end, which gives `expected.json`. A run that
 has one is left as it is, so the command may be started again. All paths are relative to tests/golden, where the program is
 started, so that the folder can be copied anywhere.
 

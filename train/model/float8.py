@@ -58,7 +58,7 @@ def cpu_has_product(scaling: Scaling) -> bool:
 
 
 def product_line(device: torch.device, scaling: Scaling) -> str:
-    """How the products are computed, for a person."""
+    """How the products are computed, human-readable."""
     if device.type == "cuda" or cpu_has_product(scaling):
         return f"8-bit floats scaled {scaling}"
     return f"rounded to 8-bit floats scaled {scaling}, multiplied in fp32: this CPU has no 8-bit product"
