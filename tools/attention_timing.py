@@ -36,6 +36,7 @@ class Report:
     """What was measured."""
 
     device: str
+    dtype: str
     auto: str
     forward_flops: int
     """Two products of the scores that are not masked; a backward pass is counted as twice that."""
@@ -90,6 +91,7 @@ def measure(config: BenchConfig) -> Report:
         timings[name] = Timing(forward_ms=forward_ms, both_ms=both_ms, output_error=output_error, gradient_error=gradient_error)
     return Report(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        dtype=str(needs.dtype).removeprefix("torch."),
         auto=choose("auto", needs).name,
         forward_flops=4 * visible_pairs(needs, bounds) * needs.num_heads * needs.head_size,
         timings=timings,

@@ -32,8 +32,8 @@ class BenchConfig:
     """Bound on the scores; null: none."""
     documents: int | None = None
     """Documents packed into each sequence, of random lengths; null: sequences that are not packed."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """What is computed in."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """What is computed in; auto: bf16 where the GPU or the CPU multiplies it, fp32 elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where; auto is CUDA when this machine has it."""
     backends: tuple[AttentionName, ...] = ()
@@ -71,7 +71,7 @@ def run(config: BenchConfig) -> int:
         print(f"{name:<16} not here: {reason}")
     packed = f", {config.documents} documents in each" if config.documents else ""
     print(
-        f"\n{config.batch} x {config.sequence_length} tokens{packed}, {config.dtype} on {report.device}; * is what auto takes"
+        f"\n{config.batch} x {config.sequence_length} tokens{packed}, {report.dtype} on {report.device}; * is what auto takes"
     )
     print(f"{'backend':<16} {'forward ms':>11} {'TFLOP/s':>8} {'both ms':>11} {'TFLOP/s':>8} {'error':>9} {'gradient':>9}")
 

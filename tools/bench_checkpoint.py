@@ -51,7 +51,9 @@ def run(config: CheckpointBenchConfig) -> int:
     from train.model.blueprint import Blueprint
     from train.model.transformer import Reading, build_layers
     from train.optim import OptimizerSpec
+    from train.precision import resolve_precision
 
+    precision = resolve_precision("auto", "cpu").precision
     layout = {"tensor_parallel": config.parallel.tensor, "sequence_parallel": config.parallel.sequence_parallel}
     with ranks(config.processes, "cpu", **layout) as context, tempfile.TemporaryDirectory(dir=config.folder) as made:
         root = Path(context.from_first(made))
@@ -65,7 +67,7 @@ def run(config: CheckpointBenchConfig) -> int:
             ),
             optimizer=OptimizerSpec(settings=OptimConfig()),
             parallel=config.parallel,
-            precision="bf16",
+            precision=precision,
             micro_batch=1,
             dropout_seed=1,
             context=context,
@@ -74,7 +76,9 @@ def run(config: CheckpointBenchConfig) -> int:
             root / "checkpoints",
             config=CheckpointConfig(keep_last=1),
             context=context,
-            run_config=PretrainConfig(model=config.model, budget=BudgetConfig(steps=1), parallel=config.parallel),
+            run_config=PretrainConfig(
+                model=config.model, budget=BudgetConfig(steps=1), parallel=config.parallel, precision=precision
+            ),
             tokenizer_folder=tokenizer,
             data_fingerprint="bench",
         )

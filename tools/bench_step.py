@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ from train.config.training import (
     Precision,
     RunConfig,
 )
+from train.precision import resolve_precision
 
 FAR = 10**9  # a budget of steps that no bench reaches
 
@@ -51,7 +52,7 @@ class StepBenchConfig:
     """How the state lies on the ranks."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer."""
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     """As in `longhaul pretrain`."""
     data: str = "data/stdlib"
     """Folder of a prepared corpus; its tokenizer must fit into model.vocab_size."""
@@ -114,6 +115,7 @@ def run(config: StepBenchConfig) -> int:
     from train.inference.load import resolve_device
 
     device = resolve_device(config.device)
+    config = replace(config, precision=resolve_precision(config.precision, device.type).precision)
     parallel = config.parallel
     layout = {"tensor_parallel": parallel.tensor, "sequence_parallel": parallel.sequence_parallel}
     with (

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from train.config.training import Precision
+from train.config.training import ComputePrecision
 
 # Dense bf16 tensor-core peak in TFLOP/s, from the vendors' data sheets; the first name that fits counts.
 GPU_BF16_TFLOPS = (
@@ -25,7 +25,7 @@ SMALL_PRODUCT = 256  # 0.04 s in emulated bf16
 FP32_SHARE = 0.5  # TF32 runs at half the bf16 rate on the cards above
 
 
-def peak_flops(device: torch.device, precision: Precision) -> float | None:
+def peak_flops(device: torch.device, precision: ComputePrecision) -> float | None:
     """Peak of one rank's device in FLOP/s: the data sheet's for a GPU (None: not known), measured for a CPU.
 
     That of bf16 for fp8 too, so that its utilisation shows what it gains.

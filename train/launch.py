@@ -24,6 +24,7 @@ from train.groundwork.findings import Findings
 from train.initial import configure, newest_whole
 from train.outcome import ExitCode, last_attempt, read_outcome
 from train.plan import RunPlan, describe, make_plan
+from train.precision import Resolved, expected_precision
 from train.provenance import git_commit, versions
 from train.stoppable import Stopped, stoppable
 from train.supervisor import Restarts, run_attempt, supervise
@@ -82,7 +83,8 @@ def show(config: RunSettings) -> None:
     """Print the resolved configuration and what would be done with it, on whatever machine."""
     findings = settle(config, elsewhere=True)
     print(as_yaml(findings.config), end="")
-    print(*plan_lines(_planned(findings), findings), sep="\n", flush=True)
+    precision = _expected(findings.config, elsewhere=True)
+    print(*plan_lines(_planned(findings, precision), findings, precision), sep="\n", flush=True)
 
 
 def check_elsewhere(config: RunSettings) -> tuple[RunSettings, list[str]]:
@@ -118,10 +120,11 @@ def get_ready(config: RunSettings, *, elsewhere: bool = False) -> tuple[RunSetti
 def _check(config: RunSettings, *, elsewhere: bool) -> tuple[Findings, str | None, list[str]]:
     """What was found, what a finished run has used up, and what is about to happen."""
     findings = settle(config, elsewhere=elsewhere)
-    plan, run_dir = _planned(findings), run_folder(findings.config)
+    precision = _expected(findings.config, elsewhere=elsewhere)
+    plan, run_dir = _planned(findings, precision), run_folder(findings.config)
     going_on = compare_with_newest(findings, run_dir) or findings.begin()
     done = used_up(run_dir, plan, patience=findings.config.evaluate.patience)
-    return findings, done, [*plan_lines(plan, findings), *([] if done else going_on)]
+    return findings, done, [*plan_lines(plan, findings, precision), *([] if done else going_on)]
 
 
 def run_folder(config: RunSettings) -> Path:
@@ -129,10 +132,14 @@ def run_folder(config: RunSettings) -> Path:
     return Path(config.run.folder) / config.run.name
 
 
-def _planned(findings: Findings) -> RunPlan:
+def _expected(config: RunSettings, *, elsewhere: bool) -> Resolved:
+    return expected_precision(config.precision, config.launch.device, elsewhere=elsewhere)
+
+
+def _planned(findings: Findings, precision: Resolved) -> RunPlan:
     processes = findings.config.launch.processes
     assert processes is not None, "settle fills it in"
-    plan = make_plan(findings.config, processes)
+    plan = make_plan(replace(findings.config, precision=precision.precision), processes)
     findings.check_plan(plan.total_samples)
     return plan
 
@@ -170,11 +177,11 @@ def visible_gpus() -> int:
     return count if chosen is None else min(count, len([part for part in chosen.split(",") if part.strip()]))
 
 
-def plan_lines(plan: RunPlan, findings: Findings) -> list[str]:
-    """What is about to happen, for a person."""
+def plan_lines(plan: RunPlan, findings: Findings, precision: Resolved) -> list[str]:
+    """What is about to happen, human-readable."""
     return [
         f"run              {run_folder(findings.config)}",
-        *describe(plan, findings.config, train_tokens=findings.train_tokens),
+        *describe(plan, findings.config, precision=str(precision), train_tokens=findings.train_tokens),
         *findings.lines,
     ]
 
@@ -212,7 +219,10 @@ def compare_with_newest(findings: Findings, run_dir: Path) -> list[str]:
                 f"copy, or start another run with run.name=..."
             )
         return []
-    recorded = check_resume(read_config(RUNS, newest / "config.yaml"), findings.config, str(newest))
+    before, config = read_config(RUNS, newest / "config.yaml"), findings.config
+    if config.precision == "auto":  # the ranks settle it, and tell when it is another one than before
+        config = replace(config, precision=before.precision)
+    recorded = check_resume(before, config, str(newest))
     if read_manifest(newest).data_fingerprint != findings.fingerprint:
         raise UserError(findings.other_data(str(newest)))
     changed = [f"changed          {change.field}: {shown(change.before)} -> {shown(change.after)}" for change in recorded]

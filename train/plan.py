@@ -118,11 +118,17 @@ def make_plan(config: RunSettings, world_size: int) -> RunPlan:
             data_parallel=data_parallel,
             tensor_parallel=tensor,
             zero=config.parallel.zero,
-            bytes_per_value=4 if config.precision == "fp32" else 2,
+            bytes_per_value=_bytes_per_value(config),
             kernels=config.kernels,
             trained=cost.Trained(shapes=trained, muon=config.optim.kind == "muon"),
         ),
     )
+
+
+def _bytes_per_value(config: RunSettings) -> int:
+    """Of a weight or an activation. Not settled yet, auto is what it is on most machines: bf16 on GPUs, fp32 on CPUs."""
+    unsettled = config.precision == "auto" and config.launch.device == "cpu"
+    return 4 if config.precision == "fp32" or unsettled else 2
 
 
 def _rule_problems(config: RunSettings) -> list[str]:
@@ -201,14 +207,14 @@ def _walk(config: RunSettings, ramp: BatchRamp, warmup_steps: int) -> tuple[int,
     return steps, samples, warmup_samples
 
 
-def describe(plan: RunPlan, config: RunSettings, *, train_tokens: int | None = None) -> list[str]:
-    """The plan as lines for a person."""
+def describe(plan: RunPlan, config: RunSettings, *, precision: str, train_tokens: int | None = None) -> list[str]:
+    """The plan as human-readable lines. `precision`: the one expected, in words."""
     passes = plan.micro_batches_at(plan.total_samples)
     memory, gib = plan.memory, cost.GIB
     lines = [
         f"ranks            {plan.world_size} ({plan.data_parallel} data-parallel x {config.parallel.tensor} tensor-parallel"
         f"{' with rows split' if config.parallel.sequence_parallel else ''}), ZeRO {config.parallel.zero}, "
-        f"{config.precision}",
+        f"{precision}",
         f"model            {plan.parameters:,} parameters"
         + (f", {plan.trained_parameters:,} of them trained" if plan.trained_parameters < plan.parameters else ""),
         f"step             {plan.ramp.full} sequences x {plan.sequence_length} = {plan.tokens_per_step:,} tokens; "

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conf.compose import read_config
 from conf.errors import UserError
@@ -26,6 +26,10 @@ from train.config.settings import RunSettings
 from train.health.watchdog import HANG_FILE, Watchdog
 from train.host import host_name
 from train.outcome import ExitCode, Outcome, State, attempt_folder, write_crash_note, write_outcome
+from train.precision import Resolved, agreed, resolve_precision
+
+if TYPE_CHECKING:  # it brings torch, which a rank that is refused need not wait for
+    from train.parallel import ParallelContext
 
 REPORT_SECONDS = 30.0  # of a hang: the stacks of all ranks are gathered first
 NEXT = {
@@ -107,7 +111,7 @@ def run(config: RunSettings, attempt: Attempt) -> Outcome:
     import torch.distributed as dist
 
     from train.parallel import start_rank
-    from train.stages.training import train
+    from train.stages.training import note_in_run, train
 
     context = start_rank(
         config.launch.device,
@@ -116,8 +120,12 @@ def run(config: RunSettings, attempt: Attempt) -> Outcome:
         sequence_parallel=config.parallel.sequence_parallel,
     )
     record = json.loads((attempt.run_dir / "run.json").read_text(encoding="utf-8"))
-    attempt.watchdog.connect(context.store, context.gather_to_all(host_name()))
-    ending, step = train(config, context, attempt, run=record)
+    hosts = context.gather_to_all(host_name())
+    attempt.watchdog.connect(context.store, hosts)
+    precision = settle_precision(config, context, hosts)
+    if context.is_first:
+        note_in_run(attempt.run_dir, precision=precision.precision, precision_reason=precision.reason)
+    ending, step = train(replace(config, precision=precision.precision), context, attempt, run=record, why=precision.reason)
     attempt.watchdog.close()
     if context.is_first and ending.state == "finished":
         end = {"step": step} | ({} if ending.patience is None else {"patience": ending.patience})
@@ -129,6 +137,13 @@ def run(config: RunSettings, attempt: Attempt) -> Outcome:
     if state == "finished" and config.model.labels:  # it writes no text that one could sample
         return replace(outcome, next=OF_LABELS.format(run=attempt.run_dir))
     return outcome
+
+
+def settle_precision(config: RunSettings, context: ParallelContext, hosts: Sequence[str]) -> Resolved:
+    """What the run computes in; all ranks together. Raises UserError on all of them where they answer differently."""
+    found = resolve_precision(config.precision, context.device.type)
+    agreed(list(zip(hosts, context.gather_to_all(found.precision), strict=True)))
+    return found
 
 
 def leave(code: int) -> None:

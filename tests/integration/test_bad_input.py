@@ -92,7 +92,7 @@ def flip_byte(path: Path) -> None:
         (["run.folder=/dev/null"], ["/dev/null/bad", "cannot be read (Not a directory); check run.folder"]),
         (
             ["optim.lrr=1", "batch.sequences=-8", "parallel.zero=0", "precision=fp16"],
-            ["4 problems", "optim.lrr", "batch.sequences=-8", "zero=1", "precision=fp16: must be bf16, fp32 or fp8"],
+            ["4 problems", "optim.lrr", "batch.sequences=-8", "zero=1", "precision=fp16: must be auto, bf16, fp32 or fp8"],
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,

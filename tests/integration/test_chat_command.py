@@ -25,6 +25,7 @@ from train.checkpoint.manifest import file_facts
 pytestmark = pytest.mark.further
 
 MODEL = replace(LLAMA, vocab_size=304, max_positions=160)
+ON_CPU = ("device=cpu", "dtype=fp32")
 SYSTEM = "say it twice"
 WORDS = ("one", "two", "three", "system", "answer", "words", "user")
 COMMAND = [sys.executable, "-P", "-m", "tools.cli"]
@@ -72,7 +73,7 @@ def test_what_training_said_lies_beside_the_tokenizer(run_dir: Path) -> None:
 
 def test_lines_of_a_pipe_are_turns(run_dir: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved.jsonl"
-    words = ["generate", f"checkpoint={run_dir}", "chat=true", "temperature=0", "device=cpu", "max_new_tokens=20"]
+    words = ["generate", f"checkpoint={run_dir}", "chat=true", "temperature=0", *ON_CPU, "max_new_tokens=20"]
     found = longhaul(*words, typed=f"one\nthree\n/save {saved}\n/reset\nsystem\n")
     assert (found.returncode, found.stdout) == (0, "one one\nthree three\nsystem system\n"), found.stderr
     assert "3 answers: " in found.stderr
@@ -86,7 +87,7 @@ def test_lines_of_a_pipe_are_turns(run_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.campaign(name="layouts")
 def test_ranks_that_share_the_model_chat_as_one(run_dir: Path) -> None:
-    words = ["generate", f"checkpoint={run_dir}", "chat=true", "temperature=0", "device=cpu", "max_new_tokens=20", "tensor=2"]
+    words = ["generate", f"checkpoint={run_dir}", "chat=true", "temperature=0", *ON_CPU, "max_new_tokens=20", "tensor=2"]
     shared = longhaul(*words, typed="one\n/undo\nthree\n/reset\ntwo\n")
     assert (shared.returncode, shared.stdout) == (0, "one one\nthree three\ntwo two\n"), shared.stderr
     assert shared.stderr.count("taken back: one") == 1, "one rank speaks"
@@ -145,7 +146,7 @@ class Terminal:
 
 
 def test_a_chat_at_a_terminal(run_dir: Path) -> None:
-    chat = Terminal("generate", f"checkpoint={run_dir}", "temperature=0", "device=cpu", "max_new_tokens=20")
+    chat = Terminal("generate", f"checkpoint={run_dir}", "temperature=0", *ON_CPU, "max_new_tokens=20")
     assert f"The system says: {SYSTEM}" in chat.until("> ")
     chat.type("one\n")
     chat.until("one one\r\n")
@@ -201,7 +202,7 @@ def test_an_export_that_is_imported_again_chats_alike(run_dir: Path, tmp_path: P
     imported = longhaul("import", f"hf={out}", f"out={tmp_path / 'imported'}")
     assert imported.returncode == 0, imported.stderr + imported.stdout
     back = longhaul(
-        "generate", f"checkpoint={tmp_path / 'imported'}", "chat=true", f"system={SYSTEM}", "temperature=0", "device=cpu",
+        "generate", f"checkpoint={tmp_path / 'imported'}", "chat=true", f"system={SYSTEM}", "temperature=0", *ON_CPU,
         typed="one\nthree\n",
     )  # fmt: skip
     assert (back.returncode, back.stdout) == (0, "one one\nthree three\n"), back.stderr

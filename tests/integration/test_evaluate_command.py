@@ -34,7 +34,7 @@ from train.stoppable import Stopped
 
 pytestmark = pytest.mark.further
 
-PLAIN = ("device=cpu", "wandb.mode=disabled", "resamples=50")
+PLAIN = ("device=cpu", "dtype=fp32", "wandb.mode=disabled", "resamples=50")
 
 
 def command(*words: str) -> list[str]:

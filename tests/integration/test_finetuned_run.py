@@ -134,7 +134,8 @@ def test_adapters_are_read_by_peft(base: Path, tuned: Path, tmp_path: Path, caps
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-4)
     assert (logits[0] - logits[2]).abs().max() > 0.1, "the adapters do nothing"
     capsys.readouterr()
-    generate(GenerateConfig(checkpoint=str(tuned), prompt=PROMPT, max_new_tokens=8, temperature=0.0, stream=False))
+    settings = {"max_new_tokens": 8, "temperature": 0.0, "dtype": "fp32", "stream": False}
+    generate(GenerateConfig(checkpoint=str(tuned), prompt=PROMPT, **settings))
     ours = capsys.readouterr().out
     texts = [greedy(model, tokenizer) for model in (beside, whole)]
     assert texts[0] == texts[1] and texts[0].strip()

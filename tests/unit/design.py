@@ -14,6 +14,7 @@ ORDER = (
     "train.model.flops",
     "train.plan",
     "train.host",
+    "train.precision",
     "train.provenance",
     "train.outcome",
     "train.stoppable",
@@ -139,6 +140,7 @@ TORCH_FREE = (
     "train.groundwork",
     "train.outcome",
     "train.plan",
+    "train.precision",
     "train.supervisor",
     *(f"train.scores.{path.stem}" for path in sorted((REPOSITORY / "train/scores").glob("[!_]*.py"))),
     *(f"tools.compare.{path.stem}" for path in sorted((REPOSITORY / "tools/compare").glob("[!_]*.py"))),
@@ -158,6 +160,7 @@ ENVIRONMENT: dict[str, set[str]] = {
     },
     "train.launch": {"CUDA_VISIBLE_DEVICES", "LONGHAUL_ATTEMPT"},
     "train.host": {"SLURMD_NODENAME"},
+    "train.precision": {"*"},  # those that keep PyTorch's libraries from instructions, in its table
     "train.companions": {"*", "OMP_NUM_THREADS", "LONGHAUL_STORE_FD"},
     "train.engine.engine": {"DS_ACCELERATOR", "LOCAL_RANK", "LOCAL_SIZE"},
     "train.metrics.weights_and_biases": {"*", "WANDB_BASE_URL", "WANDB_ERROR_REPORTING"},

@@ -42,7 +42,7 @@ class GenerateConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What to compute on; auto: CUDA when this machine has it."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Weights and activations; auto: bf16 on CUDA, fp32 on a CPU."""
+    """Weights and activations; auto: bf16 where the GPU or the CPU multiplies it, fp32 elsewhere."""
     verify: bool = True
     """Compare the checkpoint's files with their hashes before they are read (about 1 GB a second)."""
 

@@ -16,6 +16,7 @@ from train.config.training import (
     BatchConfig,
     BudgetConfig,
     CheckpointConfig,
+    ComputePrecision,
     EvaluateConfig,
     LaunchConfig,
     OptimConfig,
@@ -49,9 +50,10 @@ class RunSettings:
     """How the state lies on the ranks."""
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     """How the arithmetic is carried out."""
-    precision: Precision = "bf16"
-    """bf16: weights and activations in bf16, master weights and moments in fp32; fp32: all in fp32; fp8: as bf16, with the
-    products of all blocks but the first and the last in 8-bit floats, for GPUs from compute capability 8.9 on."""
+    precision: Precision = "auto"
+    """auto: bf16 where the GPU or the CPU multiplies it, fp32 elsewhere; bf16: weights and activations in bf16, master weights
+    and moments in fp32; fp32: all in fp32; fp8: as bf16, with the products of all blocks but the first and the last in 8-bit
+    floats, for GPUs from compute capability 8.9 on."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When checkpoints are written and which are kept."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -94,6 +96,12 @@ class RunSettings:
     def rates(self) -> OptimConfig:
         """The optimizer's settings, with all that follows for the rates of groups of parameters."""
         return self.optim
+
+    @property
+    def compute_precision(self) -> ComputePrecision:
+        """The precision of a rank, which has settled what auto is."""
+        assert self.precision != "auto", "a rank settles it before anything computes"
+        return self.precision
 
     @property
     def yardstick(self) -> str:

@@ -317,5 +317,7 @@ class RunConfig:
         _raise_if(problems)
 
 
-Precision = Literal["bf16", "fp32", "fp8"]
+ComputePrecision = Literal["bf16", "fp32", "fp8"]
 """bf16: weights and activations in bf16, master weights and moments in fp32. fp8: as bf16, with products in fp8."""
+Precision = Literal["auto", "bf16", "fp32", "fp8"]
+"""What may be asked for; `train.precision` knows what auto is."""

@@ -34,7 +34,7 @@ def resolve_export_dtype(name: Literal["auto"] | DType, reader: CheckpointReader
     settings = reader.settings
     if isinstance(settings, ImportedConfig):
         return settings.origin.dtype
-    return "fp32" if settings.precision == "fp32" else "bf16"
+    return "fp32" if settings.compute_precision == "fp32" else "bf16"
 
 
 def plan_weights(reader: CheckpointReader, dtype: DType, *, shard_bytes: int) -> tuple[Shard, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from train.config.training import ParallelConfig, Precision
+from train.config.training import ComputePrecision, ParallelConfig
 from train.engine.contract import Batch
 from train.engine.engine import build_module, deepspeed_config, initialize
 from train.model.transformer import Layer
@@ -21,7 +21,7 @@ class BareEngine:
         *,
         optimizer: OptimizerSpec,
         parallel: ParallelConfig,
-        precision: Precision,
+        precision: ComputePrecision,
         micro_batch: int,
         context: ParallelContext,
     ) -> None:

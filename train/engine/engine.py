@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from train.config.adapter import LoraConfig
-from train.config.training import OptimConfig, ParallelConfig, Precision
+from train.config.training import ComputePrecision, OptimConfig, ParallelConfig
 from train.engine import fragments
 from train.engine.contract import Answers, Batch, EvaluationResult, StepResult
 from train.engine.optimizers import make_optimizer, update_stance
@@ -74,7 +74,7 @@ class Engine:
         *,
         optimizer: OptimizerSpec,
         parallel: ParallelConfig,
-        precision: Precision,
+        precision: ComputePrecision,
         micro_batch: int,
         dropout_seed: int,
         context: ParallelContext,
@@ -332,7 +332,7 @@ def build_module(layers: Sequence[Layer], config: dict, context: ParallelContext
     return Decoder([sharded(layer) for layer in layers])
 
 
-def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, precision: Precision, micro_batch: int) -> dict:
+def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, precision: ComputePrecision, micro_batch: int) -> dict:
     """DeepSpeed's dictionary for our settings.
 
     Accumulation is driven by the caller (a batch ramp changes it), so DeepSpeed's own is 1. Gradients are summed over the

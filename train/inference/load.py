@@ -13,6 +13,7 @@ from train.model.blueprint import Blueprint
 from train.model.logical import logical_of, tag
 from train.model.transformer import Decoder, Reading, build_layers
 from train.parallel import ALONE, TensorRanks
+from train.precision import resolve_precision
 
 if TYPE_CHECKING:  # the model's settings are enough for a decoder; the whole configuration is only named
     from train.config.model import ModelConfig
@@ -40,10 +41,8 @@ def resolve_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 def resolve_dtype(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype:
-    """The dtype of weights and activations; auto is bf16 on CUDA, fp32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    """The dtype of weights and activations; auto is what `precision=auto` is on this device."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[resolve_precision(name, device.type).precision]
 
 
 def check_divisible(model: ModelConfig, tensor: int) -> None:

@@ -33,6 +33,7 @@ from train.evaluate.subject import Subject, load_engines, open_subject
 from train.inference.chat import chat_format
 from train.inference.load import check_divisible, resolve_device
 from train.parallel import ParallelContext, single_process
+from train.precision import resolve_precision
 from train.provenance import git_commit, versions
 from train.scores.intervals import measure
 from train.scores.record import EVALUATION_FILE, Evaluation, Example, Kind, Score
@@ -67,6 +68,8 @@ def run(config: EvaluationConfig) -> int:
     """
     started = time.perf_counter()
     device = resolve_device(config.device)
+    precision = resolve_precision(config.dtype, device.type)
+    config = replace(config, dtype=precision.precision)
     subject = open_subject(config.checkpoint, config.hf, verify=False, hashed=False)
     if subject.model.labels and config.task.kind == "classification":
         config = replace(config, task=replace(config.task, labels=subject.model.labels, label_texts=()))
@@ -79,6 +82,7 @@ def run(config: EvaluationConfig) -> int:
             subject = open_subject(config.checkpoint, config.hf, verify=config.verify)
         prepared = PREPARERS[config.task.kind](config, subject)  # what is wrong with the data is told before weights are read
         engines = load_engines(subject, context, dtype=config.dtype, batch_tokens=config.batch_tokens)
+        _tell(f"dtype            {precision}")
         findings = prepared(engines, context)
         if not context.is_first:
             return 0

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from conf.errors import UserError
@@ -21,6 +22,7 @@ from train.inference.load import check_divisible, load_decoder, resolve_device, 
 from train.inference.sampling import Sampling
 from train.inference.text import Console
 from train.parallel import ParallelContext, single_process
+from train.precision import resolve_precision
 
 
 def run(config: GenerateConfig) -> int:
@@ -29,6 +31,7 @@ def run(config: GenerateConfig) -> int:
     Raises UserError for a prompt or a checkpoint that cannot be read or trusted, and for a model that cannot chat.
     """
     prompt = read_prompt(config)
+    config = replace(config, dtype=resolve_precision(config.dtype, resolve_device(config.device).type).precision)
     subject = open_subject(config.checkpoint, None, verify=config.verify)
     check_divisible(subject.model, config.tensor)
     if config.chats:
@@ -59,7 +62,7 @@ def continue_prompt(config: GenerateConfig, subject: Subject, prompt: str) -> No
         show(decoder, request, continuations, console)
         seconds = time.perf_counter() - started
     num_tokens = sum(continuation.num_tokens for continuation in continuations)
-    speed = speed_words(num_tokens, seconds, context)
+    speed = speed_words(num_tokens, seconds, config, context)
     print(f"{subject.reader.path.name}, {len(request.prompt)} prompt tokens: {speed}", file=sys.stderr)
 
 
@@ -92,7 +95,7 @@ def chat(config: GenerateConfig, subject: Subject, form: ChatFormat, prompt: str
             loop.run(Lines(sys.stdin, prompts=interactive))
         tally = dialogue.tally
         told = "1 answer" if tally.answers == 1 else f"{tally.answers} answers"
-        tell(f"{subject.reader.path.name}, {told}: {speed_words(tally.tokens, tally.seconds, context)}")
+        tell(f"{subject.reader.path.name}, {told}: {speed_words(tally.tokens, tally.seconds, config, context)}")
 
 
 def sampling_of(config: GenerateConfig) -> Sampling:
@@ -118,10 +121,10 @@ def decoder_of(config: GenerateConfig, subject: Subject, context: ParallelContex
     return CachedDecoder(decoder, subject.model)
 
 
-def speed_words(num_tokens: int, seconds: float, context: ParallelContext) -> str:
+def speed_words(num_tokens: int, seconds: float, config: GenerateConfig, context: ParallelContext) -> str:
     """How much was written, how fast, and on what."""
     rate = num_tokens / seconds if seconds else 0.0
-    return f"{num_tokens} tokens in {seconds:.1f} s ({rate:.1f} tokens/s) on {context.device.type}"
+    return f"{num_tokens} tokens in {seconds:.1f} s ({rate:.1f} tokens/s) on {context.device.type} in {config.dtype}"
 
 
 def show(decoder: CachedDecoder, request: Request, continuations: list[Continuation], console: Console) -> None:

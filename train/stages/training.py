@@ -19,7 +19,7 @@ from train.checkpoint.manifest import write_durably
 from train.checkpoint.store import CheckpointStore
 from train.config.changes import check_resume
 from train.config.settings import RunSettings
-from train.device import peak_flops
+from train.device import measured_cpu_flops, peak_flops
 from train.engine import Engine
 from train.health.requests import Deadline, Requests
 from train.health.stragglers import Stragglers
@@ -34,6 +34,7 @@ from train.optim import OptimizerSpec
 from train.outcome import attempt_folder
 from train.parallel import ParallelContext
 from train.plan import RunPlan, make_plan
+from train.precision import bf16_on_cpu
 from train.recovery import Recovery
 from train.saver import Saver
 from train.spike_report import SpikeReporter
@@ -68,8 +69,8 @@ def blueprint_of(config: RunSettings, context: ParallelContext) -> Blueprint:
         kernels=config.kernels,
         tensor=context.tensor,
         device=context.device,
-        dtype=torch.float32 if config.precision == "fp32" else torch.bfloat16,
-        float8=config.kernels.fp8_scaling if config.precision == "fp8" else None,
+        dtype=torch.float32 if config.compute_precision == "fp32" else torch.bfloat16,
+        float8=config.kernels.fp8_scaling if config.compute_precision == "fp8" else None,
         lora=config.adapter,
         neftune_alpha=config.embedding_noise,
         frozen=config.frozen,
@@ -90,7 +91,7 @@ def build(config: RunSettings, context: ParallelContext, attempt: Attempt, metri
         build_layers(blueprint_of(config, context), material.reading, seed=config.run.seed),
         optimizer=optimizer_of(config),
         parallel=config.parallel,
-        precision=config.precision,
+        precision=config.compute_precision,
         micro_batch=config.batch.micro_batch,
         dropout_seed=config.run.seed,
         context=context,
@@ -171,15 +172,35 @@ def layout_of(config: RunSettings, plan: RunPlan) -> dict[str, int]:
     }
 
 
-def keep_wandb_id(run_dir: Path, wandb_id: str) -> None:
-    """Write another Weights & Biases id into run.json: the service no longer knew the old one."""
+def note_in_run(run_dir: Path, **values: object) -> None:
+    """Write what only the ranks know into run.json: the precision, another Weights & Biases id when the old one is unknown."""
     path = run_dir / "run.json"
     record = json.loads(path.read_text(encoding="utf-8"))
-    write_durably(path, json.dumps(record | {"wandb_id": wandb_id}, indent=2).encode())
+    write_durably(path, json.dumps(record | values, indent=2).encode())
 
 
-def train(config: RunSettings, context: ParallelContext, attempt: Attempt, *, run: dict) -> tuple[Ending, int]:
-    """Run the training on this rank: how it ended, and at which step. `run` is the content of run.json."""
+def precision_lines(config: RunSettings, why: str, state: TrainState, device: torch.device) -> list[str]:
+    """The precision and why it is that one, what it was before this resume, and what bf16 costs where it is emulated."""
+    before = [change for change in state.adjustments if change["field"] == "precision" and change["step"] == state.step]
+    lines = [f"precision        {config.precision} ({why})"]
+    if before:
+        lines[0] += f"; {before[-1]['before']} until step {state.step}"
+    if device.type == "cpu" and config.precision != "fp32" and not bf16_on_cpu()[0]:
+        bf16, fp32 = (measured_cpu_flops(dtype, size=256) for dtype in (torch.bfloat16, torch.float32))
+        lines.append(
+            f"                 bf16 is emulated here: a product of 256 x 256 runs at {bf16 / 1e9:.1f} GFLOP/s, in fp32 "
+            f"{fp32 / bf16:.0f} times as fast; precision=auto takes fp32"
+        )
+    return lines
+
+
+def train(
+    config: RunSettings, context: ParallelContext, attempt: Attempt, *, run: dict, why: str = "as asked"
+) -> tuple[Ending, int]:
+    """Run the training on this rank: how it ended, and at which step.
+
+    `run` is the content of run.json; `why` tells how the precision was settled.
+    """
     run_dir = attempt.run_dir
     plan = make_plan(config, context.world_size)
     metrics: Metrics | NullMetrics = NullMetrics()
@@ -195,7 +216,7 @@ def train(config: RunSettings, context: ParallelContext, attempt: Attempt, *, ru
             layout=layout_of(config, plan),
             notes=config.run.notes,
         )
-        peak = peak_flops(context.device, config.precision)
+        peak = peak_flops(context.device, config.compute_precision)
         throughput = Throughput(
             flops_per_token=plan.flops_per_token_full,
             flops_per_token_causal=plan.flops_per_token_causal,
@@ -207,7 +228,7 @@ def train(config: RunSettings, context: ParallelContext, attempt: Attempt, *, ru
             identity,
             plan.total_steps,
             throughput=throughput,
-            save_wandb_id=lambda wandb_id: keep_wandb_id(run_dir, wandb_id),
+            save_wandb_id=lambda wandb_id: note_in_run(run_dir, wandb_id=wandb_id),
         )
     outcome, reason = "crashed", ""
     try:
@@ -219,6 +240,7 @@ def train(config: RunSettings, context: ParallelContext, attempt: Attempt, *, ru
         for gone in trainer.saver.store.set_aside:
             metrics.alert("checkpoint set aside", f"step {gone.step}: {gone.reason}; it is in {gone.place}", level="error")
         if context.is_first:
+            print(*precision_lines(config, why, trainer.state, context.device), sep="\n")
             print(f"attention        {trainer.engine.module.attention_line} (kernels.attention={config.kernels.attention})")
             if config.precision == "fp8":
                 print(f"products         {product_line(context.device, config.kernels.fp8_scaling)}")

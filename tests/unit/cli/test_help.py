@@ -77,7 +77,7 @@ def test_types_and_defaults_are_spelled_as_on_the_command_line(capsys: pytest.Ca
         "  model.num_layers  int  (required)",
         "  model.num_kv_heads  int | null  = null",
         "  run.notes  str  = ''",
-        "  precision  bf16 | fp32 | fp8  = bf16",
+        "  precision  auto | bf16 | fp32 | fp8  = auto",
         "  data.document_mask  bool  = true",
         "  data.sources  [{path: ..., weight: ..., name: ...}, ...]  = [{path: data/stdlib}]",
         "  data.sources[].weight  float  = 1.0",

@@ -62,7 +62,7 @@ OF_THE_USER = {  # what an option leaves open on purpose
         (["model.bias=3"], "model.bias=3: must be true or false"),
         (["run.name=5"], """run.name=5: must be text; quote it twice, for the shell and for YAML: run.name="'5'\""""),
         (["run.notes=null"], "run.notes=null: must be text"),
-        (["precision=fp16"], "precision=fp16: must be bf16, fp32 or fp8"),
+        (["precision=fp16"], "precision=fp16: must be auto, bf16, fp32 or fp8"),
         (["schedule.kind=cosin"], "must be cosine, wsd, linear, constant or inverse_sqrt; did you mean cosine?"),
         (["data.sources=x"], "data.sources=x: must be a list, which is given as a whole: data.sources=[{path: ...}]"),
         (["data.sources.0.weight=2"], "must be a list, which is given as a whole: data.sources=[{path: ...}]"),
@@ -345,7 +345,7 @@ from train.config.pretrain import PretrainConfig
 from train.plan import describe, make_plan
 from dataclasses import replace
 config = validate(PretrainConfig, compose("pretrain", ["model=llama_8b", "budget.steps=1000"]))
-describe(make_plan(config, 8), config)
+describe(make_plan(config, 8), config, precision="bf16")
 print([name for name in {heavy} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, timeout=scaled(60))

@@ -162,7 +162,7 @@ CASES: list[tuple[str, list[str], str]] = [
     (
         "pretrain",
         ["optim=muon", "parallel=zero2"],
-        "optim.kind=muon: with parallel.zero=2 and precision=bf16 DeepSpeed takes the gradient norm, and clips, after",
+        "optim.kind=muon: with parallel.zero=2 and precision=auto DeepSpeed takes the gradient norm, and clips, after",
     ),
     ("pretrain", ["optim=muon", "precision=fp32"], "optim.kind=muon: with parallel.zero=1 and precision=fp32 DeepSpeed takes"),
     (

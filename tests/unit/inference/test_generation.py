@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from train.inference.generation import Request, generate_ids
 from train.inference.load import load_decoder, resolve_device, resolve_dtype
 from train.inference.sampling import Sampling
 from train.model.transformer import Reading
+from train.precision import Cpu, bf16_on_cpu
 from train.stages.generate import run
 
 CPU = torch.device("cpu")
@@ -94,8 +96,10 @@ def test_device_and_dtype(monkeypatch):
     assert resolve_device("auto") == CPU
     with pytest.raises(UserError, match="device=cuda"):
         resolve_device("cuda")
-    assert resolve_dtype("auto", CPU) == torch.float32
-    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    for flag, dtype in (("avx2", torch.float32), ("avx512_bf16", torch.bfloat16)):
+        cpu = Cpu(machine="x86_64", flags=frozenset({flag}))
+        monkeypatch.setattr("train.precision.bf16_on_cpu", partial(bf16_on_cpu, cpu, {}))
+        assert resolve_dtype("auto", CPU) == dtype
     assert resolve_dtype("bf16", CPU) == torch.bfloat16
 
 

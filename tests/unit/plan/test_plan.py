@@ -164,8 +164,8 @@ def test_description_holds_the_numbers() -> None:
         "batch.sequences=8", "batch.micro_batch=2", "budget.steps=100", "batch.ramp_start=4", "batch.ramp_samples=80"
     )
     plan = make_plan(config, 2)
-    text = "\n".join(describe(plan, config, train_tokens=100_000))
-    assert "ranks            2 (2 data-parallel x 1 tensor-parallel), ZeRO 1, bf16" in text
+    text = "\n".join(describe(plan, config, precision="bf16 (auto)", train_tokens=100_000))
+    assert "ranks            2 (2 data-parallel x 1 tensor-parallel), ZeRO 1, bf16 (auto)" in text
     assert "step             8 sequences x 64 = 512 tokens; 2 micro-batches of 2 on each rank" in text
     assert "ramp             4 -> 8 sequences over 80 samples" in text
     assert f"{plan.total_tokens / 100_000:.2f} epochs of the corpus" in text and "100 steps" in text
