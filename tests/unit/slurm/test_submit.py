@@ -20,7 +20,7 @@ from tests.timeouts import scaled
 from tools.cli import VERBS
 from train.outcome import Outcome, attempt_folder, write_outcome
 
-GIVEN = [word for word in WORDS if not word.startswith("launch.")]
+GIVEN = [word for word in WORDS if not word.startswith(("launch.", "precision="))]
 
 
 def words(corpus: Path, *more: str, name: str = "first", site: str = "slurm_cpu") -> list[str]:
@@ -31,12 +31,14 @@ def test_a_run_is_kept_with_all_it_needs(corpus: Path, slurm: Path, capsys: pyte
     assert submit(words(corpus, "nodes=2")) == 0
     root = Path("runs/first")
     assert slurm.read_text() == f"sbatch --parsable {root.resolve()}/slurm/pretrain.sbatch\n"
-    assert "job 100" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "job 100" in told and "ZeRO 1, fp32 (auto: bf16 on nodes whose CPUs multiply it)" in told
     assert (root / "slurm/code/train/rank.py").exists() and (root / "slurm/code/slurm/job.sbatch.j2").exists()
     assert not list((root / "slurm/code").rglob("__pycache__"))
     assert "torch==" in (root / "slurm/environment.txt").read_text()
     config = (root / "slurm/config.yaml").read_text()
     assert "processes: 2" in config and "device: cpu" in config and "vocab_size: 300" in config
+    assert "precision: auto" in config  # the ranks settle it where they run, not the login node
     submission = read_submission(root)
     assert (submission.tasks, submission.stages[0].jobs) == (2, ("100",))
 
