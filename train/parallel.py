@@ -5,6 +5,7 @@ Tensor-parallel ranks are neighbours (0..t-1 hold one model), data-parallel rank
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -16,6 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +193,9 @@ def start_rank(
     if tensor_parallel > 1:
         # One hardware queue: kernels start in the order of the calls, so that a reduction overlaps the product after it.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if device == "cuda":
+    if device == "cpu":
+        keep_freed_memory()
+    else:
         alone = torch.cuda.device_count() == 1  # each task of a job may be shown nothing but its own
         place = torch.device("cuda", 0 if alone else local_rank)
         torch.cuda.set_device(place)
@@ -209,6 +215,18 @@ def start_rank(
         tensor_parallel=tensor_parallel,
         sequence_parallel=sequence_parallel,
     )
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep memory that is freed for what is allocated next, where the C library is glibc.
+
+    Left alone it gives every block above 32 MiB back to the kernel at once, and the next step takes it page by page: a fifth
+    of the CPU time of a head with its loss (1,024 tokens, 8,192 ids; 333,833 page faults in ten steps, 16,384 with this).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def leave_ranks() -> None:
