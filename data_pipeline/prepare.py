@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -102,10 +101,10 @@ def _do_phases(config: PrepareConfig, inputs: Inputs, workspace: Workspace, *, w
         _read(config, inputs, workspace, workers=workers)
     if phase == "read":
         return None
-    _need(config, "read", [workspace.read_marker(unit.number) for unit in inputs.units])
+    _need(config, "read", [workspace.is_read(unit.number) for unit in inputs.units])
     selection = choose(config, inputs, workspace)
     if phase in ("encode", "publish"):
-        _need(config, "choose", [workspace.tokenizer_marker])
+        _need(config, "choose", [workspace.tokenizer_marker.exists()])
     elif config.corpus.document_separator is not None and len(selection.sizes_N) <= inputs.num_files:
         print(f"note: no file holds corpus.document_separator={config.corpus.document_separator!r}: each is one document")
     facts = _tokenizer(config, workspace, selection)
@@ -115,16 +114,16 @@ def _do_phases(config: PrepareConfig, inputs: Inputs, workspace: Workspace, *, w
         _encode(config, workspace, selection, facts, workers=workers)
     if phase == "encode":
         return None
-    _need(config, "encode", [workspace.encode_marker(unit) for unit in range(selection.num_units)])
+    _need(config, "encode", [workspace.encode_marker(unit).exists() for unit in range(selection.num_units)])
     return _publish(config, inputs, workspace, selection, facts), facts.megabytes_per_second
 
 
-def _need(config: PrepareConfig, before: str, markers: Sequence[Path]) -> None:
-    """Raises UserError when the phase `before` has left something undone."""
-    missing = sum(not marker.exists() for marker in markers)
+def _need(config: PrepareConfig, before: str, done: Sequence[bool]) -> None:
+    """Raises UserError when the phase `before` has left a unit undone."""
+    missing = done.count(False)
     if missing:
         raise UserError(
-            f"phase={config.phase}: comes after phase={before}, of which {missing} of {len(markers)} units are not done; "
+            f"phase={config.phase}: comes after phase={before}, of which {missing} of {len(done)} units are not done; "
             f"do that first"
         )
 
@@ -136,7 +135,7 @@ def _progress(what: str, total: int | None, *, done: int = 0) -> tqdm[Any]:
 def _read(config: PrepareConfig, inputs: Inputs, workspace: Workspace, *, workers: int) -> None:
     """Read every unit that has no marker yet."""
     own = [unit for unit in inputs.units if unit.number % config.parts == config.part]
-    todo = [unit for unit in own if not workspace.read_marker(unit.number).exists()]
+    todo = [unit for unit in own if not workspace.is_read(unit.number)]
     tasks = [
         ReadTask(workspace=workspace, corpus=config.corpus, unit=unit, min_document_bytes=config.min_document_bytes)
         for unit in todo

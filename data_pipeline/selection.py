@@ -6,20 +6,23 @@ Decisions are pure functions of the units' hashes and sizes, so they are made an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from conf.errors import UserError
 from data_pipeline.config import PrepareConfig
 from data_pipeline.dedup import choose_held_out, first_occurrences
-from data_pipeline.document import Document, Rejection, Rule
+from data_pipeline.document import Rejection, Rule
 from data_pipeline.inputs import Inputs
 from data_pipeline.io import json_lines, read_json_lines
 from data_pipeline.manifest import FunnelRow
 from data_pipeline.sampler import key_of, mix
 from data_pipeline.steps import TO_NOBODY, TO_TRAIN, TO_VALIDATION, Workspace, read_counts, read_documents
+
+ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,27 +107,29 @@ def sample_documents(selection: Selection, limit_bytes: int | None) -> np.ndarra
 
 def texts_of(workspace: Workspace, selection: Selection, chosen: np.ndarray, *, limit_bytes: int | None) -> Iterator[str]:
     """The texts of the chosen documents, `limit_bytes` characters of each at most."""
-    for _, document in _documents(workspace, selection, set(chosen.tolist())):
+    for _, document in _of_numbers(selection, chosen, lambda unit: read_documents(workspace, unit)):
         yield document.text[:limit_bytes]
 
 
-def _documents(workspace: Workspace, selection: Selection, wanted: set[int]) -> Iterator[tuple[int, Document]]:
-    """The documents with these numbers, in order; units that hold none of them are not opened."""
+def _of_numbers(
+    selection: Selection, wanted: np.ndarray, read: Callable[[int], Iterator[ItemT]]
+) -> Iterator[tuple[int, ItemT]]:
+    """What `read` gives for the documents with these numbers, ascending; units that hold none of them are not opened."""
     for unit in range(selection.num_units):
         own = selection.of_unit(unit)
-        numbers = range(own.start, own.stop)
-        if not wanted.isdisjoint(numbers):
-            for number, document in zip(numbers, read_documents(workspace, unit), strict=True):
-                if number in wanted:
-                    yield number, document
+        chosen = set(wanted[np.searchsorted(wanted, own.start) : np.searchsorted(wanted, own.stop)].tolist())
+        if chosen:
+            for number, item in zip(range(own.start, own.stop), read(unit), strict=True):
+                if number in chosen:
+                    yield number, item
 
 
 def write_rejected(inputs: Inputs, workspace: Workspace, selection: Selection) -> None:
     """Everything that was set aside, in one file: files, then unit by unit what was read in vain and the duplicates."""
     number_N = np.arange(len(selection.first_N))
     copies = np.flatnonzero(selection.first_N != number_N)
-    named = set(copies.tolist()) | set(selection.first_N[copies].tolist())
-    ids = {number: document.id for number, document in _documents(workspace, selection, named)}
+    named = np.union1d(copies, selection.first_N[copies])
+    ids = dict(_of_numbers(selection, named, lambda unit: read_json_lines(workspace.ids(unit))))
     with json_lines(workspace.corpus / "rejected.jsonl") as append:
         for item in inputs.rejected:
             append(item.as_record())

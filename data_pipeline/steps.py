@@ -54,6 +54,10 @@ class Workspace:
         """The documents of a unit, as they were read."""
         return self.folder / "documents" / f"{unit:05d}.jsonl.zst"
 
+    def ids(self, unit: int) -> Path:
+        """Their ids, for who needs no more of them."""
+        return self.folder / "documents" / f"{unit:05d}.ids.jsonl"
+
     def sizes(self, unit: int) -> Path:
         """Their hashes and sizes: uint64 [N, 3]."""
         return self.folder / "documents" / f"{unit:05d}.npy"
@@ -63,8 +67,12 @@ class Workspace:
         return self.folder / "documents" / f"{unit:05d}.rejected.jsonl"
 
     def read_marker(self, unit: int) -> Path:
-        """Exists when a unit has been read; holds the counts."""
+        """Holds the counts of a unit that has been read."""
         return self.folder / "documents" / f"{unit:05d}.json"
+
+    def is_read(self, unit: int) -> bool:
+        """Whether a unit has been read; what an older version has read lacks the ids, and is read again."""
+        return self.read_marker(unit).exists() and self.ids(unit).exists()
 
     def part(self, unit: int, split: Split) -> Path:
         """Prefix of the encoded documents of a unit and a split."""
@@ -104,7 +112,11 @@ def read_step(task: ReadTask, advance: Callable[[int], None]) -> None:
     sizes: list[int] = []
     rejected: Counter[str] = Counter()
     rejected_bytes: Counter[str] = Counter()
-    with json_lines(place.documents(number)) as keep, json_lines(place.rejected(number)) as set_aside:
+    with (
+        json_lines(place.documents(number)) as keep,
+        json_lines(place.ids(number)) as keep_id,
+        json_lines(place.rejected(number)) as set_aside,
+    ):
         for item in read_unit(task.corpus, task.unit, advance):
             checked = _check(item, task.min_document_bytes)
             if isinstance(checked, Rejection):
@@ -114,6 +126,7 @@ def read_step(task: ReadTask, advance: Callable[[int], None]) -> None:
                 continue
             document, text_utf8 = checked
             keep({"id": document.id, "source": document.source, "metadata": document.metadata, "text": document.text})
+            keep_id(document.id)
             hashes.append(content_hash(text_utf8))
             sizes.append(len(text_utf8))
     table_N3 = np.concatenate([hash_array(hashes), np.array(sizes, dtype=np.uint64)[:, None]], axis=1)

@@ -32,6 +32,9 @@ class TestPhases:
         assert prepare(base) is not None
         shared = dataclasses.replace(base, output=str(tmp_path / "shared"))
         for phase in ("read", "choose", "encode", "publish"):
+            if phase == "publish":  # which names the duplicates, and has no need of their texts for that
+                for texts in (tmp_path / "shared.partial" / "documents").glob("*.jsonl.zst"):
+                    texts.unlink()
             parts = 3 if phase in ("read", "encode") else 1
             for part in reversed(range(parts)):
                 done = prepare(dataclasses.replace(shared, phase=phase, part=part, parts=parts))  # type: ignore[arg-type]
@@ -58,6 +61,18 @@ class TestPhases:
         prepare(dataclasses.replace(base, phase="choose"))
         with pytest.raises(UserError, match="phase=publish: comes after phase=encode"):
             prepare(dataclasses.replace(base, phase="publish"))
+
+    def test_what_an_older_version_has_read_is_read_again(self, tmp_path: Path) -> None:
+        """It left no ids, from which the duplicates are named."""
+        base = settings(tmp_path / "unused", tmp_path / "out", corpus=self.sources(tmp_path))
+        prepare(dataclasses.replace(base, phase="read"))
+        ids = tmp_path / "out.partial" / "documents" / "00000.ids.jsonl"
+        kept = ids.read_bytes()
+        ids.unlink()
+        with pytest.raises(UserError, match=r"phase=choose: comes after phase=read, of which 1 of \d+ units are not done"):
+            prepare(dataclasses.replace(base, phase="choose"))
+        prepare(dataclasses.replace(base, phase="read"))
+        assert ids.read_bytes() == kept and len(kept.splitlines()) >= 40
 
     def test_parts_may_be_at_work_together_and_a_whole_not_beside_them(self, tmp_path: Path) -> None:
         output = tmp_path / "out"
