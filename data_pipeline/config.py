@@ -149,6 +149,7 @@ class TokenizerConfig:
         return problems
 
 
+Verify = Literal["once", "full", "sizes"]
 Phase = Literal["all", "read", "choose", "encode", "publish"]
 
 
@@ -248,8 +249,9 @@ class DataConfig:
     target. False: one run of text, as in GPT-3."""
     max_epochs: float | None = None
     """Times that a source's text may be repeated in the planned run before it is an error; null: no limit."""
-    verify: Literal["full", "sizes"] = "full"
-    """What is checked before a run. full: the hash of every shard (about 1 GB a second); sizes: only the files' sizes."""
+    verify: Verify = "once"
+    """What is checked before a run. once: the hash of every file (about 1 GB a second) that was not hashed before, or whose
+    size, time of change or inode is another than then; full: the hash of every file; sizes: only the files' sizes."""
 
     def __post_init__(self) -> None:
         problems = []

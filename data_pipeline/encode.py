@@ -23,7 +23,8 @@ from conf.errors import UserError
 from data_pipeline.document import Document
 from data_pipeline.engines import Engine
 from data_pipeline.io import CHUNK_BYTES, atomic_file, json_lines, read_json_lines, sha256_of, write_array
-from data_pipeline.manifest import FileRecord, Shard, Split
+from data_pipeline.manifest import Shard, Split
+from data_pipeline.verified import FileRecord
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1

@@ -12,22 +12,23 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from conf.errors import UserError
-from data_pipeline.io import full_disk_is_users, json_lines, read_json, sha256_of, sync_folder, write_array, write_json
-from data_pipeline.manifest import FileRecord, Split
+from data_pipeline.config import Verify
+from data_pipeline.io import full_disk_is_users, json_lines, read_hashed_json, sha256_of, sync_folder, write_array, write_json
+from data_pipeline.manifest import Split
 from data_pipeline.packing import Packing
 from data_pipeline.row_encoding import EncodedRow
 from data_pipeline.row_report import RowReport, report_from_json
 from data_pipeline.tasks import Row
+from data_pipeline.verified import FileList, FileRecord
 
 FORMAT_VERSION = 1
 ROWS_FILE = "rows.json"
 TOKEN_BYTES_FILE = "token_bytes.npy"
-HELD_OUT_FILES = ("validation-", "validation.")
 ARRAYS = ("tokens", "labels", "row_starts", "order", "sequence_starts")
 
 
@@ -128,9 +129,9 @@ class EncodedRows:
             return [json.loads(line) for line in itertools.islice(lines, limit)]
 
 
-def read_encoded(folder: str | Path, *, verify: bool | Literal["validation"] = True) -> EncodedRows:
-    """Open what `prepare_rows` wrote. verify: compare the files with their hashes, and not their sizes alone; validation: only
-    those of the held-out rows, for who reads no others.
+def read_encoded(folder: str | Path, *, verify: Verify = "once", split: Split | None = None) -> EncodedRows:
+    """Open what `prepare_rows` wrote. verify: which files are hashed, as in `verified.FileList.faults`. split: of whose files,
+    for who reads no others; null: of both.
 
     Raises UserError for a folder that is missing, unfinished, of another version or damaged.
     """
@@ -138,12 +139,12 @@ def read_encoded(folder: str | Path, *, verify: bool | Literal["validation"] = T
     path = folder / ROWS_FILE
     if not path.is_file():
         raise UserError(f"{folder}: holds no {ROWS_FILE}, so it has no encoded rows. {_remedy(folder)}")
-    content = read_json(path)
+    content, digest = read_hashed_json(path)
     version = content.pop("format_version", None) if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format_version={version}, this Longhaul reads {FORMAT_VERSION}. {_remedy(folder)}")
     try:
-        files = [FileRecord(**record) for record in content.pop("files")]
+        files = [FileRecord(**{**record, "name": Path(record["name"]).name}) for record in content.pop("files")]
         encoded = EncodedRows(
             **{
                 **content,
@@ -157,20 +158,11 @@ def read_encoded(folder: str | Path, *, verify: bool | Literal["validation"] = T
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}). {_remedy(folder)}") from None
-    for record in files:
-        is_held_out = Path(record.name).name.startswith(HELD_OUT_FILES)
-        _check(folder, record, verify=is_held_out if verify == "validation" else verify)
+    listed = FileList(path=path, sha256=digest)
+    hashed = files if split is None else [file for file in files if file.name.startswith((f"{split}-", f"{split}."))]
+    if faults := listed.faults(files, verify="sizes") or listed.faults(hashed, verify=verify):
+        raise UserError(f"{'; '.join(faults)}. {_remedy(folder)}")
     return encoded
-
-
-def _check(folder: Path, record: FileRecord, *, verify: bool) -> None:
-    path = folder / Path(record.name).name
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}), though {ROWS_FILE} lists it. {_remedy(folder)}") from None
-    if size != record.size or (verify and sha256_of(path) != record.sha256):
-        raise UserError(f"{path}: is not what {ROWS_FILE} says: cut off or changed. {_remedy(folder)}")
 
 
 def _remedy(folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,8 @@ class CorpusFacts:
     """Most documents that one sample touches; the fixed length of document bounds follows from it."""
     fingerprint: str
     """Identity of the data and of how it is cut and blended; the seed is not part of it."""
+    manifests: tuple[Manifest, ...]
+    """Of the sources, in their order: read once, and handed to whoever needs more of them."""
 
     @property
     def train_tokens(self) -> int:
@@ -120,16 +122,18 @@ def inspect_sources(config: DataConfig) -> CorpusFacts:
         tokenizer_sha256=first.tokenizer_sha256,
         documents_per_sample=documents_per_sample(config, manifests),
         fingerprint=fingerprint_of(config, manifests),
+        manifests=manifests,
     )
 
 
-def verify_sources(config: DataConfig, *, progress: Callable[[int], None] | None = None) -> None:
-    """Check every file of every source, by its hash or its size as `verify` says; `progress` is told the bytes hashed.
+def verify_sources(config: DataConfig, manifests: Sequence[Manifest], *, run_dir: Path | None = None) -> None:
+    """Check every file of every source as `verify` says. run_dir: takes the record of a corpus whose own folder does not.
 
-    Raises UserError naming the files that fail.
+    Raises UserError naming the files of the first source that fail.
     """
-    for source in config.sources:
-        read_manifest(source.path).verify(full=config.verify == "full", progress=progress)
+    for manifest in manifests:
+        fallback = None if run_dir is None else run_dir / f"verified-{manifest.sha256[:12]}.json"
+        manifest.verify(config.verify, fallback=fallback)
 
 
 def check_epochs(config: DataConfig, facts: CorpusFacts, *, total_samples: int) -> dict[str, float]:

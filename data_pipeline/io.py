@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -132,8 +133,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` complete and durable, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A binary file that appears under `path` complete and durable, or not at all, whoever else is writing it."""
+    # Process ids are no name for a file that several machines write.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -166,8 +168,14 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises UserError, naming the file, when it is not JSON."""
+    return read_hashed_json(path)[0]
+
+
+def read_hashed_json(path: Path) -> tuple[Any, str]:
+    """As `read_json`, and the SHA-256 of the file in hexadecimal."""
+    data = path.read_bytes()
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(data), hashlib.sha256(data).hexdigest()
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); the file is damaged") from None
 

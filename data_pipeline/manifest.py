@@ -6,8 +6,7 @@ A folder without a valid manifest is no corpus: the manifest is written last, at
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from conf.errors import UserError
-from data_pipeline.io import read_json, readable_bytes, sha256_of, sha256_of_texts, write_json
+from data_pipeline.config import Verify
+from data_pipeline.io import read_hashed_json, sha256_of_texts, write_json
+from data_pipeline.verified import FileList, FileRecord
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -26,18 +27,6 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 DENSEST_WINDOWS = tuple(2**power for power in range(5, 18))
 
 Split = Literal["train", "validation"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileRecord:
-    """One file of the corpus."""
-
-    name: str
-    """Path below the corpus folder."""
-    size: int
-    """Bytes."""
-    sha256: str
-    """Hash of the content, hexadecimal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +67,8 @@ class Manifest:
 
     folder: Path
     """Where it lies; not stored."""
+    sha256: str = ""
+    """Hash of manifest.json; not stored, and empty before that is written."""
     name: str
     """Name of the corpus."""
     dtype: Literal["uint16", "int32"]
@@ -163,41 +154,18 @@ class Manifest:
     def write(self) -> None:
         """Write manifest.json atomically: from then on the corpus exists."""
         content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self), "fingerprint": self.fingerprint}
-        del content["folder"]
+        del content["folder"], content["sha256"]
         write_json(self.path, content)
 
-    def verify(self, *, full: bool, split: Split | None = None, progress: Callable[[int], None] | None = None) -> None:
-        """Check that every file, or those of one split, is there with its size and, with `full`, its hash; `progress` is told
-        the bytes hashed.
+    def verify(self, how: Verify, *, split: Split | None = None, fallback: Path | None = None) -> None:
+        """Check every file, or those of one split; `how` and `fallback` as in `verified.FileList.faults`.
 
         Raises UserError naming all files that fail.
         """
         files = self.files if split is None else [file for shard in self.shards_of(split) for file in shard.files]
-        problems = [problem for file in files if (problem := self._size_problem(file))]
-        if full and not problems:
-            # hashlib lets go of the interpreter's lock, so threads hash in parallel.
-            with ThreadPoolExecutor(max_workers=4) as pool:
-                problems = [problem for problem in pool.map(lambda file: self._hash_problem(file, progress), files) if problem]
-        if problems:
-            raise UserError("; ".join(problems) + f". {remedy(self.folder)}")
-
-    def _size_problem(self, file: FileRecord) -> str | None:
-        path = self.folder / file.name
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            return f"{path}: cannot be read ({error.strerror}), though the manifest lists it"
-        if size != file.size:
-            return (
-                f"{path}: holds {size} bytes, the manifest says {file.size} ({readable_bytes(file.size)}): cut off or changed"
-            )
-        return None
-
-    def _hash_problem(self, file: FileRecord, progress: Callable[[int], None] | None) -> str | None:
-        path = self.folder / file.name
-        if sha256_of(path, progress) != file.sha256:
-            return f"{path}: its content has changed: SHA-256 differs from the manifest's {file.sha256[:12]}..."
-        return None
+        faults = FileList(path=self.path, sha256=self.sha256).faults(files, verify=how, fallback=fallback)
+        if faults:
+            raise UserError("; ".join(faults) + f". {remedy(self.folder)}")
 
 
 def remedy(folder: Path) -> str:
@@ -216,13 +184,13 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise UserError(f"{folder}: no such prepared corpus. {remedy(folder)}")
     if not path.is_file():
         raise UserError(f"{folder}: holds no {MANIFEST_FILE}, so it is no finished corpus. {remedy(folder)}")
-    content = read_json(path)
+    content, digest = read_hashed_json(path)
     version = content.pop("format_version", None) if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format_version={version}, this Longhaul reads {FORMAT_VERSION}. {remedy(folder)}")
     try:
         fingerprint = content.pop("fingerprint")
-        manifest = _from_json(folder, content)
+        manifest = _from_json(folder, digest, content)
         consistent = fingerprint == manifest.fingerprint
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}). {remedy(folder)}") from None
@@ -230,17 +198,18 @@ def read_manifest(folder: str | Path) -> Manifest:
     if outside or not consistent:
         what = f"lists a file outside its folder: {outside[0]}" if outside else "its fingerprint does not fit what it lists"
         raise UserError(f"{path}: {what}; it was changed by hand. {remedy(folder)}")
-    manifest.verify(full=False)
+    manifest.verify("sizes")
     return manifest
 
 
-def _from_json(folder: Path, content: dict[str, Any]) -> Manifest:
+def _from_json(folder: Path, digest: str, content: dict[str, Any]) -> Manifest:
     shards = tuple(Shard(**{**shard, "files": _records(shard["files"])}) for shard in content.pop("shards"))
     densest = {
         split: {int(length): count for length, count in table.items()} for split, table in content.pop("densest").items()
     }
     return Manifest(
         folder=folder,
+        sha256=digest,
         shards=shards,
         densest=densest,
         tokenizer_files=_records(content.pop("tokenizer_files")),

@@ -69,7 +69,7 @@ def prepare_rows(
     fingerprint = _fingerprint(task, data, facts)
     for folder in folders:
         if _is_there(folder, fingerprint, data):
-            encoded = read_encoded(folder)
+            encoded = read_encoded(folder, verify=data.verify)
             _check_ids(encoded, vocab_size, tokenizer)
             return encoded
     encoder = RowEncoder(
@@ -122,7 +122,7 @@ def prepare_rows(
     _check_most(parts, vocab_size, tokenizer, is_language=task.kind != "classification")
     bytes_V = np.zeros(tokenizer.vocab_size, dtype=np.int32) if task.kind == "classification" else tokenizer.token_bytes()
     write_encoded(described, contents, bytes_V)
-    return read_encoded(folders[-1], verify=False)
+    return read_encoded(folders[-1], verify="sizes")
 
 
 def _check_settings(task: TaskConfig, data: RowsConfig) -> None:
@@ -155,7 +155,7 @@ def _check_system(task: TaskConfig, data: RowsConfig, splits: dict[Split, list[R
 
 def _fingerprint(task: TaskConfig, data: RowsConfig, facts: Sequence[str]) -> str:
     # Where rows are encoded at all, the good ones are: which those are follows from the rest.
-    of_rows = hashed_fields(data, ROWS_FIELDS, without=("bad_rows",))
+    of_rows = hashed_fields(data, ROWS_FIELDS, without=("bad_rows", "verify"))
     settings = {name: getattr(task, name) for name in TASK_FIELDS} | of_rows
     sources = [(part, source) for part in ("data", "validation") for source in getattr(task, part)]
     read = [

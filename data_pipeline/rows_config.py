@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from conf.errors import ConfigError
+from data_pipeline.config import Verify
 
 Targets = Literal["auto", "all", "completion", "assistant", "last_turn"]
 
@@ -33,6 +34,10 @@ class RowsConfig:
     system: str | None = None
     """What the system says first in a dialogue where it says nothing; null: nothing. Preferences that are texts need a
     template for it."""
+
+    verify: Verify = "once"
+    """What is checked of the encoded rows before a run. once: the hash of every file that was not hashed before, or whose
+    size, time of change or inode is another than then; full: the hash of every file; sizes: only the files' sizes."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -49,8 +49,8 @@ class TextSource:
 def open_texts(
     task: TaskConfig, source: TaskSource, *, tokenizer: Tokenizer, end_of_document: int | None, verify: bool = True
 ) -> TextSource:
-    """Open a prepared corpus, whose tokens are taken as they are, or text files, which are encoded now. `verify`: compare the
-    corpus with its hashes.
+    """Open a prepared corpus, whose tokens are taken as they are, or text files, which are encoded now. `verify`: compare
+    the corpus with its hashes, where that was not done before.
 
     Raises UserError for a source that is missing, of another format, or of another tokenizer than the model's.
     """
@@ -69,7 +69,7 @@ def _open_corpus(task: TaskConfig, source: TaskSource, *, tokenizer: Tokenizer, 
     if not manifest.num_tokens(split):
         raise UserError(f"{source.path}: has no {split} text; prepare it with held_out_fraction above 0, or give split=train")
     if verify:
-        manifest.verify(full=True, split=split)
+        manifest.verify("once", split=split)
     corpus = Corpus(source.path, split, manifest=manifest)
 
     def runs(limit: int | None) -> Iterator[TokenRun]:

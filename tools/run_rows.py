@@ -20,7 +20,7 @@ LETTERS_SHOWN = 300  # of a text in the table
 def rows_table(run_dir: Path) -> list[str]:
     """The rows that were read, left out, held out and packed."""
     try:
-        report = read_encoded(run_dir / ROWS_FOLDER, verify=False).report
+        report = read_encoded(run_dir / ROWS_FOLDER, verify="sizes").report
     except UserError as error:
         return [note(str(error))]
     head = ["split", "rows", "cut", "tokens", "of which learned", "sequences", "filled"]

@@ -12,11 +12,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from conf.errors import UserError
+
+ReadT = TypeVar("ReadT")
 
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
@@ -80,6 +84,21 @@ class ParallelContext:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def read_once(self, read: Callable[[], ReadT]) -> ReadT:
+        """What `read` gives on the first rank (plain data), on every rank: a thousand that look for every file of a corpus are
+        a storm for the file system. A UserError is raised on every rank."""
+        found, problem = None, None
+        if self.is_first:
+            try:
+                found = read()
+            except UserError as error:
+                problem = str(error)
+        box: Any = self.from_first((found, problem))
+        found, problem = box
+        if problem is not None:
+            raise UserError(problem)
+        return found
 
     def gather_to_all(self, value: object) -> list:
         """Every rank's `value` (plain data), by rank, on every rank."""

@@ -105,7 +105,7 @@ def rows_encoded_anew() -> dict[str, Any]:
     found = {}
     for rows, name in ROWS.items():
         config = _settled(name).config
-        kept = read_encoded(Path("runs") / name / "rows", verify=True)
+        kept = read_encoded(Path("runs") / name / "rows", verify="full")
         with tempfile.TemporaryDirectory() as folder:
             encoded = prepare_rows(
                 config.task, config.data, tokenizer=Tokenizer(Path("runs") / name / "tokenizer"), opening=kept.opening,
@@ -129,7 +129,7 @@ def data_read() -> dict[str, int]:
         if config.stage == "pretrain":
             loader = Loader(config.data, **common)
         else:
-            rows = read_encoded(Path("runs") / name / "rows", verify=False)
+            rows = read_encoded(Path("runs") / name / "rows", verify="sizes")
             make = PairLoader if config.pairs is not None else RowLoader
             loader = make(rows, sequence_length=config.sequence_length, **common)
             if config.pairs is not None:

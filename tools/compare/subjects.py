@@ -148,7 +148,7 @@ class Subject:
         """Hash of the tokenizer and fingerprint of the corpus, or of the rows, as it lies there now."""
         try:
             if isinstance(self.settings, FinetuneConfig) and self.run_dir is not None:
-                rows = read_encoded(self.run_dir / ROWS_FOLDER, verify=False)
+                rows = read_encoded(self.run_dir / ROWS_FOLDER, verify="sizes")
                 return rows.tokenizer_sha256, rows.fingerprint
             if not isinstance(self.settings, PretrainConfig):
                 return None, None

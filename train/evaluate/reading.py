@@ -29,7 +29,7 @@ def held_out_by(run_dir: Path, *, fingerprint: str) -> TaskSource:
     folder = run_dir / ROWS_FOLDER
     if not (folder / ROWS_FILE).is_file():
         raise UserError(f"task.data=[]: {folder} is not there, where its run kept the rows that it held out; {OTHER_ROWS}")
-    kept = read_encoded(folder, verify=False)
+    kept = read_encoded(folder, verify="sizes")
     if kept.fingerprint != fingerprint:
         raise UserError(f"task.data=[]: {folder} holds other rows than the checkpoint was trained with; {OTHER_ROWS}")
     if not kept.num_rows("validation"):
@@ -77,7 +77,7 @@ def _is_kept(source: TaskSource) -> bool:
 
 
 def _kept_rows(task: TaskConfig, source: TaskSource, limit: int | None) -> list[Row]:
-    kept = read_encoded(source.path, verify="validation")
+    kept = read_encoded(source.path, split="validation")
     if kept.kind == "preference":
         raise UserError(f"{source.path}: holds pairs of answers, which have no one truth; give rows of another task")
     rows = kept.validation_rows(limit)

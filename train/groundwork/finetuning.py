@@ -14,6 +14,7 @@ from pathlib import Path
 
 from conf.errors import ConfigError, UserError
 from data_pipeline.chat_files import copy_for_answers
+from data_pipeline.config import Verify
 from data_pipeline.encoded_rows import EncodedRows, read_encoded
 from data_pipeline.preferences import ROWS_OF_A_PAIR
 from data_pipeline.row_preparation import prepare_rows
@@ -89,8 +90,8 @@ def base_of(config: FinetuneConfig, run_dir: Path) -> Path | None:
     return kept if (kept / MANIFEST).is_file() else Path(config.initial_checkpoint)
 
 
-def kept_rows(run_dir: Path, *, verify: bool) -> EncodedRows:
-    """The rows of a run, with its own tokenizer in the place of the one that they were encoded with."""
+def kept_rows(run_dir: Path, *, verify: Verify) -> EncodedRows:
+    """The rows of a run, with its own tokenizer in the place of the one that they were encoded with. verify: see RowsConfig."""
     return replace(read_encoded(run_dir / ROWS_FOLDER, verify=verify), tokenizer_folder=run_dir / TOKENIZER_FOLDER)
 
 
@@ -208,8 +209,8 @@ def _make_ready(config: FinetuneConfig, rows: EncodedRows, begins: Beginning, ru
     come from into the run's folder."""
     place, tokenizer, base = (run_dir / name for name in (ROWS_FOLDER, TOKENIZER_FOLDER, BASE_FOLDER))
     if rows.folder != place:
-        read_encoded(rows.folder)
         _put(rows.folder, place)
+        read_encoded(place, verify=config.data.verify)
         shutil.rmtree(rows.folder, ignore_errors=True)  # or they would lie there twice for as long as the run lasts
     if not begins.goes_on:  # a start that came to nothing may have left those of another checkpoint
         shutil.rmtree(tokenizer, ignore_errors=True)

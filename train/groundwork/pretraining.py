@@ -35,7 +35,7 @@ def look_into(config: PretrainConfig) -> Findings[PretrainConfig]:
         ),
         begin=lambda: check_initial(config, facts),
         check_plan=lambda total_samples: check_epochs(config.data, facts, total_samples=total_samples),
-        make_ready=lambda _: verify_sources(config.data),
+        make_ready=lambda run_dir: verify_sources(config.data, facts.manifests, run_dir=run_dir),
     )
 
 

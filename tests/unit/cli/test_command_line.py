@@ -91,7 +91,7 @@ def test_folder_with_packages_of_the_same_names_is_not_imported(tmp_path: object
 def test_a_stop_before_anything_was_started(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the corpus is hashed, say: exit code 85, nothing written, the signals' old handlers back."""
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("train.groundwork.pretraining.verify_sources", lambda _: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("train.groundwork.pretraining.verify_sources", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     words = ["model=gpt2_tiny", f"data.sources=[{{path: {corpus}}}]", "data.sequence_length=32", "budget.steps=9"]
     more = ["schedule.warmup_steps=1", "batch.sequences=8", f"run.folder={tmp_path}", "launch.device=cpu"]
     assert main(["pretrain", *words, *more]) == 85

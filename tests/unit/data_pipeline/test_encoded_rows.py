@@ -87,12 +87,12 @@ class TestFolder:
         path = tmp_path / "rows" / name
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        with pytest.raises(UserError, match=rf"{name}: is not what rows.json says: cut off or changed. Remove"):
+        with pytest.raises(UserError, match=rf"{name}: its content has changed: SHA-256 .* of rows.json. Remove"):
             self.made(tmp_path, tokenizer)
-        read_encoded(tmp_path / "rows", verify=False)
+        read_encoded(tmp_path / "rows", verify="sizes")
         path.write_bytes(whole[:-1])
-        with pytest.raises(UserError, match=rf"{name}: is not what rows.json says"):
-            read_encoded(tmp_path / "rows", verify=False)
+        with pytest.raises(UserError, match=rf"{name}: holds .* rows.json says .*: cut off or changed"):
+            read_encoded(tmp_path / "rows", verify="sizes")
         path.unlink()
         with pytest.raises(UserError, match=rf"{name}: cannot be read \(No such file"):
             read_encoded(tmp_path / "rows")
@@ -104,10 +104,10 @@ class TestFolder:
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         if is_seen:
-            with pytest.raises(UserError, match=rf"{name}: is not what rows.json says"):
-                read_encoded(tmp_path / "rows", verify="validation")
+            with pytest.raises(UserError, match=rf"{name}: its content has changed"):
+                read_encoded(tmp_path / "rows", split="validation")
         else:
-            assert read_encoded(tmp_path / "rows", verify="validation").validation_rows() == rows
+            assert read_encoded(tmp_path / "rows", split="validation").validation_rows() == rows
 
     def test_the_first_held_out_rows_alone(self, tmp_path: Path, tokenizer: Tokenizer) -> None:
         encoded = self.made(tmp_path, tokenizer)

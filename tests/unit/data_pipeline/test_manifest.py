@@ -105,7 +105,7 @@ class TestDamage:
         size = path.stat().st_size
         with path.open("r+b") as file:
             file.truncate(size - 2)
-        with pytest.raises(UserError, match=f"train-00000.bin: holds {size - 2} bytes, the manifest says {size}"):
+        with pytest.raises(UserError, match=f"train-00000.bin: holds {size - 2} bytes, manifest.json says {size}"):
             read_manifest(own_copy)
 
     def test_flipped_byte_is_found_by_its_hash_alone(self, own_copy: Path) -> None:
@@ -115,16 +115,12 @@ class TestDamage:
         path.write_bytes(content)
         manifest = read_manifest(own_copy)
         with pytest.raises(UserError, match=r"train-00000.bin: its content has changed: SHA-256 differs"):
-            manifest.verify(full=True)
-        source = SourceConfig(path=str(own_copy))
-        verify_sources(DataConfig(sources=(source,), verify="sizes"))
-        with pytest.raises(UserError, match="SHA-256 differs"):
-            verify_sources(DataConfig(sources=(source,), verify="full"))
-
-    def test_verification_tells_its_progress(self, tiny: Manifest) -> None:
-        seen: list[int] = []
-        tiny.verify(full=True, progress=seen.append)
-        assert sum(seen) == sum(file.size for file in tiny.files)
+            manifest.verify("full")
+        sources = (SourceConfig(path=str(own_copy)),)
+        verify_sources(DataConfig(sources=sources, verify="sizes"), [manifest])
+        for verify in ("once", "full"):
+            with pytest.raises(UserError, match="SHA-256 differs"):
+                verify_sources(DataConfig(sources=sources, verify=verify), [manifest])
 
 
 class TestFacts:

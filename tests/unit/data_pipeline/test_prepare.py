@@ -71,7 +71,7 @@ class TestResult:
             "123": "texts.jsonl:4",
             "124": "0 bytes, min_document_bytes=1",
         }
-        manifest.verify(full=True)
+        manifest.verify("full")
         assert not partial_folder(manifest.folder).exists()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts.jsonl"]
 
@@ -250,7 +250,7 @@ class TestInterruption:
         assert not (tmp_path / "out").exists()
         subprocess.run([sys.executable, str(script)], env=environment, check=True, capture_output=True)
         manifest = read_manifest(tmp_path / "out")
-        manifest.verify(full=True)
+        manifest.verify("full")
         assert funnel(manifest)["found"] == 200
 
     def test_unfinished_work_with_other_settings_or_input(
@@ -370,11 +370,11 @@ class TestFullDisk:
         ):
             prepare(config)
         assert not (small_disk / "out").exists()
-        old.verify(full=True)
+        old.verify("full")
         subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
         manifest = prepare(config)  # the same command again, with room
         assert manifest is not None and manifest.num_documents("train") > 40
-        manifest.verify(full=True)
+        manifest.verify("full")
 
     def test_no_right_to_write(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = write_jsonl(tmp_path / "texts.jsonl", some_texts(3))

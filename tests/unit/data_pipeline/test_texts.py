@@ -95,7 +95,7 @@ class TestCorpus:
         task, source = TaskConfig(), TaskSource(path=str(copy))
         assert open_texts(task, source, tokenizer=tokenizer, end_of_document=END, verify=False).hash
         shard.write_bytes(content[:60])
-        with pytest.raises(UserError, match=rf"{shard.name}: holds 60 bytes, the manifest says"):
+        with pytest.raises(UserError, match=rf"{shard.name}: holds 60 bytes, manifest.json says"):
             opened(copy, tokenizer)
         (copy / "manifest.json").write_text("{")
         with pytest.raises(UserError, match="manifest.json"):
