@@ -5,6 +5,7 @@ The only reader of megatron-core's IndexedDataset.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from conf.errors import UserError
 from data_pipeline.io import read_json_lines
-from data_pipeline.manifest import TOKEN_BYTES_FILE, Manifest, Split, read_manifest, remedy
+from data_pipeline.manifest import MANIFEST_FILE, TOKEN_BYTES_FILE, Manifest, Split, read_manifest, remedy
 
 
 class Corpus:
@@ -42,6 +43,12 @@ class Corpus:
             except (AssertionError, ValueError, KeyError):  # what its reader raises on a foreign or cut header
                 sound = False
             if not sound:
+                missing = [file.name for file in shard.files if not (self.folder / file.name).exists()]
+                if missing:  # the manifest may have been read on another machine
+                    where = f"{self.folder / missing[0]}: is not there on {os.uname().nodename}"
+                    raise UserError(
+                        f"{where}, though {MANIFEST_FILE} lists it: check that the folder is the same on every node"
+                    )
                 raise UserError(f"{self.folder / shard.stem}.idx: damaged, it does not fit the manifest. {remedy(self.folder)}")
             self._datasets.append(dataset)
         self._starts = np.cumsum([0, *(shard.num_tokens for shard in self._shards)], dtype=np.int64)

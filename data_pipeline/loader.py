@@ -22,7 +22,7 @@ from data_pipeline.config import DataConfig, quotas
 from data_pipeline.corpus import Corpus
 from data_pipeline.facts import documents_per_sample, fingerprint_of, read_sources, train_windows, validation_windows
 from data_pipeline.ledger import sample_hash
-from data_pipeline.manifest import Split
+from data_pipeline.manifest import Manifest, Split
 from data_pipeline.sampler import Sampler
 
 IGNORE = -100  # label of a position that is no target: what torch's cross_entropy ignores unless told otherwise
@@ -79,14 +79,24 @@ class Loader:
     every token that has a token before it (in its document, with a document mask) is a target exactly once.
     """
 
-    def __init__(self, config: DataConfig, *, split: Split, seed: int, vocab_size: int, pin: bool = False) -> None:
-        """vocab_size: ids that the model knows. pin: put batches into page-locked memory.
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        split: Split,
+        seed: int,
+        vocab_size: int,
+        pin: bool = False,
+        manifests: tuple[Manifest, ...] | None = None,
+    ) -> None:
+        """vocab_size: ids that the model knows. pin: put batches into page-locked memory. manifests: of the sources, where they
+        have been read.
 
         Raises UserError when a source is missing, damaged or too short, the tokenizers differ, or an id is beyond `vocab_size`.
         """
         self.split, self.sequence_length, self.document_mask = split, config.sequence_length, config.document_mask
         self.vocab_size, self.pin = vocab_size, pin
-        manifests = read_sources(config)
+        manifests = manifests or read_sources(config)
         self.names = tuple(source.label for source in config.sources)
         self.eod_id = manifests[0].eod_id
         self.fingerprint = fingerprint_of(config, manifests, seed=seed)

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -144,13 +144,18 @@ def find_held_out(reader: CheckpointReader) -> Loader | Finding:
     if isinstance(config, FinetuneConfig):
         told = "the model was fine-tuned on rows: longhaul evaluate measures it on those that are held out"
         return Finding(name="held_out_loss", figures={"not_measured": told})
-    data = replace(config.data, verify="sizes")
     try:
-        fingerprint = inspect_sources(data).fingerprint
-        loader = Loader(data, split="validation", seed=config.run.seed, vocab_size=config.model.vocab_size)
+        facts = inspect_sources(config.data)
+        loader = Loader(
+            config.data,
+            split="validation",
+            seed=config.run.seed,
+            vocab_size=config.model.vocab_size,
+            manifests=facts.manifests,
+        )
     except UserError:  # its text has paths of this machine, and the report goes out with the model
         return Finding(name="held_out_loss", figures={"not_measured": "the prepared corpus is gone, or cannot be read"})
-    if fingerprint != reader.manifest.data_fingerprint:
+    if facts.fingerprint != reader.manifest.data_fingerprint:
         changed = "the prepared corpus is not the one that the checkpoint was trained on"
         return Finding(name="held_out_loss", figures={"not_measured": changed})
     return loader

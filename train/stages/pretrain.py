@@ -18,8 +18,8 @@ from train.stages.training import Material
 
 def material(config: PretrainConfig, context: ParallelContext, attempt: Attempt, metrics: Metrics | NullMetrics) -> Material:
     """What a pretraining run reads, is measured by and begins with."""
-    corpus = inspect_sources(config.data)
-    split = {"seed": config.run.seed, "vocab_size": config.model.vocab_size}
+    corpus = context.read_once(lambda: inspect_sources(config.data))
+    split = {"seed": config.run.seed, "vocab_size": config.model.vocab_size, "manifests": corpus.manifests}
 
     def examiner(engine: Engine) -> Evaluator | None:
         if config.evaluate.max_samples == 0:

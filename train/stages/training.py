@@ -83,9 +83,10 @@ def optimizer_of(config: RunSettings) -> OptimizerSpec:
     return OptimizerSpec(settings=config.rates, width_ratio=config.model.width_ratio, compile=config.kernels.compile)
 
 
-def build(config: RunSettings, context: ParallelContext, attempt: Attempt, metrics: Metrics | NullMetrics) -> Trainer:
+def build(
+    config: RunSettings, context: ParallelContext, attempt: Attempt, metrics: Metrics | NullMetrics, *, plan: RunPlan
+) -> Trainer:
     """Assemble a run at its newest checkpoint, or at its beginning."""
-    plan = make_plan(config, context.world_size)
     material = material_of(config, context, attempt, metrics)
     engine = Engine(
         build_layers(blueprint_of(config, context), material.reading, seed=config.run.seed),
@@ -232,7 +233,7 @@ def train(
         )
     outcome, reason = "crashed", ""
     try:
-        trainer = build(config, context, attempt, metrics)
+        trainer = build(config, context, attempt, metrics, plan=plan)
         if context.is_first:
             books = {"step": trainer.state.step, "started": attempt.started, "now": time.time()}
             trainer.goodput = resume_goodput(run_dir / FILE_NAME, **books)
