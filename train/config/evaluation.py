@@ -36,8 +36,8 @@ class EvaluationConfig:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Weights and activations; auto: bf16 where the GPU or the CPU multiplies it, fp32 elsewhere."""
     verify: bool = True
-    """Compare the files of a checkpoint, and of a prepared corpus, with their hashes before they are read (about 1 GB a
-    second)."""
+    """Compare the files of a checkpoint with their hashes before they are read (about 1 GB a second), and those of a prepared
+    corpus, or of the rows of a run, that were not compared before or have changed since."""
     resamples: int = 1000
     """Resamples of the examples that the confidence intervals are taken from; 0: no intervals."""
     confidence: float = 0.95
