@@ -18,13 +18,22 @@ import numpy as np
 
 from conf.errors import UserError
 from data_pipeline.config import Verify
-from data_pipeline.io import full_disk_is_users, json_lines, read_hashed_json, sha256_of, sync_folder, write_array, write_json
+from data_pipeline.io import (
+    full_disk_is_users,
+    json_lines,
+    read_hashed_json,
+    read_json,
+    sha256_of,
+    sync_folder,
+    write_array,
+    write_json,
+)
 from data_pipeline.manifest import Split
 from data_pipeline.packing import Packing
 from data_pipeline.row_encoding import EncodedRow
 from data_pipeline.row_report import RowReport, report_from_json
 from data_pipeline.tasks import Row
-from data_pipeline.verified import FileList, FileRecord
+from data_pipeline.verified import FileList, FileRecord, HashedFile
 
 FORMAT_VERSION = 1
 ROWS_FILE = "rows.json"
@@ -84,6 +93,10 @@ class EncodedRows:
     """The settings that made the rows."""
     report: RowReport
     """What became of the rows."""
+    read: tuple[HashedFile, ...] = ()
+    """The files that the rows were read from; none in what an older version has written."""
+    max_token_id: int | None = None
+    """Largest id that they hold or that is learned; None in what an older version has written."""
 
     def num_rows(self, split: Split) -> int:
         """Rows of a split."""
@@ -129,9 +142,21 @@ class EncodedRows:
             return [json.loads(line) for line in itertools.islice(lines, limit)]
 
 
-def read_encoded(folder: str | Path, *, verify: Verify = "once", split: Split | None = None) -> EncodedRows:
-    """Open what `prepare_rows` wrote. verify: which files are hashed, as in `verified.FileList.faults`. split: of whose files,
-    for who reads no others; null: of both.
+def files_read(folder: Path) -> list[HashedFile]:
+    """The files that the rows of a folder were read from, which saves hashing them at every start; none where that cannot be
+    told."""
+    path = folder / ROWS_FILE
+    try:
+        return [HashedFile.from_json(file) for file in read_json(path).get("read", ())] if path.is_file() else []
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return []
+
+
+def read_encoded(
+    folder: str | Path, *, verify: Verify = "once", remember: bool = False, split: Split | None = None
+) -> EncodedRows:
+    """Open what `prepare_rows` wrote. verify and remember: as in `verified.FileList.faults`. split: whose files are hashed, for
+    who reads no others; None: all.
 
     Raises UserError for a folder that is missing, unfinished, of another version or damaged.
     """
@@ -154,13 +179,15 @@ def read_encoded(folder: str | Path, *, verify: Verify = "once", split: Split | 
                 "endings": tuple(content["endings"]),
                 "tokenizer_folder": Path(content["tokenizer_folder"]),
                 "report": report_from_json(content["report"]),
+                "read": tuple(HashedFile.from_json(file) for file in content.get("read", ())),
             }
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}). {_remedy(folder)}") from None
     listed = FileList(path=path, sha256=digest)
     hashed = files if split is None else [file for file in files if file.name.startswith((f"{split}-", f"{split}."))]
-    if faults := listed.faults(files, verify="sizes") or listed.faults(hashed, verify=verify):
+    faults = listed.faults(files, verify="sizes", remember=False)
+    if faults := faults or listed.faults(hashed, verify=verify, remember=remember):
         raise UserError(f"{'; '.join(faults)}. {_remedy(folder)}")
     return encoded
 

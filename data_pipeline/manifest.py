@@ -158,12 +158,12 @@ class Manifest:
         write_json(self.path, content)
 
     def verify(self, how: Verify, *, split: Split | None = None, fallback: Path | None = None) -> None:
-        """Check every file, or those of one split; `how` and `fallback` as in `verified.FileList.faults`.
+        """Check every file, or those of one split, and remember what was hashed; see `verified.FileList.faults`.
 
         Raises UserError naming all files that fail.
         """
         files = self.files if split is None else [file for shard in self.shards_of(split) for file in shard.files]
-        faults = FileList(path=self.path, sha256=self.sha256).faults(files, verify=how, fallback=fallback)
+        faults = FileList(path=self.path, sha256=self.sha256).faults(files, verify=how, remember=True, fallback=fallback)
         if faults:
             raise UserError("; ".join(faults) + f". {remedy(self.folder)}")
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from conf.errors import UserError
 from data_pipeline.hub import dataset_identity, named_rows, saved_folder
-from data_pipeline.io import BROKEN_ARCHIVE_ERRORS, bare_suffix, open_input, sha256_of, sha256_of_texts
+from data_pipeline.io import BROKEN_ARCHIVE_ERRORS, bare_suffix, open_input, sha256_of_texts
 from data_pipeline.task_config import TaskSource
+from data_pipeline.verified import KnownHashes
 
 FORMATS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".txt": "lines",
@@ -99,15 +100,15 @@ class RecordReader:
             )
         return kind
 
-    def hash_of(self, source: TaskSource) -> str:
+    def hash_of(self, source: TaskSource, hashes: KnownHashes) -> str:
         """Identity of the source's contents. Raises UserError when one of its files cannot be read."""
         folder = Path(source.path)
         if self.format in ("auto", "dataset") and saved_folder(source.path):
             files = sorted(path for path in folder.rglob("*") if path.is_file())
-            return sha256_of_texts(text for path in files for text in (str(path.relative_to(folder)), _sha256(path)))
+            return sha256_of_texts(text for path in files for text in (str(path.relative_to(folder)), _sha256(path, hashes)))
         if self.format == "dataset":
             return dataset_identity(source.path, config=source.config, split=source.split, revision=source.revision)
-        return "-".join(_sha256(Path(path)) for path in (source.path, source.targets) if path is not None)
+        return "-".join(_sha256(Path(path), hashes) for path in (source.path, source.targets) if path is not None)
 
     def _numbered(self, kind: str, source: TaskSource) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
         path = Path(source.path)
@@ -223,8 +224,8 @@ def _json_object(line: str, where: str) -> Mapping[str, Any] | BadRow:
     return values
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, hashes: KnownHashes) -> str:
     try:
-        return sha256_of(path)
+        return hashes.sha256_of(path)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None

@@ -19,7 +19,15 @@ from conf.errors import UserError
 from conf.frozen import hashed_fields
 from data_pipeline.chat import chat_template
 from data_pipeline.dialogues import Message
-from data_pipeline.encoded_rows import FORMAT_VERSION, ROWS_FILE, EncodedRows, SplitContents, read_encoded, write_encoded
+from data_pipeline.encoded_rows import (
+    FORMAT_VERSION,
+    ROWS_FILE,
+    EncodedRows,
+    SplitContents,
+    files_read,
+    read_encoded,
+    write_encoded,
+)
 from data_pipeline.io import read_json, sha256_of_texts
 from data_pipeline.manifest import Split
 from data_pipeline.packing import Packing, in_groups, one_each, pack, shuffled
@@ -31,6 +39,7 @@ from data_pipeline.rows_config import RowsConfig
 from data_pipeline.task_config import ROW_KINDS, TaskConfig, TaskSource
 from data_pipeline.tasks import Row, hash_of, labelled_rows
 from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.verified import KnownHashes
 
 CHUNK_ROWS = 1024
 MOST_LABELS = 10_000
@@ -66,10 +75,12 @@ def prepare_rows(
     _check_settings(task, data)
     template = chat_template(tokenizer, data.template) if task.kind in ("dialogue", "preference") else None
     facts = [tokenizer.sha256, *map(str, (tuple(opening), end_of_document, seed)), template.text if template else ""]
-    fingerprint = _fingerprint(task, data, facts)
+    hashes = KnownHashes(file for folder in folders if data.verify != "full" for file in files_read(folder))
+    fingerprint = _fingerprint(task, data, facts, hashes)
     for folder in folders:
         if _is_there(folder, fingerprint, data):
-            encoded = read_encoded(folder, verify=data.verify)
+            # Those that are to be hashed in full will be by who puts them to use, and writes down that they were.
+            encoded = read_encoded(folder, verify="sizes" if data.verify == "sizes" else "once")
             _check_ids(encoded, vocab_size, tokenizer)
             return encoded
     encoder = RowEncoder(
@@ -118,8 +129,10 @@ def prepare_rows(
         tokenizer_sha256=tokenizer.sha256,
         settings={"task": dataclasses.asdict(task), "data": dataclasses.asdict(data), "seed": seed},
         report=_report(read, contents, data, size=size),
+        read=tuple(hashes.given),
+        max_token_id=_max_token_id(parts, is_language=task.kind != "classification"),
     )
-    _check_most(parts, vocab_size, tokenizer, is_language=task.kind != "classification")
+    _check_ids(described, vocab_size, tokenizer)
     bytes_V = np.zeros(tokenizer.vocab_size, dtype=np.int32) if task.kind == "classification" else tokenizer.token_bytes()
     write_encoded(described, contents, bytes_V)
     return read_encoded(folders[-1], verify="sizes")
@@ -153,13 +166,13 @@ def _check_system(task: TaskConfig, data: RowsConfig, splits: dict[Split, list[R
         )
 
 
-def _fingerprint(task: TaskConfig, data: RowsConfig, facts: Sequence[str]) -> str:
+def _fingerprint(task: TaskConfig, data: RowsConfig, facts: Sequence[str], hashes: KnownHashes) -> str:
     # Where rows are encoded at all, the good ones are: which those are follows from the rest.
     of_rows = hashed_fields(data, ROWS_FIELDS, without=("bad_rows", "verify"))
     settings = {name: getattr(task, name) for name in TASK_FIELDS} | of_rows
     sources = [(part, source) for part in ("data", "validation") for source in getattr(task, part)]
     read = [
-        f"{part} {source.label} {Path(source.path).name} {source.split} {hash_of(source, format=task.format)}"
+        f"{part} {source.label} {Path(source.path).name} {source.split} {hash_of(source, format=task.format, hashes=hashes)}"
         for part, source in sources
     ]
     return sha256_of_texts([str(FORMAT_VERSION), f"made as {MADE_AS}", json.dumps(settings, sort_keys=True), *facts, *read])
@@ -356,17 +369,19 @@ def _report(read: _Read, contents: dict[Split, SplitContents], data: RowsConfig,
     )
 
 
-def _check_most(parts: dict[Split, _Part], vocab_size: int, tokenizer: Tokenizer, *, is_language: bool) -> None:
+def _max_token_id(parts: dict[Split, _Part], *, is_language: bool) -> int:
     rows = [row for part in parts.values() for row in part.encoded]
     most = max(int(row.inputs_N.max()) for row in rows)
     learned = max(int(row.labels_N.max()) for row in rows) if is_language else 0
-    _refuse_beyond(max(most, learned), vocab_size, tokenizer)
+    return max(most, learned)
 
 
 def _check_ids(encoded: EncodedRows, vocab_size: int, tokenizer: Tokenizer) -> None:
     splits: list[Split] = ["train", "validation"]
     names = ("tokens_N",) if encoded.kind == "classification" else ("tokens_N", "labels_N")
-    most = max(int(getattr(encoded.arrays(split), name).max(initial=0)) for split in splits for name in names)
+    most = encoded.max_token_id
+    if most is None:
+        most = max(int(getattr(encoded.arrays(split), name).max(initial=0)) for split in splits for name in names)
     _refuse_beyond(most, vocab_size, tokenizer)
 
 

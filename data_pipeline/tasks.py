@@ -14,6 +14,7 @@ from data_pipeline.dialogues import Message, dialogue_of, pair_of, text_pair_of,
 from data_pipeline.layouts import ALIASES, MISSING, Layout, is_null, layout_of, lookup, names_of
 from data_pipeline.records import BadRow, Fault, Record, RecordReader
 from data_pipeline.task_config import TaskConfig, TaskSource
+from data_pipeline.verified import KnownHashes
 
 FIRST_ROWS = 100
 """Of these the first whose columns are known tells what the file's columns are."""
@@ -78,9 +79,9 @@ def labelled_rows(
             yield bad
 
 
-def hash_of(source: TaskSource, *, format: str = "auto") -> str:
+def hash_of(source: TaskSource, *, format: str = "auto", hashes: KnownHashes | None = None) -> str:
     """SHA-256 of the source's files. Raises UserError when one cannot be read."""
-    return RecordReader(format=format).hash_of(source)
+    return RecordReader(format=format).hash_of(source, hashes or KnownHashes())
 
 
 def _layout(task: TaskConfig, records: Sequence[Record]) -> Layout | None:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -34,6 +35,12 @@ State = tuple[int, int, int]
 """Size, time of the last change in nanoseconds, inode."""
 
 
+def state_of(path: Path) -> State:
+    """What a file is known again by."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
     """One file of a list."""
@@ -47,6 +54,38 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HashedFile:
+    """A file that is in no list, as it was when its hash was taken."""
+
+    path: str
+    """Where it lies, absolute."""
+    state: State
+    sha256: str
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> HashedFile:
+        """Inverse of `dataclasses.asdict`. Raises KeyError, TypeError or ValueError for what is none."""
+        size, time, inode = content["state"]
+        return cls(path=content["path"], state=(int(size), int(time), int(inode)), sha256=content["sha256"])
+
+
+class KnownHashes:
+    """Hashes of files; of one that is as it was when its hash was taken, that one."""
+
+    def __init__(self, known: Iterable[HashedFile] = ()) -> None:
+        self._known = {(file.path, file.state): file.sha256 for file in known}
+        self.given: list[HashedFile] = []
+        """What was asked for."""
+
+    def sha256_of(self, path: Path) -> str:
+        """Hash of a file in hexadecimal."""
+        place, state = str(path.resolve()), state_of(path)
+        digest = self._known.get((place, state)) or sha256_of(path)
+        self.given.append(HashedFile(path=place, state=state, sha256=digest))
+        return digest
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileList:
     """A list of hashes, as it was read."""
 
@@ -55,11 +94,11 @@ class FileList:
     sha256: str
     """Hash of the list's own bytes."""
 
-    def faults(self, files: Sequence[FileRecord], *, verify: Verify, fallback: Path | None = None) -> list[str]:
+    def faults(self, files: Sequence[FileRecord], *, verify: Verify, remember: bool, fallback: Path | None = None) -> list[str]:
         """What is wrong with some of the list's files, in words; nothing when they are what the list says.
 
         verify: once: hash those that were not hashed before, or have changed since; full: all; sizes: none.
-        fallback: the record where the list's folder cannot be written to.
+        remember: write down what was hashed. fallback: the record where the list's folder cannot be written to.
         """
         found = {file.name: self._state(file) for file in files}
         if faults := [state for state in found.values() if isinstance(state, str)]:
@@ -74,19 +113,22 @@ class FileList:
             return []
         problems = self._hash_problems(unknown, verify)
         sound = {name: state for name, state in states.items() if name not in problems}
-        self._record(places, {name: state for name, state in known if name not in states} | sound, sound_only=bool(problems))
+        if remember:
+            self._record(
+                places, {name: state for name, state in known if name not in states} | sound, sound_only=bool(problems)
+            )
         return list(problems.values())
 
     def _state(self, file: FileRecord) -> State | str:
         path = self.path.parent / file.name
         try:
-            found = path.stat()
+            found = state_of(path)
         except OSError as error:
             return f"{path}: cannot be read ({error.strerror}), though {self.path.name} lists it"
-        if found.st_size != file.size:
-            sizes = f"holds {found.st_size} bytes, {self.path.name} says {file.size} ({readable_bytes(file.size)})"
+        if found[0] != file.size:
+            sizes = f"holds {found[0]} bytes, {self.path.name} says {file.size} ({readable_bytes(file.size)})"
             return f"{path}: {sizes}: cut off or changed"
-        return found.st_size, found.st_mtime_ns, found.st_ino
+        return found
 
     def _hash_problems(self, files: Sequence[FileRecord], verify: Verify) -> dict[str, str]:
         """Name -> what is wrong, of those whose content is not what the list says."""

@@ -210,8 +210,8 @@ def _make_ready(config: FinetuneConfig, rows: EncodedRows, begins: Beginning, ru
     place, tokenizer, base = (run_dir / name for name in (ROWS_FOLDER, TOKENIZER_FOLDER, BASE_FOLDER))
     if rows.folder != place:
         _put(rows.folder, place)
-        read_encoded(place, verify=config.data.verify)
         shutil.rmtree(rows.folder, ignore_errors=True)  # or they would lie there twice for as long as the run lasts
+    read_encoded(place, verify=config.data.verify, remember=True)
     if not begins.goes_on:  # a start that came to nothing may have left those of another checkpoint
         shutil.rmtree(tokenizer, ignore_errors=True)
     if not tokenizer.exists():

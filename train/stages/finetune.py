@@ -31,7 +31,7 @@ from train.stages.training import Material
 
 def material(config: FinetuneConfig, context: ParallelContext, attempt: Attempt, metrics: Metrics | NullMetrics) -> Material:
     """What a fine-tuning run reads, is measured by and begins with."""
-    # Those that are to be hashed in full were, a moment ago: by whoever has started the ranks.
+    # Those that are to be hashed in full were, by who has started the ranks.
     verify = "sizes" if config.data.verify == "sizes" else "once"
     rows = context.read_once(lambda: kept_rows(attempt.run_dir, verify=verify))
     common = {

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from conf.errors import UserError
-from data_pipeline import encoded_rows
+from data_pipeline import encoded_rows, verified
+from data_pipeline.config import Verify
 from data_pipeline.encoded_rows import EncodedRows, read_encoded
+from data_pipeline.manifest import SPLITS
+from data_pipeline.row_preparation import _check_ids
 from data_pipeline.tokenizer import Tokenizer
 from tests.unit.data_pipeline.labelled import json_lines, prepared, task_of, tokenizer_in
 
@@ -40,6 +47,53 @@ class TestFolder:
         assert self.made(tmp_path, tokenizer) == encoded
         with pytest.raises(TypeError):
             self.made(tmp_path, tokenizer, sequence_length=65)
+
+    def test_a_later_start_hashes_nothing(self, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+        def start(verify: Verify = "once") -> list[str]:
+            """Names of what is hashed, once looked at and once put to use."""
+            del hashed[:]
+            assert prepared(task, tokenizer, tmp_path / "rows", validation_fraction=0.2, verify=verify) == encoded
+            assert read_encoded(tmp_path / "rows", verify=verify, remember=True) == encoded
+            return sorted(hashed)
+
+        def counted(path: Path, progress: Callable[[int], object] | None = None) -> str:
+            hashed.append(path.name)
+            return original(path, progress)
+
+        record = tmp_path / "rows" / "verified.json"
+        hashed: list[str] = []
+        original = verified.sha256_of
+        encoded = self.made(tmp_path, tokenizer)
+        monkeypatch.setattr(verified, "sha256_of", counted)
+        task = task_of("generation", tmp_path / "a.jsonl")
+        rows = sorted(path.name for path in (tmp_path / "rows").iterdir() if path.name != "rows.json")
+        read_encoded(tmp_path / "rows", verify="full")
+        assert not record.exists(), "who only looks leaves a run as it is"
+        assert start() == sorted([*rows, *rows])
+        assert start() == []
+        os.utime(tmp_path / "rows" / "train-order.npy", ns=(0, 0))
+        os.utime(tmp_path / "a.jsonl", ns=(0, 0))
+        assert start() == ["a.jsonl", "train-order.npy", "train-order.npy"]
+        assert start("full") == ["a.jsonl", *rows]
+        assert start("sizes") == ["a.jsonl"], "which had another time when it was encoded"
+
+    def test_of_an_older_version(self, tmp_path: Path, tokenizer: Tokenizer) -> None:
+        """Neither the files that were read nor the largest id are known, so both are found out."""
+        encoded = self.made(tmp_path, tokenizer)
+        assert encoded.max_token_id == max(encoded.arrays(split).labels_N.max() for split in SPLITS)
+        path = tmp_path / "rows" / "rows.json"
+        content = json.loads(path.read_text())
+        for name in ("read", "max_token_id"):
+            del content[name]
+        path.write_text(json.dumps(content))
+        task = task_of("generation", tmp_path / "a.jsonl")
+        again = prepared(task, tokenizer, tmp_path / "rows", validation_fraction=0.2)
+        assert again == replace(encoded, read=(), max_token_id=None)
+        with pytest.raises(UserError, match=r"the rows hold token .*, the model knows ids below 3"):
+            _check_ids(again, 3, tokenizer)
+        path.write_text(json.dumps(content | {"read": [{"path": 1}]}))
+        with pytest.raises(UserError, match=r"rows.json: damaged \(KeyError"):
+            prepared(task, tokenizer, tmp_path / "rows", validation_fraction=0.2)
 
     @pytest.mark.parametrize(
         "changes", [{"sequence_length": 32}, {"packing": False}, {"targets": "all"}, {"seed": 1}, {"opening": (3,)}]
