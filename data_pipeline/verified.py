@@ -2,6 +2,7 @@
 
 The record lies beside the list, or, where that folder cannot be written to, in a place of the caller's. It only saves work: one
 that is missing, damaged, of another version or of another list is passed over, and the files are hashed again.
+To prepare a corpus writes none: that hashes what it hands to the disk, the first start what lies there.
 
 Inodes of NFS and Lustre are the server's, so that one record serves every node; where a mount numbers files by itself (some of
 FUSE), or they were copied, they are hashed again. The device is not compared, as every node numbers its mounts by itself, nor
@@ -114,9 +115,8 @@ class FileList:
         problems = self._hash_problems(unknown, verify)
         sound = {name: state for name, state in states.items() if name not in problems}
         if remember:
-            self._record(
-                places, {name: state for name, state in known if name not in states} | sound, sound_only=bool(problems)
-            )
+            others = {name: state for name, state in known if name not in states}
+            self._record(places, others | sound, sound_only=bool(problems))
         return list(problems.values())
 
     def _state(self, file: FileRecord) -> State | str:
@@ -172,9 +172,9 @@ class FileList:
         content = {"format_version": FORMAT_VERSION, "list_sha256": self.sha256, "files": entries}
         problems = []
         for place in places:
-            if sound_only and not place.exists():
-                continue
             try:
+                if sound_only and not place.exists():
+                    continue
                 place.parent.mkdir(parents=True, exist_ok=True)
                 write_json(place, content)
             except OSError as error:

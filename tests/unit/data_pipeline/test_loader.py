@@ -16,7 +16,7 @@ from conf.errors import UserError
 from data_pipeline.config import DataConfig, SourceConfig, TokenizerConfig
 from data_pipeline.corpus import Corpus
 from data_pipeline.loader import IGNORE, Loader, MicroBatch
-from data_pipeline.manifest import MANIFEST_FILE, Manifest
+from data_pipeline.manifest import MANIFEST_FILE, Manifest, read_manifest
 from data_pipeline.prefetcher import Prefetcher
 from data_pipeline.sampler import Sampler
 from tests.unit.data_pipeline.corpora import prepared, some_texts
@@ -215,6 +215,15 @@ def test_id_that_appears_after_the_manifest(own_copy: Path, tiny: Manifest) -> N
     with pytest.raises(UserError, match=expected):
         for first in range(0, 2000, 8):
             loader.micro_batch(range(first, first + 8))
+
+
+def test_a_shard_that_only_this_machine_lacks(own_copy: Path) -> None:
+    """The first rank has read the manifest and seen all files; this one has another folder under the same name."""
+    manifest = read_manifest(own_copy)
+    (own_copy / "train-00001.bin").unlink()
+    config = DataConfig(sources=(SourceConfig(path=str(own_copy)),), sequence_length=48)
+    with pytest.raises(UserError, match=r"train-00001.bin: is not there on .*, though manifest.json lists it"):
+        Loader(config, split="train", seed=0, vocab_size=300, manifests=(manifest,))
 
 
 def test_more_documents_than_the_manifest_promises(own_copy: Path, tiny: Manifest) -> None:
