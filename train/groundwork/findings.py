@@ -31,4 +31,4 @@ class Findings(Generic[SettingsT]):
     check_plan: Callable[[int], object]
     """Checks the data against the samples of the whole run; raises ConfigError."""
     make_ready: Callable[[Path], object]
-    """Checks the data in full, and puts into the run's folder what the ranks will read."""
+    """Checks the data as data.verify says, and puts into the run's folder what the ranks will read."""
