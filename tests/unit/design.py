@@ -135,6 +135,7 @@ TORCH_FREE = (
     "train.model.adapters",
     "train.model.cost",
     "train.model.flops",
+    "train.model.philox",
     "train.host",
     "train.initial",
     "train.groundwork",
