@@ -63,7 +63,7 @@ def run(config: CheckpointBenchConfig) -> int:
             (tokenizer / "tokenizer.json").write_text("{}")
         engine = Engine(
             build_layers(
-                Blueprint(model=config.model, tensor=context.tensor), Reading(sequence_length=64, document_mask=False), seed=1
+                Blueprint(model=config.model, tensor=context.tensor), Reading(sequence_length=64, document_mask=False)
             ),
             optimizer=OptimizerSpec(settings=OptimConfig()),
             parallel=config.parallel,
@@ -72,6 +72,7 @@ def run(config: CheckpointBenchConfig) -> int:
             dropout_seed=1,
             context=context,
         )
+        engine.initialise(config.model, seed=1)
         store = CheckpointStore(
             root / "checkpoints",
             config=CheckpointConfig(keep_last=1),

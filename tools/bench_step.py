@@ -295,13 +295,14 @@ def _ways(
     ]
     reading = Reading(sequence_length=config.sequence_length, document_mask=config.document_mask)
     bare = BareEngine(
-        build_layers(blueprint_of(settings, context), reading, seed=1),
+        build_layers(blueprint_of(settings, context), reading),
         optimizer=optimizer_of(settings),
         parallel=config.parallel,
         precision=config.precision,
         micro_batch=config.micro_batch,
         context=context,
     )
+    bare.initialise(config.model, seed=1)
     ways: dict[str, Callable[[], Any]] = {
         "loop": lambda: next(loop),
         "step": lambda: trainer.engine.train_step(held, lr=1e-4, step=0),

@@ -15,6 +15,7 @@ from data_pipeline.config import DataConfig, SourceConfig, TokenizerConfig
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Manifest, read_manifest
 from tests.dist import run_ranks
+from tests.models import initial_value
 from tests.parity import hugging_face
 from tests.unit.data_pipeline.corpora import prepared, some_texts
 from train.attempt import Attempt
@@ -26,7 +27,6 @@ from train.engine import Engine
 from train.held_out import Evaluator
 from train.metrics import NullMetrics
 from train.metrics.record import Level
-from train.model.init import initial_value
 from train.model.logical import LogicalTensor
 from train.model.transformer import Reading, build_layers
 from train.parallel import ParallelContext, split_ranks
@@ -80,7 +80,7 @@ def held_out(config: PretrainConfig) -> Loader:
 def make(context: ParallelContext, config: PretrainConfig) -> tuple[Engine, Evaluator]:
     reading = Reading(sequence_length=LENGTH, document_mask=True)
     engine = Engine(
-        build_layers(blueprint_of(config, context), reading, seed=SEED),
+        build_layers(blueprint_of(config, context), reading),
         optimizer=optimizer_of(config),
         parallel=config.parallel,
         precision=config.precision,
@@ -88,6 +88,7 @@ def make(context: ParallelContext, config: PretrainConfig) -> tuple[Engine, Eval
         dropout_seed=3,
         context=context,
     )
+    engine.initialise(config.model, seed=SEED)
     return engine, Evaluator(config, context=context, engine=engine, loader=held_out(config))
 
 

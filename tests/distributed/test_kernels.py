@@ -65,9 +65,7 @@ def test_kernels_give_the_plain_result(layout: tuple, ranks: int, kernels: Kerne
 def peak_of_build(context: ParallelContext, zero: int, model: ModelConfig) -> tuple[float, float]:
     """(most bytes beyond the start while the model is built, bytes of the whole model)."""
     ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back at once, and is not counted
-    layers = build_layers(
-        Blueprint(model=model, kernels=KernelsConfig()), Reading(sequence_length=16, document_mask=True), seed=1
-    )
+    layers = build_layers(Blueprint(model=model, kernels=KernelsConfig()), Reading(sequence_length=16, document_mask=True))
     config = deepspeed_config(OptimConfig(), ParallelConfig(zero=zero), "fp32", 1)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew

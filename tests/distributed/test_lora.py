@@ -11,13 +11,14 @@ import torch
 from conf.errors import ConfigError
 from tests.dist import run_ranks
 from tests.distributed import uneven
+from tests.models import initial_decoder
 from train.config.adapter import LoraConfig
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
 from train.model.adapters import trained_shapes
 from train.model.blueprint import Blueprint
 from train.model.logical import logical_parameters
-from train.model.transformer import Decoder, Reading, build_layers
+from train.model.transformer import Reading, build_layers
 from train.parallel import ParallelContext, split_ranks
 
 pytestmark = pytest.mark.further
@@ -60,7 +61,7 @@ def reference(name: str) -> tuple[list[tuple[float, float]], dict[str, torch.Ten
     model_name, lora, frozen = CASES[name]
     model = MODELS[model_name]
     reading = Reading(sequence_length=uneven.SEQUENCE, document_mask=True)
-    module = Decoder(build_layers(Blueprint(model=model, lora=lora, frozen=frozen), reading, seed=7))
+    module = initial_decoder(Blueprint(model=model, lora=lora, frozen=frozen), reading, seed=7)
     named = {key: value for key, value in logical_parameters(module).items() if value.requires_grad}
     assert {key: value.logical.shape for key, value in named.items()} == trained_shapes(model, lora=lora, frozen=frozen)
     flat = [key for key in named if key.endswith("bias") or "norm" in key or "magnitude" in key]
@@ -212,5 +213,5 @@ def test_dropout_repeats_itself_and_keeps_the_ranks_together(tensor: int, rows: 
 def test_patterns_that_fit_nothing_are_errors(lora: LoraConfig | None, frozen: tuple[str, ...], words: str) -> None:
     model: ModelConfig = uneven.TINY
     with pytest.raises(ConfigError) as error:
-        build_layers(Blueprint(model=model, lora=lora, frozen=frozen), Reading(sequence_length=8, document_mask=False), seed=1)
+        build_layers(Blueprint(model=model, lora=lora, frozen=frozen), Reading(sequence_length=8, document_mask=False))
     assert words in str(error.value)

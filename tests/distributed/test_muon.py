@@ -13,11 +13,12 @@ from torch import Tensor
 from tests.dist import run_ranks
 from tests.distributed import uneven
 from tests.distributed.test_checkpoint_layouts import make_store, steps
+from tests.models import initial_decoder
 from train.config.training import OptimConfig
 from train.model.blueprint import Blueprint
 from train.model.cost import is_block_matrix
 from train.model.logical import logical_parameters
-from train.model.transformer import Decoder, Reading, build_layers
+from train.model.transformer import Decoder, Reading
 from train.parallel import ParallelContext
 
 pytestmark = pytest.mark.further
@@ -40,7 +41,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
 @cache
 def model() -> Decoder:
     reading = Reading(sequence_length=uneven.SEQUENCE, document_mask=True)
-    return Decoder(build_layers(Blueprint(model=uneven.TINY), reading, seed=7)).to(torch.bfloat16)
+    return initial_decoder(Blueprint(model=uneven.TINY), reading, seed=7).to(torch.bfloat16)
 
 
 def gradients(state: State, step: int) -> tuple[float, State]:

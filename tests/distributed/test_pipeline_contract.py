@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tests.dist import run_ranks
 from tests.distributed import uneven
 from tests.distributed.test_zero_parity import reference
+from tests.models import initialised
 from train.config.model import ModelConfig
 from train.config.training import OptimConfig, ParallelConfig
 from train.engine.engine import deepspeed_config
@@ -25,9 +26,9 @@ STEPS = 5
 class Stage(nn.Module):
     """A layer as PipelineModule wants it: built on the stage that owns it, a tied weight under one name."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, model: ModelConfig) -> None:
         super().__init__()
-        self.inner = layer.build()
+        self.inner = initialised(layer.build(), model, seed=7)
         if layer.tied_weight is not None:
             self.weight = self.inner.get_parameter(layer.tied_weight)
 
@@ -42,9 +43,11 @@ def train(context: ParallelContext, model: ModelConfig) -> list[tuple[float, flo
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", dist_init_required=False)
-    layers = build_layers(Blueprint(model=model), Reading(sequence_length=uneven.SEQUENCE, document_mask=True), seed=7)
+    layers = build_layers(Blueprint(model=model), Reading(sequence_length=uneven.SEQUENCE, document_mask=True))
     specs = [
-        TiedLayerSpec(layer.tied_key, Stage, layer, tied_weight_attr="weight") if layer.tied_key else LayerSpec(Stage, layer)
+        TiedLayerSpec(layer.tied_key, Stage, layer, model, tied_weight_attr="weight")
+        if layer.tied_key
+        else LayerSpec(Stage, layer, model)
         for layer in layers
     ]
     micro_batches = uneven.SEQUENCES // uneven.MICRO

@@ -10,10 +10,10 @@ import torch
 from tests.dist import run_ranks
 from tests.distributed import uneven
 from tests.distributed.test_zero_parity import reference
+from tests.models import initial_value
 from train.config.kernels import KernelsConfig
 from train.config.model import ModelConfig
 from train.model.crossings import own_draws
-from train.model.init import initial_value
 from train.parallel import ParallelContext, split_ranks
 
 MODELS = {

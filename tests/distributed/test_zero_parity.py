@@ -10,10 +10,11 @@ import torch
 
 from tests.dist import run_ranks
 from tests.distributed import uneven
+from tests.models import initial_decoder
 from train.config.model import ModelConfig
 from train.model.blueprint import Blueprint
 from train.model.logical import logical_parameters
-from train.model.transformer import Decoder, Reading, build_layers
+from train.model.transformer import Reading
 from train.parallel import ParallelContext
 
 STEPS = uneven.STEPS
@@ -23,7 +24,7 @@ STEPS = uneven.STEPS
 def reference(model: ModelConfig) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     """The same training with torch alone: (loss, grad norm) of each step, and the final state by logical name."""
     reading = Reading(sequence_length=uneven.SEQUENCE, document_mask=True)
-    module = Decoder(build_layers(Blueprint(model=model), reading, seed=7))
+    module = initial_decoder(Blueprint(model=model), reading, seed=7)
     named = logical_parameters(module)
     norms = [p for n, p in named.items() if n.endswith("bias") or "norm" in n]
     matrices = [p for n, p in named.items() if not (n.endswith("bias") or "norm" in n)]

@@ -142,8 +142,8 @@ def make_engine(
     """A fresh engine for `model`; `layers`: more of the blueprint, such as adapters."""
     blueprint = Blueprint(model=model, kernels=kernels, tensor=context.tensor, **layers)
     reading = Reading(sequence_length=SEQUENCE, document_mask=True)
-    return Engine(
-        build_layers(blueprint, reading, seed=7),
+    engine = Engine(
+        build_layers(blueprint, reading),
         optimizer=OptimizerSpec(settings=optim),
         parallel=ParallelConfig(zero=zero, bucket_elements=5000),
         precision=precision,
@@ -151,6 +151,8 @@ def make_engine(
         dropout_seed=3,
         context=context,
     )
+    engine.initialise(model, seed=7)
+    return engine
 
 
 def logical_state(engine: Engine, context: ParallelContext, *, frozen: bool = False) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ def shares_right(engine: Engine) -> dict[str, float]:
 def learn(context: ParallelContext) -> list[dict[str, float]]:
     """Shares of right answers before and after."""
     engine = Engine(
-        build_layers(Blueprint(model=MODEL), Reading(sequence_length=LENGTH, document_mask=False), seed=3),
+        build_layers(Blueprint(model=MODEL), Reading(sequence_length=LENGTH, document_mask=False)),
         optimizer=OptimizerSpec(settings=OptimConfig(lr=LR, weight_decay=0.0)),
         parallel=ParallelConfig(),
         precision="fp32",
@@ -64,6 +64,7 @@ def learn(context: ParallelContext) -> list[dict[str, float]]:
         dropout_seed=0,
         context=context,
     )
+    engine.initialise(MODEL, seed=3)
     rng, before = np.random.default_rng(0), shares_right(engine)
     for step in range(STEPS):
         engine.train_step([repetitions(rng)], lr=LR * min(1.0, (step + 1) / 30), step=step)

@@ -141,7 +141,7 @@ def our_curve(context: ParallelContext, model: ModelConfig) -> list[float]:
     """Losses of an engine whose model begins with the weights of transformers'."""
     pair = make_pair(model)
     engine = Engine(
-        build_layers(Blueprint(model=model), Reading(sequence_length=64, document_mask=True), seed=7),
+        build_layers(Blueprint(model=model), Reading(sequence_length=64, document_mask=True)),
         optimizer=OptimizerSpec(settings=OPTIM),
         parallel=ParallelConfig(zero=1),
         precision="fp32",

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.models import initial_decoder
 from tests.parity.custom import CUSTOM, LIMIT, LONGROPE, make_custom_pair
 from tests.parity.pairs import CASES, VOCAB_SIZE, gradients_of, whole_sequence_inputs
 from train.config.kernels import KernelsConfig
@@ -15,7 +16,7 @@ from train.model.blueprint import Blueprint
 from train.model.cost import num_parameters, parameter_shapes
 from train.model.layers import ACTIVATIONS, NormAcrossHeads
 from train.model.logical import logical_parameters
-from train.model.transformer import Decoder, Reading, build_layers
+from train.model.transformer import Reading
 
 TOLERANCE = 1e-5
 SEQUENCES = 2
@@ -108,7 +109,7 @@ def test_the_exact_gate_is_not_the_approximate_one() -> None:
 @pytest.mark.parametrize("output_bias", [None, False, True])
 def test_every_combination_of_biases(bias: bool, qkv_bias: bool | None, output_bias: bool | None) -> None:
     model = replace(CUSTOM["olmo2"][0], bias=bias, qkv_bias=qkv_bias, attention_output_bias=output_bias, num_layers=1)
-    decoder = Decoder(build_layers(Blueprint(model=model), Reading(sequence_length=8, document_mask=False), seed=1))
+    decoder = initial_decoder(Blueprint(model=model), Reading(sequence_length=8, document_mask=False), seed=1)
     built = {name: tuple(parameter.logical.shape) for name, parameter in logical_parameters(decoder).items()}
     assert list(built.items()) == list(parameter_shapes(model).items())
     assert num_parameters(model) == sum(parameter.numel() for parameter in decoder.parameters())
@@ -127,7 +128,7 @@ def test_selective_recomputation_of_all_of_it() -> None:
     found = []
     for recompute in ("none", "selective", "full"):
         blueprint = Blueprint(model=settings, kernels=KernelsConfig(recompute=recompute))
-        decoder = Decoder(build_layers(blueprint, Reading(sequence_length=80, document_mask=True), seed=1))
+        decoder = initial_decoder(blueprint, Reading(sequence_length=80, document_mask=True), seed=1)
         decoder(*inputs)[0].backward()
         found.append(gradients_of(decoder))
     for again in found[1:]:

@@ -22,6 +22,7 @@ from data_pipeline.row_loader import RowLoader
 from data_pipeline.rows_config import RowsConfig
 from tests.dist import run_ranks
 from tests.integration import finetuning
+from tests.models import initial_decoder
 from tests.parity.adapters import THEIRS, adapters_as_ours, peft_config
 from tests.parity.hugging_face import named_weights
 from tests.parity.pairs import CASES, Pair, gradients_of, hf_model
@@ -37,7 +38,7 @@ from train.convert.keymap import KeyMap
 from train.metrics.jsonl import read_metrics
 from train.model.blueprint import Blueprint
 from train.model.logical import logical_parameters
-from train.model.transformer import Decoder, Reading, build_layers
+from train.model.transformer import Reading
 from train.stages import hf_import
 
 pytestmark = pytest.mark.further
@@ -212,7 +213,7 @@ def begin_alike(theirs: nn.Module, lora: LoraConfig) -> None:
     """Give PEFT's first matrices the random values of ours; the second ones begin at zero on both sides."""
     reading = Reading(sequence_length=LENGTH, document_mask=True)
     seed = 11  # of finetuning.settings
-    drawn = logical_parameters(Decoder(build_layers(Blueprint(model=MODEL, lora=lora), reading, seed=seed)))
+    drawn = logical_parameters(initial_decoder(Blueprint(model=MODEL, lora=lora), reading, seed=seed))
     named = dict(theirs.named_parameters())
     with torch.no_grad():
         for name, value in drawn.items():

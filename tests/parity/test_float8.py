@@ -10,9 +10,10 @@ from conf.errors import UserError
 from tests.dist import run_ranks
 from tests.distributed import uneven
 from tests.distributed.test_zero_parity import STEPS, reference
+from tests.models import initial_decoder
 from train.model.blueprint import Blueprint
 from train.model.float8 import Float8Linear, Scaling, check_device, cpu_has_product, product, product_line, quantized
-from train.model.transformer import Decoder, Reading, build_layers
+from train.model.transformer import Reading
 from train.parallel import ParallelContext
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -147,7 +148,7 @@ def test_it_compiles_into_one_graph(scaling: Scaling, native: bool) -> None:
 
 def test_the_ends_of_the_model_stay_as_they_are() -> None:
     blueprint = Blueprint(model=DEEP, float8="rowwise")
-    decoder = Decoder(build_layers(blueprint, Reading(sequence_length=uneven.SEQUENCE, document_mask=True), seed=7))
+    decoder = initial_decoder(blueprint, Reading(sequence_length=uneven.SEQUENCE, document_mask=True), seed=7)
     eight = {name for name, module in decoder.named_modules() if isinstance(module, Float8Linear)}
     parts = ("attention.qkv", "attention.output", "mlp.gate_up", "mlp.down")
     assert eight == {f"blocks_{number}.{part}" for number in (1, 2) for part in parts}

@@ -8,12 +8,12 @@ from math import sqrt
 import pytest
 import torch
 
+from tests.models import initial_decoder, initial_value
 from tests.parity.pairs import CASES
 from train.model.blueprint import Blueprint
 from train.model.cost import parameter_shapes
-from train.model.init import initial_value
 from train.model.logical import LogicalTensor, logical_parameters
-from train.model.transformer import Decoder, Reading, build_layers
+from train.model.transformer import Reading
 
 LAYERS, STD = 8, 0.03
 READING = Reading(sequence_length=8, document_mask=False)
@@ -30,7 +30,7 @@ def _expected_std(name: str) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_spread_of_every_tensor(case):
-    decoder = Decoder(build_layers(Blueprint(model=_model(case)), READING, seed=1))
+    decoder = initial_decoder(Blueprint(model=_model(case)), READING, seed=1)
     for name, parameter in logical_parameters(decoder).items():
         values = parameter.detach().double()
         if name.endswith("bias"):
@@ -47,7 +47,7 @@ def test_spread_of_every_tensor(case):
 @pytest.mark.parametrize("case", ["gpt2", "llama-gqa"])
 def test_seed_and_name_decide_alone(case):
     model = _model(case)
-    build = lambda seed: logical_parameters(Decoder(build_layers(Blueprint(model=model), READING, seed=seed)))  # noqa: E731
+    build = lambda seed: logical_parameters(initial_decoder(Blueprint(model=model), READING, seed=seed))  # noqa: E731
     torch.manual_seed(0)
     first = build(5)
     torch.manual_seed(1)  # the global generator has no say

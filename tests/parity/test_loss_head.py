@@ -9,11 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.dist import run_ranks
+from tests.models import initialised
 from tests.parity.pairs import CASES, VOCAB_SIZE, gradients_of, make_pair, whole_sequence_inputs
 from train.config.kernels import KernelsConfig
 from train.model.blueprint import Blueprint
 from train.model.heads import IGNORE, LossHead
-from train.model.transformer import initialise
 from train.parallel import ALONE, TensorRanks, split_ranks
 
 TOLERANCE = 1e-5
@@ -21,7 +21,7 @@ TOLERANCE = 1e-5
 
 def _head_and_inputs(z_loss: float):
     model = replace(CASES["llama-gqa"], z_loss=z_loss, init_std=0.1)
-    head = initialise(LossHead(Blueprint(model=model)), model, seed=3)
+    head = initialised(LossHead(Blueprint(model=model)), model, seed=3)
     generator = torch.Generator().manual_seed(5)
     hidden_TH = torch.randn(40, model.hidden_size, generator=generator)
     labels_T = torch.randint(VOCAB_SIZE, (40,), generator=generator)
@@ -99,7 +99,7 @@ def _chunked_and_plain(tensor: TensorRanks, z_loss: float) -> list[tuple]:
     found = []
     for logits_bytes in (16 * 4 * model.padded_vocab_size // tensor.size, 1 << 30):
         kernels = KernelsConfig(logits_bytes=logits_bytes)
-        head = initialise(LossHead(Blueprint(model=model, kernels=kernels, tensor=tensor)), model, seed=3)
+        head = initialised(LossHead(Blueprint(model=model, kernels=kernels, tensor=tensor)), model, seed=3)
         inputs_TH = hidden_TH.clone().requires_grad_()
         with LargestTensor() as largest:
             objective, loss, _ = head((inputs_TH, labels_T, None, None))

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.dist import run_ranks
+from tests.models import initialised
 from tests.parity.pairs import CASES, VOCAB_SIZE
 from train.config.kernels import KernelsConfig
 from train.config.preference import PreferenceConfig
 from train.model.blueprint import Blueprint
 from train.model.heads import IGNORE
 from train.model.preference import PreferenceHead
-from train.model.transformer import initialise
 from train.parallel import ALONE, TensorRanks, split_ranks
 
 BOUNDS = torch.tensor([0, 9, 21, 30, 40, 57, 64, 80, 80, 80, 80], dtype=torch.int32)
@@ -44,7 +44,7 @@ def computed(settings: PreferenceConfig, tensor: TensorRanks = ALONE, logits_byt
     """Loss, pairs, figures, gradient of the hidden states, and of the matrix."""
     kernels = KernelsConfig(logits_bytes=logits_bytes)
     blueprint = Blueprint(model=MODEL, preference=settings, tensor=tensor, kernels=kernels)
-    head = initialise(PreferenceHead(blueprint), MODEL, seed=3)
+    head = initialised(PreferenceHead(blueprint), MODEL, seed=3)
     hidden_TH, labels_T = inputs()
     hidden_TH.requires_grad_()
     objective, loss, pairs, figures_F = head((hidden_TH, labels_T, None, BOUNDS, REFERENCES))
@@ -54,7 +54,7 @@ def computed(settings: PreferenceConfig, tensor: TensorRanks = ALONE, logits_byt
 
 def exact(settings: PreferenceConfig) -> list[Tensor]:
     """The same by the formulas of the papers, row by row."""
-    weight_VH = initialise(PreferenceHead(Blueprint(model=MODEL, preference=settings)), MODEL, seed=3).output.weight
+    weight_VH = initialised(PreferenceHead(Blueprint(model=MODEL, preference=settings)), MODEL, seed=3).output.weight
     weight_VH = weight_VH.detach().double().requires_grad_()
     hidden_TH, labels_T = inputs()
     hidden_TH = hidden_TH.double().requires_grad_()
@@ -115,7 +115,7 @@ def test_two_ranks_of_the_vocabulary_give_the_loss_of_one(logits_bytes: int) -> 
 
 
 def test_without_a_reference_rows_count_by_themselves() -> None:
-    head = initialise(PreferenceHead(Blueprint(model=MODEL, preference=VARIANTS["sigmoid"])), MODEL, seed=3)
+    head = initialised(PreferenceHead(Blueprint(model=MODEL, preference=VARIANTS["sigmoid"])), MODEL, seed=3)
     hidden_TH, labels_T = inputs()
     state = (hidden_TH, labels_T, None, BOUNDS)
     assert torch.equal(head(state)[0], head((*state, torch.zeros(len(BOUNDS))))[0])

@@ -55,7 +55,7 @@ ROWS = {"labelled": "classification-zero1-tensor2", "written": "lora-zero1-tenso
 def tensor_names(model: ModelConfig, lora: LoraConfig | None = None) -> dict[str, list[int]]:
     """Logical name -> logical shape of the parameters of built layers; blocks after the first are like it."""
     blueprint = Blueprint(model=replace(model, num_layers=1), lora=lora)
-    decoder = Decoder(build_layers(blueprint, Reading(sequence_length=8, document_mask=False), seed=None))
+    decoder = Decoder(build_layers(blueprint, Reading(sequence_length=8, document_mask=False)))
     return {name: list(parameter.logical.shape) for name, parameter in logical_parameters(decoder).items()}
 
 

@@ -31,6 +31,7 @@ from train.config.settings import RunSettings
 from train.config.training import CheckpointConfig
 from train.engine import Engine, Fragment
 from train.model.adapters import MAGNITUDE, is_adapter
+from train.model.init import draw
 from train.model.lora import base_of, row_lengths
 from train.parallel import ParallelContext
 
@@ -189,7 +190,7 @@ class CheckpointStore:
     ) -> CheckpointReader:
         """Load the weights, and nothing else, of a checkpoint that is not the run's own; all ranks together.
 
-        Adapters keep their initial values, and so do tensors that the checkpoint lacks, if their logical names are in `new`;
+        Adapters get their initial values, and so do tensors that the checkpoint lacks, if their logical names are in `new`;
         those of `left_out` are passed over where it has them, also where the model has one of that name. If it has adapters,
         they come merged.
         Raises CheckpointError when other tensors differ, and of that DamagedCheckpoint, on every rank, when it is not what
@@ -260,16 +261,17 @@ class CheckpointStore:
                 tensor.copy_(reader.read_apart(fragment.logical, kind, fragment.start, fragment.length))
 
     def _begin(self, engine: Engine, reader: CheckpointReader, initial: Collection[str]) -> None:
-        """The weights that a run begins with; those of `initial` are there already, but for the lengths of rows."""
+        """The weights that a run begins with: those of `initial` are drawn, but for the lengths of rows."""
+        model, seed = self.run_config.model, self.run_config.run.seed
         for fragment in (*engine.fragments(), *engine.frozen_fragments()):
-            logical, part = fragment.logical, slice(fragment.start, fragment.start + fragment.length)
+            logical, weight = fragment.logical, fragment.tensors["weight"]
             if logical.name not in initial:
-                values = reader.read_range(logical, "weight", fragment.start, fragment.length)
+                weight.copy_(reader.read_range(logical, "weight", fragment.start, fragment.length))
             elif logical.name.endswith(MAGNITUDE):
-                values = logical.cut(row_lengths(reader.read(base_of(logical.name)))).reshape(-1)[part]
+                lengths = logical.cut(row_lengths(reader.read(base_of(logical.name)))).reshape(-1)
+                weight.copy_(lengths[fragment.start : fragment.start + fragment.length])
             else:
-                continue
-            fragment.tensors["weight"].copy_(values)
+                draw(model, logical, seed, weight, start=fragment.start)
 
     def _base_of(self, engine: Engine) -> Base | None:
         """What the manifest says of the base; None where all trains."""

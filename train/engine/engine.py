@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from train.config.adapter import LoraConfig
+from train.config.model import ModelConfig
 from train.config.training import ComputePrecision, OptimConfig, ParallelConfig
 from train.engine import fragments
 from train.engine.contract import Answers, Batch, EvaluationResult, StepResult
@@ -29,11 +30,12 @@ from train.model.heads import IGNORE, ClassificationHead, LossHead
 from train.model.init import keyed_seed
 from train.model.logical import logical_of, logical_parameters
 from train.model.lora import settings_of
-from train.model.transformer import Decoder, Layer
+from train.model.transformer import Decoder, Layer, materialise
 from train.optim import OptimizerSpec
 from train.parallel import ParallelContext
 
 PROBE_TOKENS, PROBE_POSITIONS = 64, 4
+NO_WEIGHTS = "nothing has given the engine its weights: call initialise, or load a checkpoint"
 Taken = TypeVar("Taken")
 
 
@@ -66,7 +68,10 @@ class _Clock:
 
 
 class Engine:
-    """A model under DeepSpeed ZeRO 1, 2 or 3; what of it needs no gradient is frozen, and has no optimizer state."""
+    """A model under DeepSpeed ZeRO 1, 2 or 3; what of it needs no gradient is frozen, and has no optimizer state.
+
+    It has no weights until `initialise`, or what writes into its fragments and says `loaded`, gives it some.
+    """
 
     def __init__(
         self,
@@ -89,6 +94,7 @@ class Engine:
             # One data rank has nothing to reduce, yet DeepSpeed would copy all gradients out and back: 6 % of a CPU's step.
             self._deepspeed.enable_backward_allreduce = False
         fragments.create_state(self._optimizer, self.zero)
+        self._has_weights = False
 
     @property
     def module(self) -> Decoder:
@@ -104,6 +110,7 @@ class Engine:
         weights or moments: `skipped` tells. `before_update` is called when all gradients are there, right before weights
         and moments change.
         """
+        assert self._has_weights, NO_WEIGHTS
         device = self.context.device
         local_targets = sum(batch.target_tokens for batch in batches)
         targets = torch.tensor(local_targets, dtype=torch.int64, device=device)
@@ -154,6 +161,7 @@ class Engine:
 
         `compiled` False is for a shape that is seen now and then: compiling it would take longer than it ever saves.
         """
+        assert self._has_weights, NO_WEIGHTS
         self._deepspeed.eval()
         with nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
             _, loss, targets, *figures = self._deepspeed(*self._on_device(batch))
@@ -205,6 +213,7 @@ class Engine:
             model.read_as(reading)
 
     def _before_head(self, tensors: Sequence[Tensor], take: Callable[[Any, tuple[Tensor, ...]], Taken]) -> Taken:
+        assert self._has_weights, NO_WEIGHTS
         # A whole forward pass, with what is wanted taken on the way: stage 3 keeps the order of the modules in mind, and one
         # that ended before the head would be an error at the next evaluation.
         seen: list[Taken] = []
@@ -262,8 +271,20 @@ class Engine:
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: math.sqrt(sum(part.get(name, 0.0) for part in parts)) for name in names}
 
+    def initialise(self, model: ModelConfig, seed: int) -> None:
+        """Begin with the initial values of all weights; every rank draws its own part of them."""
+        fragments.draw_weights((*self.fragments(), *self.frozen_fragments()), model=model, seed=seed)
+        self.loaded(updates=0)
+
     def loaded(self, updates: int) -> None:
-        """Take over what was written into fragments of either kind: `updates` optimizer updates had been applied."""
+        """Take over what was written into fragments of either kind: `updates` optimizer updates had been applied.
+
+        Before the first update there must be no weight left that nothing was written to.
+        """
+        if updates == 0:
+            names = fragments.unset((*self.fragments(), *self.frozen_fragments()))
+            assert not names, f"{', '.join(names[:3])}: neither a checkpoint nor the initial values gave a value"
+        self._has_weights = True
         fragments.set_update_count(self._optimizer, self.zero, updates)
         fragments.publish_weights(self._optimizer, self.zero)
 
@@ -313,23 +334,20 @@ def initialize(module: nn.Module, spec: OptimizerSpec, config: dict, context: Pa
 
 
 def build_module(layers: Sequence[Layer], config: dict, context: ParallelContext) -> Decoder:
-    """The model on this rank's device. Under ZeRO 3 each layer is sharded as soon as it is built and has its values.
+    """The model on this rank's device, in the dtype that it computes in, its memory full of NaN: values are written later.
 
-    So a rank holds one whole layer at a time, never the whole model, and every layout starts from the same values.
+    Under ZeRO 3 each layer is sharded as soon as it has memory, so a rank holds one whole layer at a time, never the model.
     """
-    if config["zero_optimization"]["stage"] < 3:
-        return Decoder(list(layers)).to(context.device)
-    zero = load_deepspeed(context).zero
-
-    def sharded(layer: Layer) -> Layer:
-        def build() -> nn.Module:
-            module = layer.build()
-            zero.Init(module=module, data_parallel_group=context.data_group, config_dict_or_path=config, mpu=context.mpu)
-            return module
-
-        return replace(layer, build=build)
-
-    return Decoder([sharded(layer) for layer in layers])
+    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+    module = Decoder(list(layers))
+    sharded = config["zero_optimization"]["stage"] == 3
+    for layer in module.layers:
+        materialise(layer, lambda empty: torch.full(empty.shape, torch.nan, dtype=dtype, device=context.device))
+        if sharded:  # a tied weight was sharded with the first layer that has it, and is left alone
+            load_deepspeed(context).zero.Init(
+                module=layer, data_parallel_group=context.data_group, config_dict_or_path=config, mpu=context.mpu
+            )
+    return module
 
 
 def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, precision: ComputePrecision, micro_batch: int) -> dict:

@@ -8,15 +8,18 @@ fragments are the weights that the model computes with.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from train.config.model import ModelConfig
 from train.engine.optimizers import first_state, state_names
+from train.model.init import draw
 from train.model.logical import LogicalTensor, logical_of, logical_parameters
 
 
@@ -108,6 +111,21 @@ def frozen_fragments(module: nn.Module, zero: int) -> list[Fragment]:
         if length > 0:
             found.append(Fragment(logical=logical, start=start, length=length, tensors={"weight": flat.narrow(0, 0, length)}))
     return found
+
+
+def draw_weights(found: Iterable[Fragment], *, model: ModelConfig, seed: int) -> None:
+    """Give weights their initial values, a rank its own part of them; `publish_weights` has to follow."""
+    for piece in found:
+        draw(model, piece.logical, seed, piece.tensors["weight"], start=piece.start)
+
+
+def unset(found: Iterable[Fragment]) -> list[str]:
+    """Logical names of the weights whose first or last element is NaN, as all are that nothing was written to."""
+    ends = {piece.logical.name: piece.tensors["weight"][0] + piece.tensors["weight"][-1] for piece in found}
+    if not ends:
+        return []
+    is_nan = torch.stack([end.float() for end in ends.values()]).isnan().tolist()  # one wait for a GPU, not one for each
+    return [name for name, nan in zip(ends, is_nan, strict=True) if nan]
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from train.model.blueprint import Blueprint
-from train.model.logical import logical_of, tag
-from train.model.transformer import Decoder, Reading, build_layers
+from train.model.logical import logical_of
+from train.model.transformer import Decoder, Reading, build_layers, materialise
 from train.parallel import ALONE, TensorRanks
 from train.precision import resolve_precision
 
@@ -73,18 +73,13 @@ def load_decoder(
 
 def assemble_decoder(blueprint: Blueprint, read: Callable[[str], Tensor], *, reading: Reading) -> Decoder:
     """A decoder whose weights come from `read(logical name)`; holds one fp32 tensor beside the model at a time."""
-    layers = build_layers(blueprint, reading, seed=None)  # outside: the rotary frequencies are real
-    with torch.device("meta"):  # neither memory nor time for values that are replaced at once
-        decoder = Decoder(layers)
-    loaded: dict[str, nn.Parameter] = {}
-    for module in decoder.modules():
-        for attribute, empty in list(module.named_parameters(recurse=False)):
-            logical = logical_of(empty)
-            if logical.name not in loaded:  # a tied weight is met twice, and stays one
-                part = logical.cut(read(logical.name)).reshape(empty.shape)
-                # A copy, so that a reader may hand out its own memory.
-                weight = torch.empty_like(part, device=blueprint.device, dtype=blueprint.dtype).copy_(part)
-                loaded[logical.name] = nn.Parameter(weight, requires_grad=False)
-                tag(loaded[logical.name], logical)
-            setattr(module, attribute, loaded[logical.name])
-    return decoder.eval()
+    decoder = Decoder(build_layers(blueprint, reading))
+
+    def weight(empty: nn.Parameter) -> Tensor:
+        logical = logical_of(empty)
+        part = logical.cut(read(logical.name)).reshape(empty.shape)
+        # A copy, so that a reader may hand out its own memory.
+        return torch.empty_like(part, device=blueprint.device, dtype=blueprint.dtype).copy_(part)
+
+    materialise(decoder, weight)
+    return decoder.requires_grad_(False).eval()

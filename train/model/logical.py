@@ -5,6 +5,7 @@ Checkpoints, initial values and exports speak of logical tensors only; how ranks
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -36,6 +37,16 @@ class LogicalTensor:
     def cut(self, whole: Tensor) -> Tensor:
         """This rank's slice of a tensor of the logical shape."""
         return whole.view(self.shape).chunk(self.parts, dim=self.dim)[self.index]
+
+    def runs(self, start: int, length: int) -> Iterator[range]:
+        """Where elements [start, start + length) of this rank's flattened slice lie in the flattened whole, in order."""
+        width = prod(self.shape[self.dim :]) if self.parts > 1 else prod(self.shape)
+        run = width // self.parts  # elements of the slice that are neighbours in the whole
+        while length > 0:
+            number, place = divmod(start, run)
+            first, count = number * width + self.index * run + place, min(run - place, length)
+            yield range(first, first + count)
+            start, length = start + count, length - count
 
 
 def tag(parameter: nn.Parameter, logical: LogicalTensor) -> None:

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.errors import ConfigError
-from train.config.model import ModelConfig
 from train.model.adapters import problems_of
 from train.model.attention import Attend, Needs, choose
 from train.model.attention.layout import sequence_bounds
@@ -29,9 +28,8 @@ from train.model.blueprint import Blueprint
 from train.model.crossings import own_draws, own_rows, replicated
 from train.model.float8 import check_device
 from train.model.heads import ClassificationHead, LossHead
-from train.model.init import initial_value
 from train.model.layers import GatedMLP, Norm, NormAcrossHeads, PlainMLP
-from train.model.logical import LogicalTensor, logical_of, tag
+from train.model.logical import LogicalTensor, tag
 from train.model.lora import freeze
 from train.model.preference import PreferenceHead
 from train.model.recompute import trained
@@ -299,11 +297,11 @@ class Layer:
     tied_weight: str | None = None
 
 
-def build_layers(blueprint: Blueprint, reading: Reading, *, seed: int | None) -> list[Layer]:
-    """THE model: its layers in order, each built and initialised when asked, so that a stage builds only its own.
+def build_layers(blueprint: Blueprint, reading: Reading) -> list[Layer]:
+    """THE model: its layers in order, each built when asked, so that a stage builds only its own.
 
-    `seed` None leaves the values unset, for a caller that puts others in their place. Products in 8-bit floats are of the
-    blocks between the first and the last. Raises UserError when the device has none, and ConfigError when a pattern of
+    Their parameters lie on the meta device: `materialise` gives them memory. Products in 8-bit floats are of the blocks
+    between the first and the last. Raises UserError when the device has none, and ConfigError when a pattern of
     adapters or of frozen tensors fits nothing.
     """
     model = blueprint.model
@@ -314,7 +312,11 @@ def build_layers(blueprint: Blueprint, reading: Reading, *, seed: int | None) ->
     deriver = Deriver(blueprint, reading)
 
     def made(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-        return lambda: freeze(make() if seed is None else initialise(make(), model, seed), blueprint)
+        def build() -> nn.Module:
+            with torch.device("meta"):
+                return freeze(make(), blueprint)
+
+        return build
 
     tied = "embedding" if model.tied_head and not model.labels else None
     layers = [
@@ -330,16 +332,17 @@ def build_layers(blueprint: Blueprint, reading: Reading, *, seed: int | None) ->
     return layers
 
 
-def initialise(module: nn.Module, model: ModelConfig, seed: int) -> nn.Module:
-    """Fill every parameter of `module` with its initial value; returns the module."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(initial_value(model, logical_of(parameter), seed).view_as(parameter))
-    return module
+def materialise(module: nn.Module, make: Callable[[nn.Parameter], Tensor]) -> None:
+    """Give each parameter of `module` that lies on meta the tensor that `make` makes for it; ties, marks and freezes stay."""
+    for parameter in module.parameters():
+        if parameter.is_meta:
+            filled = nn.Parameter(make(parameter), requires_grad=parameter.requires_grad)
+            filled.__dict__.update(parameter.__dict__)
+            torch.utils.swap_tensors(parameter, filled)
 
 
 class Decoder(nn.Module):
-    """The layers in one process, one after another; every parameter is tagged with its logical tensor."""
+    """The layers in one process, one after another; every parameter is tagged with its logical tensor, and lies on meta."""
 
     def __init__(self, layers: list[Layer]) -> None:
         super().__init__()

@@ -30,9 +30,11 @@ def material(config: PretrainConfig, context: ParallelContext, attempt: Attempt,
         return evaluator
 
     def begin(engine: Engine, store: CheckpointStore) -> None:
-        if config.initial_checkpoint is not None:
-            check_initial(config, corpus)  # a job that waited for it was not checked when it was submitted
-            store.load_weights(engine, initial_folder(config.initial_checkpoint))
+        if config.initial_checkpoint is None:
+            engine.initialise(config.model, config.run.seed)
+            return
+        check_initial(config, corpus)  # a job that waited for it was not checked when it was submitted
+        store.load_weights(engine, initial_folder(config.initial_checkpoint))
 
     return Material(
         reading=Reading(sequence_length=config.data.sequence_length, document_mask=config.data.document_mask),

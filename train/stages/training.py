@@ -52,7 +52,7 @@ class Material:
     examiner: Callable[[Engine], Examiner | None]
     """Makes what the model is measured by on its way; None where nothing is."""
     begin: Callable[[Engine, CheckpointStore], None]
-    """Puts the first weights into the engine of a fresh run, where they are not the random ones."""
+    """Puts the first weights into the engine of a fresh run: those of a checkpoint, and initial values for what it lacks."""
     tokenizer_folder: Path
     fingerprint: str
     """Identity of the data."""
@@ -89,7 +89,7 @@ def build(
     """Assemble a run at its newest checkpoint, or at its beginning."""
     material = material_of(config, context, attempt, metrics)
     engine = Engine(
-        build_layers(blueprint_of(config, context), material.reading, seed=config.run.seed),
+        build_layers(blueprint_of(config, context), material.reading),
         optimizer=optimizer_of(config),
         parallel=config.parallel,
         precision=config.compute_precision,

@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 
 from conf.errors import UserError
+from tests.models import initialised
 from tests.parity.pairs import CASES
 from train.config.kernels import KernelsConfig
 from train.config.model import RopeConfig
@@ -162,7 +163,7 @@ def test_a_kernel_that_fails_when_tried_is_an_obstacle() -> None:
 def layers(kernel: str, *, length: int = 32, **changes: object) -> list:
     model, kernels = replace(MODEL, **changes), KernelsConfig(attention=kernel)
     blueprint = Blueprint(model=model, kernels=kernels, dtype=torch.bfloat16)
-    return build_layers(blueprint, Reading(sequence_length=length, document_mask=True), seed=1)
+    return build_layers(blueprint, Reading(sequence_length=length, document_mask=True))
 
 
 def test_it_is_refused_when_the_layers_are_listed() -> None:
@@ -182,9 +183,7 @@ def test_layers_with_and_without_a_window_choose_apart(gpu) -> None:
     gpu((9, 0))
     model = replace(MODEL, num_layers=4, window=64, window_pattern="SSL", head_size=64)
     blueprint = Blueprint(model=model, device=torch.device("cuda"), dtype=torch.bfloat16)
-    built = build_layers(blueprint, Reading(sequence_length=128, document_mask=False), seed=None)
-    with torch.device("meta"):
-        decoder = Decoder(built)
+    decoder = Decoder(build_layers(blueprint, Reading(sequence_length=128, document_mask=False)))
     assert [block.attention.window for block in decoder.blocks] == [64, 64, None, 64]
     assert decoder.attention_line == "varlen (window 64), sdpa_cudnn (full)"
 
@@ -194,7 +193,8 @@ GEMMA = {"local_rope": RopeConfig(base=50.0), "qk_norm": True, "norm_placement":
 
 @pytest.mark.parametrize(("kernel", "changes"), [("eager", {}), ("sdpa", {}), ("sdpa_flash", {}), ("sdpa", GEMMA)])
 def test_a_block_compiles_into_one_graph_for_every_batch(kernel: str, changes: dict) -> None:
-    decoder = Decoder(layers(kernel, num_layers=3, window=8, window_pattern="SSL", **changes))
+    changes |= {"num_layers": 3, "window": 8, "window_pattern": "SSL"}
+    decoder = initialised(Decoder(layers(kernel, **changes)), replace(MODEL, **changes), seed=1)
     graphs = []
 
     def count(graph: torch.fx.GraphModule, inputs: list) -> object:

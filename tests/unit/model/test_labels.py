@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from conf.errors import ConfigError
+from tests.models import initial_decoder, initial_value
 from tests.parity.pairs import CASES
 from train.config.model import ModelConfig
 from train.inference.load import assemble_decoder
 from train.model.blueprint import Blueprint
 from train.model.cost import body_shapes, num_parameters, parameter_shapes, parameters_per_rank
 from train.model.flops import flops_per_token
-from train.model.init import initial_value
 from train.model.logical import LogicalTensor, logical_parameters
-from train.model.transformer import Decoder, Reading, build_layers
+from train.model.transformer import Reading
 
 LABELS = ("no", "maybe", "yes")
 READING = Reading(sequence_length=16, document_mask=True)
@@ -43,7 +43,7 @@ def test_labels_that_no_head_can_have(labels, words):
 @pytest.mark.parametrize("case", ["gpt2", "llama-gqa", "gemma2"])
 def test_the_decoder_has_the_parameters_of_the_table_and_no_output_matrix(case):
     model = with_labels(case)
-    named = logical_parameters(Decoder(build_layers(Blueprint(model=model), READING, seed=1)))
+    named = logical_parameters(initial_decoder(Blueprint(model=model), READING, seed=1))
     assert {name: parameter.logical.shape for name, parameter in named.items()} == parameter_shapes(model)
     assert list(named)[-1] == "score.weight" and "head.weight" not in named
     assert sum(parameter.numel() for parameter in named.values()) == num_parameters(model)
@@ -66,7 +66,7 @@ def test_cost_follows_the_head(case):
 def test_the_body_is_that_of_the_language_model_and_the_head_is_fresh(case):
     """A checkpoint of a language model begins a model with labels: all its tensors but the output matrix."""
     language_model, model = CASES[case], with_labels(case)
-    given = logical_parameters(Decoder(build_layers(Blueprint(model=language_model), READING, seed=1)))
+    given = logical_parameters(initial_decoder(Blueprint(model=language_model), READING, seed=1))
     assert body_shapes(model) == body_shapes(language_model)
     assert parameter_shapes(model).keys() - parameter_shapes(language_model).keys() == {"score.weight"}
     assert parameter_shapes(language_model).keys() - parameter_shapes(model).keys() <= {"head.weight"}
@@ -77,8 +77,8 @@ def test_the_body_is_that_of_the_language_model_and_the_head_is_fresh(case):
 
     taken = logical_parameters(assemble_decoder(Blueprint(model=model), read, reading=READING))
     assert all(torch.equal(taken[name], given[name]) for name in body_shapes(model))
-    of_seed = logical_parameters(Decoder(build_layers(Blueprint(model=model), READING, seed=5)))
+    of_seed = logical_parameters(initial_decoder(Blueprint(model=model), READING, seed=5))
     assert torch.equal(taken["score.weight"], of_seed["score.weight"])
     assert not torch.equal(of_seed["score.weight"], logical_parameters(
-        Decoder(build_layers(Blueprint(model=model), READING, seed=6))
+        initial_decoder(Blueprint(model=model), READING, seed=6)
     )["score.weight"])  # fmt: skip

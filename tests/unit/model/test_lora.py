@@ -9,15 +9,15 @@ import torch
 
 from conf.errors import ConfigError, UserError
 from tests.distributed import uneven
+from tests.models import initial_decoder, initial_value
 from train.config.adapter import LoraConfig
 from train.config.kernels import KernelsConfig
 from train.model.adapters import adapter_shapes, trained_shapes
 from train.model.blueprint import Blueprint
 from train.model.heads import LossHead
-from train.model.init import initial_value
 from train.model.logical import LogicalTensor, logical_parameters
 from train.model.lora import merged, row_lengths, settings_of
-from train.model.transformer import Decoder, Reading, build_layers
+from train.model.transformer import Decoder, Reading
 from train.optim import OptimizerSpec, parameter_groups
 
 READING = Reading(sequence_length=8, document_mask=False)
@@ -25,7 +25,7 @@ DORA = LoraConfig(rank=3, alpha=12, dora=True)
 
 
 def decoder(lora: LoraConfig | None, model=uneven.TINY, **more) -> Decoder:
-    return Decoder(build_layers(Blueprint(model=model, lora=lora, **more), READING, seed=7))
+    return initial_decoder(Blueprint(model=model, lora=lora, **more), READING, seed=7)
 
 
 @pytest.mark.parametrize(

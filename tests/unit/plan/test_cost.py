@@ -19,7 +19,6 @@ from train.model import cost
 from train.model.adapters import trained_shapes
 from train.model.blueprint import Blueprint
 from train.model.logical import logical_parameters
-from train.model.lora import freeze
 from train.model.transformer import Decoder, Reading, build_layers
 from train.plan import make_plan
 
@@ -82,7 +81,7 @@ ALL_CASES = CASES | {name: settings for name, (settings, *_) in CUSTOM.items()}
 def test_what_is_counted_is_what_is_built(case: str) -> None:
     settings = ALL_CASES[case]
     with torch.device("meta"):
-        decoder = Decoder(build_layers(Blueprint(model=settings), Reading(sequence_length=8, document_mask=False), seed=None))
+        decoder = Decoder(build_layers(Blueprint(model=settings), Reading(sequence_length=8, document_mask=False)))
     built = {name: tuple(parameter.logical.shape) for name, parameter in logical_parameters(decoder).items()}
     assert list(built.items()) == list(cost.parameter_shapes(settings).items())
     assert cost.num_parameters(settings) == sum(parameter.numel() for parameter in decoder.parameters())
@@ -163,7 +162,7 @@ FROZEN = ("embedding.*", "blocks.0.*")
 def test_what_is_frozen_has_no_gradients_and_no_moments(zero: int, lora: LoraConfig | None, frozen: tuple[str, ...]) -> None:
     settings = replace(model("llama_160m"), num_layers=2, vocab_size=1000)
     blueprint = Blueprint(model=settings, lora=lora, frozen=frozen)
-    decoder = freeze(Decoder(build_layers(blueprint, Reading(sequence_length=8, document_mask=False), seed=0)), blueprint)
+    decoder = Decoder(build_layers(blueprint, Reading(sequence_length=8, document_mask=False)))
     held = sum(parameter.numel() for parameter in decoder.parameters())
     learned = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
     found = cost.memory_per_rank(

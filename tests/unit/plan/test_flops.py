@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.distributed import uneven
+from tests.models import initial_decoder
 from tests.unit.config.words import pretrain_config
 from train.config.adapter import LoraConfig
 from train.config.kernels import KernelsConfig
@@ -18,7 +19,7 @@ from train.config.preference import PreferenceConfig
 from train.model.blueprint import Blueprint
 from train.model.cost import is_block_matrix, parameter_shapes
 from train.model.flops import flops_per_token
-from train.model.transformer import Decoder, Reading, build_layers
+from train.model.transformer import Reading
 from train.plan import make_plan
 
 TOKENS, LENGTH = 32, 16
@@ -64,10 +65,8 @@ def test_flops_count_the_head_once_whether_tied_or_not_and_no_lookup() -> None:
 def counted(settings: ModelConfig, *, logits_bytes: int = 1 << 30, **blueprint) -> float:
     """What torch counts in a forward and a backward pass, for each token."""
     kernels = KernelsConfig(attention="eager", logits_bytes=logits_bytes)
-    layers = build_layers(
-        Blueprint(model=settings, kernels=kernels, **blueprint), Reading(sequence_length=LENGTH, document_mask=False), seed=0
-    )
-    decoder = Decoder(layers).train()
+    reading = Reading(sequence_length=LENGTH, document_mask=False)
+    decoder = initial_decoder(Blueprint(model=settings, kernels=kernels, **blueprint), reading, seed=0).train()
     tokens_T = torch.arange(TOKENS) % settings.vocab_size
     positions_T, bounds = torch.arange(TOKENS) % LENGTH, torch.tensor([0, LENGTH, TOKENS], dtype=torch.int32)
     labels_T = tokens_T % (len(settings.labels) or settings.vocab_size)

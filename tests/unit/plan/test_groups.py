@@ -12,6 +12,7 @@ from conf.errors import ConfigError
 from data_pipeline.rows_config import RowsConfig
 from data_pipeline.task_config import TaskConfig, TaskSource
 from tests.distributed import uneven
+from tests.models import initial_decoder
 from tests.unit.plan.test_plan import settings
 from train.config.adapter import LoraConfig
 from train.config.finetune import FinetuneConfig
@@ -20,7 +21,7 @@ from train.config.training import BatchConfig, BudgetConfig, EvaluateConfig, Gro
 from train.engine.optimizers import make_optimizer, update_stance
 from train.model.blueprint import Blueprint
 from train.model.logical import logical_of
-from train.model.transformer import Decoder, Reading, build_layers
+from train.model.transformer import Reading
 from train.optim import OptimizerSpec, parameter_groups
 from train.plan import make_plan
 
@@ -29,7 +30,7 @@ READING = Reading(sequence_length=uneven.SEQUENCE, document_mask=True)
 
 def rates(model, optim: OptimConfig) -> dict[str, tuple[float, float]]:
     """Name -> (learning-rate scale, decay)."""
-    decoder = Decoder(build_layers(Blueprint(model=model), READING, seed=1))
+    decoder = initial_decoder(Blueprint(model=model), READING, seed=1)
     return {
         logical_of(parameter).name: (group["lr_scale"], group["weight_decay"])
         for group in parameter_groups(decoder, OptimizerSpec(settings=optim, width_ratio=model.width_ratio))
@@ -86,7 +87,7 @@ def test_mup_scales_the_growing_matrices_alone() -> None:
 
 def test_mup_at_its_base_changes_nothing() -> None:
     plain, based = (
-        Decoder(build_layers(Blueprint(model=replace(uneven.TINY, mup_base_width=width)), READING, seed=1))
+        initial_decoder(Blueprint(model=replace(uneven.TINY, mup_base_width=width)), READING, seed=1)
         for width in (None, uneven.TINY.hidden_size)
     )
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), based.parameters(), strict=True))
@@ -101,7 +102,7 @@ def motion(width: int, *, mup: bool, kind: str = "adamw") -> float:
         uneven.TINY, hidden_size=width, num_heads=width // 8, num_kv_heads=width // 8, ffn_size=2 * width, tied_head=False,
         mup_base_width=64 if mup else None,
     )  # fmt: skip
-    decoder = Decoder(build_layers(Blueprint(model=model), READING, seed=1))
+    decoder = initial_decoder(Blueprint(model=model), READING, seed=1)
     settings = OptimConfig(kind=kind, lr=3e-3, weight_decay=0.0, newton_schulz="standard")
     spec = OptimizerSpec(settings=settings, width_ratio=model.width_ratio)
     optimizer = make_optimizer(decoder, spec)
@@ -136,7 +137,7 @@ def test_mup_keeps_the_motion_of_the_logits(kind: str, monkeypatch: pytest.Monke
 
 def test_muon_takes_the_matrices_of_the_blocks_at_its_own_rate() -> None:
     optim = OptimConfig(kind="muon", lr=1e-3, muon_lr=0.02, rules=(GroupRule(pattern="*.down.*", lr_scale=0.5),))
-    decoder = Decoder(build_layers(Blueprint(model=uneven.TINY), READING, seed=1))
+    decoder = initial_decoder(Blueprint(model=uneven.TINY), READING, seed=1)
     muon = {
         logical_of(parameter).name: group["lr_scale"]
         for group in parameter_groups(decoder, OptimizerSpec(settings=optim, width_ratio=4.0))

@@ -9,6 +9,7 @@ import pytest
 from data_pipeline.rows_config import RowsConfig
 from data_pipeline.task_config import TaskConfig, TaskSource
 from tests.distributed import uneven
+from tests.models import initial_decoder
 from train.config.adapter import LoraConfig
 from train.config.finetune import FinetuneConfig
 from train.config.method import MethodConfig
@@ -16,7 +17,7 @@ from train.config.model import ModelConfig
 from train.config.training import EvaluateConfig, GroupRule, OptimConfig
 from train.model.blueprint import Blueprint
 from train.model.logical import logical_of
-from train.model.transformer import Decoder, Reading, build_layers
+from train.model.transformer import Reading
 from train.optim import OptimizerSpec, parameter_groups
 
 UNTIED = replace(uneven.TINY, num_layers=3, tied_head=False)
@@ -43,7 +44,7 @@ def scales(model: ModelConfig, *, decay: float = 0.5, rules: tuple[GroupRule, ..
         method=MethodConfig(layer_decay=decay, lora=lora),
     )
     reading = Reading(sequence_length=uneven.SEQUENCE, document_mask=True)
-    decoder = Decoder(build_layers(Blueprint(model=model, lora=lora), reading, seed=1))
+    decoder = initial_decoder(Blueprint(model=model, lora=lora), reading, seed=1)
     spec = OptimizerSpec(settings=config.rates, width_ratio=model.width_ratio)
     groups = parameter_groups(decoder, spec)
     return {logical_of(parameter).name: group["lr_scale"] for group in groups for parameter in group["params"]}

@@ -19,7 +19,7 @@ from train.convert.proof.rows import LOGIT_BYTES, logits_at_once
 from train.convert.proof.stored import read_logical
 from train.model.blueprint import Blueprint
 from train.model.logical import logical_of
-from train.model.transformer import Block, Layer, Reading, State, build_layers
+from train.model.transformer import Block, Layer, Reading, State, build_layers, materialise
 
 
 class OurModel:
@@ -30,7 +30,7 @@ class OurModel:
         self._reader, self._rounding = reader, rounding
         reading = Reading(sequence_length=model.max_positions, document_mask=False)
         blueprint = Blueprint(model=model, kernels=KernelsConfig(logits_bytes=LOGIT_BYTES))
-        *self._layers, self._head = build_layers(blueprint, reading, seed=None)
+        *self._layers, self._head = build_layers(blueprint, reading)
 
     def layers(
         self, states: Sequence[State], reading: Reading, *, what: str | None = None
@@ -74,13 +74,13 @@ class OurModel:
     @contextmanager
     def _filled(self, layer: Layer) -> Iterator[nn.Module]:
         """The layer with its weights; a tied head asks for the embedding's by its logical name."""
-        with torch.device("meta"):
-            module = layer.build().eval()
-        for owner in module.modules():
-            for attribute, empty in list(owner.named_parameters(recurse=False)):
-                name = logical_of(empty).name
-                values = read_logical(self._reader, name, rounding=self._rounding, dtype=torch.float32)
-                setattr(owner, attribute, nn.Parameter(values.view(empty.shape), requires_grad=False))
+        module = layer.build().requires_grad_(False).eval()
+
+        def weight(empty: nn.Parameter) -> Tensor:
+            name = logical_of(empty).name
+            return read_logical(self._reader, name, rounding=self._rounding, dtype=torch.float32).view(empty.shape)
+
+        materialise(module, weight)
         try:
             yield module
         finally:
