@@ -22,6 +22,7 @@ from train.config.settings import RunSettings
 from train.groundwork import finetuning, pretraining
 from train.groundwork.findings import Findings
 from train.initial import configure, newest_whole
+from train.model.philox import INITIALISATION
 from train.outcome import ExitCode, last_attempt, read_outcome
 from train.plan import RunPlan, describe, make_plan
 from train.precision import Resolved, expected_precision
@@ -239,6 +240,8 @@ def prepare_folder(run_dir: Path, config: RunSettings) -> None:
         record.setdefault("run_id", f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
         record.setdefault("wandb_id", secrets.token_hex(8))
         record.setdefault("created", time.time())
+        if not published(run_dir / "checkpoints"):
+            record["initialisation"] = INITIALISATION
         record |= {
             "verb": config.stage,
             "git_commit": git_commit(),

@@ -67,6 +67,8 @@ class TrainState:
     """Settings that were changed on the way, each with its step."""
     interventions: list[dict[str, Any]] = field(default_factory=list)
     """Rollbacks: from where to where, why, and the sample numbers left out."""
+    initialisation: int = 1
+    """Version of the initial values that the run began with; 1: from before this was kept."""
     evaluation_due: bool = False
     """A stop came before the evaluation of this step was through; it is made up for first."""
     guard: GuardState = field(default_factory=GuardState)

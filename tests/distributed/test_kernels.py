@@ -70,6 +70,8 @@ def peak_of_build(context: ParallelContext, zero: int, model: ModelConfig) -> tu
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     module = build_module(layers, config, context)
+    for parameter in module.parameters():
+        parameter.data.zero_()  # memory that nothing was written to is none yet
     peak = _resident("VmHWM") - before
     return peak, 4.0 * sum(getattr(p, "ds_numel", None) or p.numel() for p in module.parameters())
 

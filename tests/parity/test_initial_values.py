@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import sqrt
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.dist import run_ranks
 from tests.models import initial_decoder, initial_value
 from tests.parity.pairs import CASES
 from train.model.blueprint import Blueprint
 from train.model.cost import parameter_shapes
+from train.model.init import draw
 from train.model.logical import LogicalTensor, logical_parameters
 from train.model.transformer import Reading
+from train.parallel import ParallelContext
 
 LAYERS, STD = 8, 0.03
 READING = Reading(sequence_length=8, document_mask=False)
@@ -73,3 +77,32 @@ def test_two_slices_are_the_whole(case):
             parts = [initial_value(model, cut, 5) for cut in cuts]
             assert [tuple(part.shape) for part in parts] == [cut.local_shape for cut in cuts]
             assert torch.equal(torch.cat(parts, dim=dim), whole), (name, dim)
+            flat = parts[1].reshape(-1)
+            for start, stop in ((0, 1), (3, 70), (len(flat) // 3, len(flat))):  # what ZeRO leaves of a slice
+                some = torch.empty_like(flat[start:stop])
+                draw(model, cuts[1], 5, some, start=start)
+                assert torch.equal(some, flat[start:stop]), (name, dim, start)
+
+
+def peak_of_a_slice(context: ParallelContext) -> tuple[int, int]:
+    """(bytes of a slice, most bytes beyond the start while it is drawn) of an output matrix of 1 GiB."""
+    model = replace(_model("llama-gqa"), hidden_size=16384, num_heads=4, num_kv_heads=4, tied_head=False)
+    matrix = LogicalTensor(name="blocks.0.attention.output.weight", shape=(16384, 16384), dim=1, index=3, parts=8)
+    piece = torch.empty(matrix.local_numel // 8)
+    draw(model, matrix, 5, piece[:1000])
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    draw(model, matrix, 5, piece, start=2 * piece.numel() + 7)
+    assert abs(piece.std().item() / (STD / sqrt(2 * LAYERS)) - 1) < 0.01
+    return piece.nbytes, _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def test_a_slice_of_a_large_matrix_takes_little_more_than_itself():
+    [(size, peak)] = run_ranks(peak_of_a_slice, 1)
+    assert size == 1 << 24
+    assert peak < size + (8 << 20), f"{peak / size:.2f} times the slice"

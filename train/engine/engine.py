@@ -94,6 +94,8 @@ class Engine:
             # One data rank has nothing to reduce, yet DeepSpeed would copy all gradients out and back: 6 % of a CPU's step.
             self._deepspeed.enable_backward_allreduce = False
         fragments.create_state(self._optimizer, self.zero)
+        for piece in (*self.fragments(), *self.frozen_fragments()):
+            piece.tensors["weight"].fill_(torch.nan)  # so that one which nothing is written to is found
         self._has_weights = False
 
     @property
@@ -334,7 +336,7 @@ def initialize(module: nn.Module, spec: OptimizerSpec, config: dict, context: Pa
 
 
 def build_module(layers: Sequence[Layer], config: dict, context: ParallelContext) -> Decoder:
-    """The model on this rank's device, in the dtype that it computes in, its memory full of NaN: values are written later.
+    """The model on this rank's device, in the dtype that it computes in. Its memory holds no values yet.
 
     Under ZeRO 3 each layer is sharded as soon as it has memory, so a rank holds one whole layer at a time, never the model.
     """
@@ -342,7 +344,7 @@ def build_module(layers: Sequence[Layer], config: dict, context: ParallelContext
     module = Decoder(list(layers))
     sharded = config["zero_optimization"]["stage"] == 3
     for layer in module.layers:
-        materialise(layer, lambda empty: torch.full(empty.shape, torch.nan, dtype=dtype, device=context.device))
+        materialise(layer, lambda empty: torch.empty(empty.shape, dtype=dtype, device=context.device))
         if sharded:  # a tied weight was sharded with the first layer that has it, and is left alone
             load_deepspeed(context).zero.Init(
                 module=layer, data_parallel_group=context.data_group, config_dict_or_path=config, mpu=context.mpu

@@ -29,6 +29,7 @@ from train.metrics.goodput import resume_goodput
 from train.metrics.jsonl import FILE_NAME
 from train.model.blueprint import Blueprint
 from train.model.float8 import product_line
+from train.model.philox import INITIALISATION
 from train.model.transformer import Reading, build_layers
 from train.optim import OptimizerSpec
 from train.outcome import attempt_folder
@@ -155,7 +156,7 @@ def resume(
     reader = store.load_newest(engine)
     if reader is None:
         begin(engine, store)
-        return TrainState()
+        return TrainState(initialisation=INITIALISATION)
     state = TrainState.from_plain(reader.state)
     state.remember(read_interventions(run_dir))
     for change in check_resume(reader.config, config, str(reader.path)):
