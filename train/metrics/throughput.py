@@ -19,6 +19,10 @@ class Throughput:
     Two conventions of FLOPs per token are in use, so both are reported: `mfu` counts attention in full (PaLM),
     `mfu_causal` only the half that a causal mask leaves. `peak_flops` is that of all devices of the run together
     (dense, in the precision of the matrix products); None when the device is not known, then there is no MFU.
+
+    A share is never above 1: a window that does more than the peak is the peak from then on, since the devices have shown
+    that they can. That is a CPU whose peak was measured while others were at work, or, for `mfu`, a long sequence whose
+    kernel leaves out what that convention counts. Each convention has its own, so that neither spoils the other.
     """
 
     def __init__(
@@ -29,8 +33,9 @@ class Throughput:
         peak_flops: float | None = None,
         window_steps: int = 20,
     ) -> None:
-        self._flops = {"mfu": flops_per_token, "mfu_causal": flops_per_token_causal}
-        self._peak_flops = peak_flops
+        flops = {"mfu": flops_per_token, "mfu_causal": flops_per_token_causal}
+        self._flops = {name: value for name, value in flops.items() if value and peak_flops}
+        self._peak_flops = dict.fromkeys(self._flops, peak_flops or 0.0)
         self._steps: deque[tuple[int, float]] = deque(maxlen=window_steps)
         self._warm = False
 
@@ -49,8 +54,9 @@ class Throughput:
             return {}
         rate = sum(tokens for tokens, _ in self._steps) / total_seconds
         values = {"tokens_per_second": rate}
-        if self._peak_flops:
-            values |= {name: rate * flops / self._peak_flops for name, flops in self._flops.items() if flops}
+        for name, flops in self._flops.items():
+            self._peak_flops[name] = max(self._peak_flops[name], rate * flops)
+            values[name] = rate * flops / self._peak_flops[name]
         return values
 
 

@@ -19,7 +19,7 @@ from train.checkpoint.manifest import write_durably
 from train.checkpoint.store import CheckpointStore
 from train.config.changes import check_resume
 from train.config.settings import RunSettings
-from train.device import measured_cpu_flops, peak_flops
+from train.device import measured_cpu_flops, peak_of
 from train.engine import Engine
 from train.health.requests import Deadline, Requests
 from train.health.stragglers import Stragglers
@@ -188,9 +188,9 @@ def precision_lines(config: RunSettings, why: str, state: TrainState, device: to
     if before:
         lines[0] += f"; {before[-1]['before']} until step {state.step}"
     if device.type == "cpu" and config.precision != "fp32" and not bf16_on_cpu()[0]:
-        bf16, fp32 = (measured_cpu_flops(dtype, size=256) for dtype in (torch.bfloat16, torch.float32))
+        bf16, fp32 = (measured_cpu_flops(dtype, seconds=0.1) for dtype in (torch.bfloat16, torch.float32))
         lines.append(
-            f"                 bf16 is emulated here: a product of 256 x 256 runs at {bf16 / 1e9:.1f} GFLOP/s, in fp32 "
+            f"                 bf16 is emulated here: products run at {bf16 / 1e9:.1f} GFLOP/s, in fp32 "
             f"{fp32 / bf16:.0f} times as fast; precision=auto takes fp32"
         )
     return lines
@@ -218,11 +218,13 @@ def train(
             layout=layout_of(config, plan),
             notes=config.run.notes,
         )
-        peak = peak_flops(context.device, config.compute_precision)
+        work = plan.flops_per_token_full * plan.total_tokens / context.world_size
+        peak = peak_of(context.device, config.compute_precision, work=work)
+        print(f"peak             {peak}")
         throughput = Throughput(
             flops_per_token=plan.flops_per_token_full,
             flops_per_token_causal=plan.flops_per_token_causal,
-            peak_flops=peak and peak * context.world_size,
+            peak_flops=peak.flops and peak.flops * context.world_size,
         )
         metrics = Metrics(
             config.monitor,

@@ -37,6 +37,12 @@ def test_report_by_hand() -> None:
     }  # fmt: skip
 
 
+def test_no_way_is_faster_than_the_peak() -> None:
+    """On two ranks 100 tokens of 50 FLOP in 0.5 s are 10,000 FLOP/s, of 20 FLOP 4,000; the products gave 2 x 2,500 once."""
+    report = make_report({"loop": [[1.0]], "step": [[0.5]]}, [200.0, 2500.0], tokens=100, flops_per_token=(50, 20), processes=2)
+    assert [(way["mfu"], way["mfu_causal"]) for way in report["ways"].values()] == [(0.5, 0.4), (1.0, 0.8)]
+
+
 # The peer's compiler writes C++, which takes as long as all the rest; the campaign has it.
 NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
 
