@@ -68,7 +68,8 @@ class Peak:
     def __str__(self) -> str:
         if self.flops is None:
             return f"not known: {self.source}; MFU is not reported"
-        return f"{self.flops / 1e12:,.5g} TFLOP/s a rank: {self.source}"
+        rate = f"{self.flops / 1e12:,.5g} TFLOP/s" if self.flops >= 1e12 else f"{self.flops / 1e9:,.3g} GFLOP/s"
+        return f"{rate} a rank: {self.source}"
 
 
 def peak_of(device: torch.device, precision: ComputePrecision, *, work: float = float("inf")) -> Peak:

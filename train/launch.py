@@ -26,7 +26,7 @@ from train.model.philox import INITIALISATION
 from train.outcome import ExitCode, last_attempt, read_outcome
 from train.plan import RunPlan, describe, make_plan
 from train.precision import Resolved, expected_precision
-from train.provenance import git_commit, versions
+from train.provenance import check_deepspeed, git_commit, versions
 from train.stoppable import Stopped, stoppable
 from train.supervisor import Restarts, run_attempt, supervise
 
@@ -154,8 +154,10 @@ def settle(config: RunSettings, *, elsewhere: bool = False) -> Findings:
     """Look into the data, and fill in what follows from it and from the machine: vocabulary, device, processes.
 
     `elsewhere`: the run is for another machine; its GPUs are taken on trust.
-    Raises UserError when the data does not fit the model, or CUDA is asked for and absent.
+    Raises UserError when the data does not fit the model, CUDA is asked for and absent, or DeepSpeed is too old.
     """
+    if not elsewhere:
+        check_deepspeed()
     findings = LOOK_INTO[config.stage](config)
     gpus = visible_gpus()
     device = config.launch.device

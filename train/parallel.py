@@ -6,6 +6,7 @@ Tensor-parallel ranks are neighbours (0..t-1 hold one model), data-parallel rank
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 import time
@@ -214,7 +215,10 @@ def start_rank(
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if device == "cpu":
         keep_freed_memory()
-    else:
+        # A build for CUDA, which PyPI gives from Python 3.12 on, warns of a missing GPU when DeepSpeed or the compiler asks it
+        # for the compiler of CUDA.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    if device == "cuda":
         alone = torch.cuda.device_count() == 1  # each task of a job may be shown nothing but its own
         place = torch.device("cuda", 0 if alone else local_rank)
         torch.cuda.set_device(place)

@@ -88,6 +88,7 @@ def test_fp32_of_a_gpu_is_at_the_rate_that_is_switched_on(monkeypatch: pytest.Mo
     finally:
         torch.set_float32_matmul_precision(before)
     assert peaks == [67e12, 494e12, 494e12, 67e12]
+    assert str(peak_of(gpu, "bf16")).startswith("989 TFLOP/s a rank: NVIDIA H100 80GB HBM3, dense bf16")
 
 
 class FakeCpu:
@@ -145,7 +146,7 @@ def test_a_short_run_does_not_wait_for_an_exact_peak(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(device, "cpu_peak", lambda precision, *, seconds: asked.append(seconds) or 5e10)
     peaks = [peak_of(torch.device("cpu"), "fp32", work=work) for work in (1e6, 3e12, 1e18)]
     assert asked == pytest.approx([0.1, 0.3, 1.0])
-    assert peaks[0].flops == 5e10 and str(peaks[0]).startswith("0.05 TFLOP/s a rank: the best of")
+    assert peaks[0].flops == 5e10 and str(peaks[0]).startswith("50 GFLOP/s a rank: the best of")
 
 
 def test_this_cpu_has_a_peak() -> None:

@@ -33,6 +33,7 @@ from train.model.lora import settings_of
 from train.model.transformer import Decoder, Layer, materialise
 from train.optim import OptimizerSpec
 from train.parallel import ParallelContext
+from train.provenance import check_deepspeed
 
 PROBE_TOKENS, PROBE_POSITIONS = 64, 4
 NO_WEIGHTS = "nothing has given the engine its weights: call initialise, or load a checkpoint"
@@ -310,7 +311,11 @@ class Engine:
 
 
 def load_deepspeed(context: ParallelContext) -> ModuleType:
-    """DeepSpeed, told where it is before it looks for itself."""
+    """DeepSpeed, told where it is before it looks for itself.
+
+    Raises UserError for a version that would train otherwise than it is told.
+    """
+    check_deepspeed()
     os.environ.setdefault("DS_ACCELERATOR", context.device.type)
     os.environ.setdefault("LOCAL_RANK", str(context.local_rank))  # DeepSpeed insists on it, also under srun
     if context.device.type == "cpu":
