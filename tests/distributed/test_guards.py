@@ -97,9 +97,10 @@ def test_nothing_of_a_bad_step_is_left(zero: int, precision: str, ranks: int, te
     assert run_ranks(spoiled_steps, ranks, zero, precision, tensor, uneven.ADAMW) == [[]] * ranks
 
 
-def test_nothing_of_a_bad_step_is_left_with_muon() -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_nothing_of_a_bad_step_is_left_with_muon(precision: str) -> None:
     optim = OptimConfig(kind="muon", lr=uneven.LR, newton_schulz="standard")
-    assert run_ranks(spoiled_steps, 2, 1, "bf16", 1, optim) == [[], []]
+    assert run_ranks(spoiled_steps, 2, 1, precision, 1, optim) == [[], []]
 
 
 def multiplied_by_zero(context: ParallelContext) -> list[str]:

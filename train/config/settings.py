@@ -145,11 +145,10 @@ class RunSettings:
                 f"parallel.tensor={self.parallel.tensor}: Muon needs whole matrices, a rank would orthogonalize its slices; "
                 f"use parallel.tensor=1, {way_out}"
             )
-        if self.parallel.zero != 1 or self.precision == "fp32":
+        if self.parallel.zero == 3:
             problems.append(
-                f"optim.kind=muon: with parallel.zero={self.parallel.zero} and precision={self.precision} DeepSpeed takes the "
-                f"gradient norm, and clips, after the matrices were made orthogonal; use parallel.zero=1 and precision=bf16, "
-                f"{way_out}"
+                f"parallel.zero=3: with optim.kind=muon DeepSpeed takes the gradient norm, and clips, after the matrices were "
+                f"made orthogonal; use parallel.zero=1 or 2, {way_out}"
             )
         return problems
 

@@ -36,7 +36,7 @@ class GroupRule:
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     kind: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon: momentum made orthogonal for the matrices of the blocks, AdamW for all else; bf16 and ZeRO 1 only."""
+    """adamw, or muon: momentum made orthogonal for the matrices of the blocks, AdamW for all else; ZeRO 1 or 2."""
     lr: float = 3e-4
     """Peak learning rate of AdamW."""
     muon_lr: float = 0.02
@@ -44,7 +44,8 @@ class OptimConfig:
     muon_momentum: float = 0.95
     """muon: decay of the running mean of gradients, of the Nesterov kind."""
     newton_schulz: Literal["gram", "standard"] = "gram"
-    """muon: how five steps of Newton-Schulz are carried out: gram on the smaller product in fp16, standard in bf16."""
+    """muon: how five steps of Newton-Schulz are carried out in bf16 under ZeRO 1: gram on the smaller product in fp16, standard
+    in bf16. With precision=fp32 or ZeRO 2 they are the standard ones in fp32."""
     beta1: float = 0.9
     """Decay of the running mean of gradients."""
     beta2: float = 0.95

@@ -333,9 +333,11 @@ def load_deepspeed(context: ParallelContext) -> ModuleType:
 def initialize(module: nn.Module, spec: OptimizerSpec, config: dict, context: ParallelContext) -> tuple[Any, Any]:
     """(DeepSpeed's engine, its optimizer) around `module`."""
     deepspeed = load_deepspeed(context)
+    wrapped_bf16 = config["bf16"]["enabled"] and config["zero_optimization"]["stage"] == 1
+    optimizer = make_optimizer(module, spec, partitioned=not wrapped_bf16, group=context.data_group)
     with redirect_stdout(StringIO()):  # it prints a dozen lines on memory
         engine, wrapped, _, _ = deepspeed.initialize(
-            model=module, optimizer=make_optimizer(module, spec), config=config, mpu=context.mpu, dist_init_required=False
+            model=module, optimizer=optimizer, config=config, mpu=context.mpu, dist_init_required=False
         )
     return engine, wrapped
 

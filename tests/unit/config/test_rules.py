@@ -161,10 +161,9 @@ CASES: list[tuple[str, list[str], str]] = [
     ),
     (
         "pretrain",
-        ["optim=muon", "parallel=zero2"],
-        "optim.kind=muon: with parallel.zero=2 and precision=auto DeepSpeed takes the gradient norm, and clips, after",
+        ["optim=muon", "parallel=zero3"],
+        "parallel.zero=3: with optim.kind=muon DeepSpeed takes the gradient norm, and clips, after",
     ),
-    ("pretrain", ["optim=muon", "precision=fp32"], "optim.kind=muon: with parallel.zero=1 and precision=fp32 DeepSpeed takes"),
     (
         "pretrain",
         ["precision=fp8", "parallel.tensor=2"],
