@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +35,17 @@ IGNORE = -100
 class BaselineConfig:
     run: str = ""
     """Folder of a pretraining run, such as runs/first."""
+    margin: float = 0.0
+    """Nats a token that the model's loss has to lie below the bigram's at least; where it does not, the exit code is 1."""
 
     def __post_init__(self) -> None:
+        problems = []
         if not self.run:
-            raise ConfigError(["run: needs the folder of a pretraining run; give run=runs/NAME"])
+            problems.append("run: needs the folder of a pretraining run; give run=runs/NAME")
+        if self.margin < 0:
+            problems.append(f"margin={self.margin}: must not be negative; 0 asks for a loss below the bigram's")
+        if problems:
+            raise ConfigError(problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +88,8 @@ def fit(first_N: np.ndarray, second_N: np.ndarray, vocab_size: int) -> Bigram:
 def run(config: BaselineConfig) -> int:
     """Fit the bigram on what the run read, score the held-out split, print both losses and write `baseline.json`.
 
-    Raises UserError when the folder is no run, or the run has no evaluation yet.
+    Returns 1 where the model is not below the bigram, or by less than the margin; otherwise 0. Raises UserError when the
+    folder is no run, or the run has no evaluation yet.
     """
     run_dir = Path(config.run)
     settings = read_config(PretrainConfig, run_dir / "config.yaml")
@@ -114,7 +123,15 @@ def run(config: BaselineConfig) -> int:
     print(f"bigram model     {loss:.4f} nats a token, fitted on the same {len(samples):,} samples (Kneser-Ney, D = {discount})")
     perplexities = f"{math.exp(model_loss):.2f} to {math.exp(loss):.2f}"
     print(f"the model is     {abs(loss - model_loss):.4f} nats {verdict} the bigram; perplexity {perplexities}")
-    return 0 if model_loss < loss else 1
+    return verdict_of(loss - model_loss, config.margin)
+
+
+def verdict_of(difference: float, margin: float) -> int:
+    """The exit code for a model so far below the bigram; says on stderr what is missing."""
+    if difference > 0 and difference >= margin:
+        return 0
+    print(f"the model has to be {margin} nats below the bigram: {margin - difference:.4f} are missing", file=sys.stderr)
+    return 1
 
 
 def baseline_loss(settings: PretrainConfig, samples: Sequence[int]) -> tuple[float, float, int]:

@@ -153,7 +153,7 @@ def tfidf_labels(texts: Sequence[str], labels: Sequence[str], asked: Sequence[st
     def fitted(places: Sequence[int], strength: float) -> tuple[Any, Any]:
         vectorizer = _vectorizer()
         inputs = vectorizer.fit_transform([texts[place] for place in places])
-        model = LogisticRegression(C=strength, max_iter=1000)
+        model = LogisticRegression(C=strength, max_iter=1000, tol=1e-3)  # as good as at 1e-4, in half the time
         return vectorizer, model.fit(inputs, [labels[place] for place in places])
 
     kept = [place for place in range(len(texts)) if place % HELD_BACK]

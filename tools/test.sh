@@ -5,6 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/environment.sh
 make_environment dev
-unset PYTHONPATH
 ruff check --quiet .
 exec python -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"

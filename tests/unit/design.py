@@ -107,6 +107,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "sacrebleu": ("train.scores",),
     "rouge_score": ("train.scores",),
     "sklearn": ("tools.task_baseline",),
+    "packaging": ("tools.requirements",),
     "regex": ("train.scores",),
     "torch": (),
     "numpy": (),
