@@ -15,9 +15,10 @@ from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from conf.errors import UserError
+from train.model.empty import EmptyLinear
 
 Scaling: TypeAlias = Literal["tensorwise", "rowwise"]
 SMALLEST = 1e-12  # of the largest value of a row: a row of zeros has a scale too
@@ -123,7 +124,7 @@ class _Product(torch.autograd.Function):
         )
 
 
-class Float8Linear(nn.Linear):
+class Float8Linear(EmptyLinear):
     """[T, in] -> [T, out]; weight, bias, input and output as a plain linear layer's. T, in and out are multiples of 16."""
 
     def __init__(self, in_size: int, out_size: int, *, bias: bool, scaling: Scaling) -> None:

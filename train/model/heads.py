@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from train.model.blueprint import Blueprint
 from train.model.cost import LABEL_HEAD
 from train.model.crossings import all_columns, all_rows, own_rows, replicated, sum_of_parts, vocab_parallel_loss
+from train.model.empty import EmptyLinear
 from train.model.logical import LogicalTensor, tag
 from train.model.tensor_parallel import vocab_embedding, vocab_linear
 
@@ -134,7 +135,7 @@ class ClassificationHead(nn.Module):
         self.z_loss, self.shrink = model.z_loss, 1.0 / model.width_ratio
         self.tensor = blueprint.tensor
         shape = (len(model.labels), model.hidden_size)
-        self.score = nn.Linear(model.hidden_size, len(model.labels), bias=False)
+        self.score = EmptyLinear(model.hidden_size, len(model.labels), bias=False)
         tag(self.score.weight, LogicalTensor(name=LABEL_HEAD, shape=shape))
 
     def logits(self, hidden_TH: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Factories of the linear and embedding layers, tagged with their logical tensors.
 
 `expand` layers grow the residual stream into heads or MLP width, `reduce` layers write back to it. On one tensor rank
-both are torch's own `nn.Linear`, so that a single GPU pays nothing and compiles without graph breaks; on several they
+both are torch's own linear layer, so that a single GPU pays nothing and compiles without graph breaks; on several they
 are megatron-core's, each rank holding its heads, its part of the MLP width, its rows of the vocabulary. Where the blueprint
 says so they have an adapter (`train.model.lora`).
 
@@ -19,6 +19,7 @@ from torch import nn
 
 from train.model.adapters import adapted
 from train.model.blueprint import Blueprint
+from train.model.empty import EmptyEmbedding, EmptyLinear
 from train.model.float8 import Float8Linear
 from train.model.logical import LogicalTensor, tag
 from train.model.lora import with_adapter
@@ -59,7 +60,7 @@ def reduce_linear(name: str, in_size: int, blueprint: Blueprint, *, bias: bool) 
 def _whole_linear(name: str, in_size: int, out_size: int, blueprint: Blueprint, *, bias: bool) -> nn.Module:
     """A linear layer of one rank alone."""
     if blueprint.float8 is None:
-        return _class(nn.Linear, name, blueprint)(in_size, out_size, bias=bias)
+        return _class(EmptyLinear, name, blueprint)(in_size, out_size, bias=bias)
     return _class(Float8Linear, name, blueprint)(in_size, out_size, bias=bias, scaling=blueprint.float8)
 
 
@@ -71,7 +72,7 @@ def vocab_embedding(name: str, blueprint: Blueprint) -> nn.Module:
     """Lookup table [padded vocabulary, hidden]; on several ranks each holds its rows of it."""
     tensor, model = blueprint.tensor, blueprint.model
     if tensor.size == 1:
-        layer: nn.Module = nn.Embedding(model.padded_vocab_size, model.hidden_size)
+        layer: nn.Module = EmptyEmbedding(model.padded_vocab_size, model.hidden_size)
     else:
         layer = _split_layers().Lookup(model.padded_vocab_size, model.hidden_size, tensor=tensor)
     _tag_vocabulary(name, layer, blueprint)
@@ -81,7 +82,7 @@ def vocab_embedding(name: str, blueprint: Blueprint) -> nn.Module:
 def vocab_linear(name: str, blueprint: Blueprint) -> nn.Module:
     """Holder of an untied head's matrix [padded vocabulary, hidden], never a bias; `LossHead` multiplies with it."""
     model = blueprint.model
-    layer = nn.Linear(model.hidden_size, model.padded_vocab_size // blueprint.tensor.size, bias=False)
+    layer = EmptyLinear(model.hidden_size, model.padded_vocab_size // blueprint.tensor.size, bias=False)
     _tag_vocabulary(name, layer, blueprint)
     return layer
 

@@ -26,6 +26,7 @@ from train.model.attention import Attend, Needs, choose
 from train.model.attention.layout import sequence_bounds
 from train.model.blueprint import Blueprint
 from train.model.crossings import own_draws, own_rows, replicated
+from train.model.empty import EmptyEmbedding
 from train.model.float8 import check_device
 from train.model.heads import ClassificationHead, LossHead
 from train.model.layers import GatedMLP, Norm, NormAcrossHeads, PlainMLP
@@ -139,7 +140,7 @@ class Embedding(nn.Module):
         self.tokens = vocab_embedding("embedding.tokens", blueprint)
         self.positions = None
         if model.positions == "learned":
-            self.positions = nn.Embedding(model.max_positions, model.hidden_size)
+            self.positions = EmptyEmbedding(model.max_positions, model.hidden_size)
             shape = (model.max_positions, model.hidden_size)
             tag(self.positions.weight, LogicalTensor(name="embedding.positions.weight", shape=shape))
 

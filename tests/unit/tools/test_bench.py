@@ -70,6 +70,20 @@ def test_loader_and_checkpoint_run(corpus: Path, tmp_path: Path) -> None:
     assert saved["bytes"] > 0 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.further
+def test_startup_separates_its_parts(corpus: Path, tmp_path: Path) -> None:
+    text, report = bench("startup", f"data={corpus}", "repeats=0", "large_model=llama_tiny", f"folder={tmp_path}")
+    parts = report["parts"]
+    assert list(parts) == ["corpus check", "corpus again", "first engine", "build", "values", "load"]
+    # llama_tiny with the corpus's vocabulary: all of it is drawn by one rank, and 12 bytes of each are read twice.
+    assert parts["build"]["values"] == parts["values"]["values"] > 10_000
+    assert parts["load"]["bytes"] == pytest.approx(24 * parts["values"]["values"], rel=0.2)
+    of_8b, of_70b = report["extrapolated"]["llama_8b"], report["extrapolated"]["llama_70b"]
+    # 8.03 and 70.55 billion weights over 8 and 64 ranks
+    assert of_70b["values seconds"] / of_8b["values seconds"] == pytest.approx(70.55 / 8.03 / 8, rel=0.05)
+    assert "llama_70b on 64 ranks" in text and not list(tmp_path.iterdir())
+
+
 @pytest.mark.campaign(name="benches")
 def test_step_runs_on_two_ranks(corpus: Path) -> None:
     text, report = bench("step", f"data={corpus}", *TINY, *SHORT, "processes=2")
