@@ -92,12 +92,16 @@ def run(config: BenchConfig) -> int:
         }
     print(f"\n{config.large_model}, {config.processes} ranks, ZeRO {config.zero}, {config.precision}; of one rank:")
     for name, part in parts.items():
-        print(
-            f"  {name:<14} {part.seconds:8.3f} s   {part.amount:>16,.0f} {part.unit:<8} {part.rate / 1e6:>9,.1f} M/s   "
-            f"peak {part.peak_bytes / 2**20:>7,.0f} MiB"
-        )
+        times = f"{part.seconds:8.3f} s {part.cpu_seconds:8.3f} CPU s"
+        handled = f"{part.amount:>16,.0f} {part.unit:<8} {part.amount / part.seconds / 1e6:>9,.1f} M/s"
+        print(f"  {name:<14} {times} {handled}   peak {part.peak_bytes / 2**20:>7,.0f} MiB")
     report["parts"] = {
-        name: {"seconds": round(part.seconds, 4), part.unit: int(part.amount), "peak_mib": part.peak_bytes >> 20}
+        name: {
+            "seconds": round(part.seconds, 4),
+            "cpu_seconds": round(part.cpu_seconds, 4),
+            part.unit: int(part.amount),
+            "peak_mib": part.peak_bytes >> 20,
+        }
         for name, part in parts.items()
     }
     large = {model: _extrapolated(model, num_ranks, parts) for model, num_ranks in LARGE.items()}
@@ -111,10 +115,11 @@ def run(config: BenchConfig) -> int:
 def _extrapolated(model: str, num_ranks: int, parts: dict[str, Part]) -> dict[str, float]:
     """Seconds of what a rank does with its part of a large model's weights, by the rates that were measured here."""
     share = num_parameters(configure([f"model={model}", "budget.steps=2", "schedule.warmup_steps=0"]).model) / num_ranks
-    loaded = parts["load"].amount / parts["values"].amount  # bytes for each parameter: read once to verify, once to load
+    values, load = parts["values"], parts["load"]
+    loaded = load.amount / values.amount  # bytes for each parameter: read once to verify, once to load
     return {
-        "values seconds": round(share / parts["values"].rate, 2),
-        "load seconds": round(loaded * share / parts["load"].rate, 2),
+        "values seconds": round(share * values.cpu_seconds / values.amount, 2),  # a core draws them
+        "load seconds": round(share * loaded * load.seconds / load.amount, 2),
     }
 
 

@@ -25,7 +25,7 @@ from train.checkpoint.manifest import (
 from train.checkpoint.store import CheckpointStore
 from train.config.model import ModelConfig
 from train.config.pretrain import PretrainConfig
-from train.engine import Engine
+from train.engine import Engine, fragments
 from train.initial import configure
 from train.launch import settle
 from train.model.cost import parameter_shapes
@@ -43,15 +43,12 @@ class Part:
     """One part of a start: the slowest rank's seconds, and what one rank handled of what counts."""
 
     seconds: float
+    cpu_seconds: float
+    """More than `seconds` with several threads, much less on a machine that does other things too."""
     amount: float
     unit: str
     peak_bytes: int
     """Most memory of one rank up to its end."""
-
-    @property
-    def rate(self) -> float:
-        """Amount a second, of one rank."""
-        return self.amount / self.seconds
 
 
 def measure(config: BenchConfig, context: ParallelContext, root: Path) -> dict[str, Part]:
@@ -67,11 +64,12 @@ def measure(config: BenchConfig, context: ParallelContext, root: Path) -> dict[s
 
     def timed(name: str, work: Callable[[], ResultT], amount: Callable[[], float], unit: str) -> ResultT:
         context.barrier()
-        started, before = time.perf_counter(), amount()
+        started, started_cpu, before = time.perf_counter(), time.process_time(), amount()
         result = work()
-        of_ranks = context.gather_to_all((time.perf_counter() - started, amount() - before, _peak_bytes()))
-        seconds, amounts, peaks = (max(values) for values in zip(*of_ranks, strict=True))
-        found[name] = Part(seconds=seconds, amount=amounts, unit=unit, peak_bytes=peaks)
+        times = (time.perf_counter() - started, time.process_time() - started_cpu)
+        of_ranks = context.gather_to_all((*times, amount() - before, _peak_bytes()))
+        seconds, cpu_seconds, amounts, peaks = (max(values) for values in zip(*of_ranks, strict=True))
+        found[name] = Part(seconds=seconds, cpu_seconds=cpu_seconds, amount=amounts, unit=unit, peak_bytes=peaks)
         return result
 
     def check_corpus() -> None:
@@ -96,14 +94,19 @@ def measure(config: BenchConfig, context: ParallelContext, root: Path) -> dict[s
         handled[0] += sum(piece.length for piece in engine.fragments())
         return engine
 
-    def give_values() -> None:
-        engine.initialise(settings.model, settings.run.seed)
+    def draw_values() -> None:
+        fragments.draw_weights(engine.fragments(), model=settings.model, seed=settings.run.seed)
+        handled[0] += sum(piece.length for piece in engine.fragments())
+
+    def publish() -> None:
+        engine.loaded(updates=0)
         handled[0] += sum(piece.length for piece in engine.fragments())
 
     tiny = replace(settings.model, num_layers=1, hidden_size=64, num_heads=2, num_kv_heads=None, head_size=None, ffn_size=64)
     timed("first engine", lambda: build(tiny), lambda: handled[0], "values")  # imports what DeepSpeed imports then
     engine = timed("build", lambda: build(settings.model), lambda: handled[0], "values")
-    timed("values", give_values, lambda: handled[0], "values")
+    timed("values", draw_values, lambda: handled[0], "values")
+    timed("publish", publish, lambda: handled[0], "values")  # out of the fp32 weights into those that are computed with
     store = CheckpointStore(
         root / "checkpoints",
         config=settings.checkpoint,

@@ -38,6 +38,9 @@ from train.parallel import ParallelContext
 # How far the logits of the fixed batch may be off, as a fraction of the largest: another layout adds in another order.
 PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp8": 0.1}
 
+# Read of a checkpoint until its files are let go of: the pages of parts of tensors stay in this process's memory until then.
+MAPPED_BYTES = 1 << 28
+
 ValueT = TypeVar("ValueT")
 
 _numbers = itertools.count()  # of the stores of this process; the same on all ranks, which make them together
@@ -256,9 +259,14 @@ class CheckpointStore:
 
     def _fill(self, engine: Engine, reader: CheckpointReader) -> None:
         """Weights and moments of what trains, and the weights of the rest."""
+        read_bytes = 0
         for fragment in (*engine.fragments(), *engine.frozen_fragments()):
             for kind, tensor in fragment.tensors.items():
                 tensor.copy_(reader.read_apart(fragment.logical, kind, fragment.start, fragment.length))
+                read_bytes += 4 * fragment.length
+            if read_bytes > MAPPED_BYTES:
+                reader.release()
+                read_bytes = 0
 
     def _begin(self, engine: Engine, reader: CheckpointReader, initial: Collection[str]) -> None:
         """The weights that a run begins with: those of `initial` are drawn, but for the lengths of rows."""

@@ -74,7 +74,7 @@ def test_loader_and_checkpoint_run(corpus: Path, tmp_path: Path) -> None:
 def test_startup_separates_its_parts(corpus: Path, tmp_path: Path) -> None:
     text, report = bench("startup", f"data={corpus}", "repeats=0", "large_model=llama_tiny", f"folder={tmp_path}")
     parts = report["parts"]
-    assert list(parts) == ["corpus check", "corpus again", "first engine", "build", "values", "load"]
+    assert list(parts) == ["corpus check", "corpus again", "first engine", "build", "values", "publish", "load"]
     # llama_tiny with the corpus's vocabulary: all of it is drawn by one rank, and 12 bytes of each are read twice.
     assert parts["build"]["values"] == parts["values"]["values"] > 10_000
     assert parts["load"]["bytes"] == pytest.approx(24 * parts["values"]["values"], rel=0.2)
