@@ -22,15 +22,15 @@ SIZES_FILE = "sizes.json"
 WARM_STEPS = 5  # of the first ones, that fill caches and are not counted
 STEP_TOKENS = {"pretrain": 1024, "classification": 1024, "summarisation": 2048}
 """Tokens of a step in the three experiments."""
-SECONDS = {"pretrain": 90.0, "classification": 40.0, "summarisation": 60.0}
+SECONDS = {"pretrain": 120.0, "classification": 60.0, "summarisation": 80.0}
 """What each training may take."""
-STEPS = {"pretrain": (450, 1500), "classification": (120, 300), "summarisation": (100, 260)}
+STEPS = {"pretrain": (400, 1500), "classification": (150, 500), "summarisation": (100, 300)}
 """Fewer teach too little; more keep a quick machine for little."""
 ROWS = (200, 400)  # on which a task is measured: the most where the summarisation gets all its steps
 
-STARTS = 14.0
-ROW_STARTS = 0.02
-"""All else, in units of a start: ..."""
+STARTS, STARTS_OF_A_ROW = 10.0, 0.01
+"""All else, counted in starts of a command, which it is made of. Two busy AVX2 cores that started one in 47 s and trained 1,856
+tokens/s took 985 s, with 200 rows; this says 989."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def sizes_for(speed: Speed) -> Sizes:
     least, most = STEPS["summarisation"]
     rows = round(ROWS[0] + (ROWS[1] - ROWS[0]) * (steps["summarisation"] - least) / (most - least))
     tokens = sum(steps[name] * STEP_TOKENS[name] for name in steps)
-    seconds = tokens / speed.tokens_per_second + STARTS * speed.start_seconds + rows * ROW_STARTS * speed.start_seconds
+    seconds = tokens / speed.tokens_per_second + (STARTS + rows * STARTS_OF_A_ROW) * speed.start_seconds
     return Sizes(
         pretrain_steps=steps["pretrain"],
         classification_steps=steps["classification"],
@@ -86,20 +86,21 @@ def speed_of(records: Sequence[Mapping[str, object]], created: float) -> Speed:
 
 
 def size(run: Path, so_far: float) -> None:
-    """Decide, write sizes.json where there is none, and say what was decided."""
+    """Decide, write sizes.json and say how long it will take; where there is one already, say what it holds."""
     path = run / SIZES_FILE
-    if not path.exists():
+    if first := not path.exists():
         speed = speed_of(read_metrics(run / FILE_NAME), float(read_json(run / "run.json")["created"]))
         write_json(path, {**asdict(speed), **asdict(sizes_for(speed))})
     found = read_json(path)
-    total = (so_far + found["seconds_left"]) / 60
     print(
         f"\nthis machine trains {found['tokens_per_second']:,.0f} tokens/s and starts a command in "
         f"{found['start_seconds']:.0f} s, so the main job reads {found['pretrain_steps'] * STEP_TOKENS['pretrain']:,} tokens,\n"
         f"fine-tunes for {found['classification_steps']} and {found['summarisation_steps']} steps, and measures on "
-        f"{found['rows']} rows a task.\nforecast: {total:.1f} minutes for the main job, of which "
-        f"{found['seconds_left'] / 60:.1f} from here"
+        f"{found['rows']} rows a task: decided in {path}"
     )
+    if first:
+        total = (so_far + found["seconds_left"]) / 60
+        print(f"forecast: {total:.1f} minutes for the main job, of which {found['seconds_left'] / 60:.1f} from here")
 
 
 def shown_proof(report: Mapping[str, dict]) -> str:

@@ -42,7 +42,7 @@ say "5/9 sample: what the model makes of 'def read_file('"
 longhaul generate checkpoint="$RUN" prompt='def read_file(' max_new_tokens=80 temperature=0.7 top_k=40 seed=1 device=cpu
 
 say "6/9 export to the Hugging Face format, with the proof that transformers computes the same, or the end"
-[ -e "$MODEL/conversion_report.json" ] || longhaul export checkpoint="$RUN" out="$MODEL" proof_sequences=200
+[ -e "$MODEL/conversion_report.json" ] || longhaul export checkpoint="$RUN" out="$MODEL"
 decide proof "$MODEL/conversion_report.json"
 
 say "7/9 two tasks of the standard library's docstrings, and what simple means reach on them"
