@@ -129,7 +129,13 @@ def write_rejected(inputs: Inputs, workspace: Workspace, selection: Selection) -
     number_N = np.arange(len(selection.first_N))
     copies = np.flatnonzero(selection.first_N != number_N)
     named = np.union1d(copies, selection.first_N[copies])
-    ids = dict(_of_numbers(selection, named, lambda unit: read_json_lines(workspace.ids(unit))))
+
+    def ids_of(unit: int) -> Iterator[str]:
+        if workspace.ids(unit).exists():
+            return read_json_lines(workspace.ids(unit))
+        return (document.id for document in read_documents(workspace, unit))  # an older version kept them there alone
+
+    ids = dict(_of_numbers(selection, named, ids_of))
     with json_lines(workspace.corpus / "rejected.jsonl") as append:
         for item in inputs.rejected:
             append(item.as_record())

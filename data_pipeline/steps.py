@@ -71,8 +71,8 @@ class Workspace:
         return self.folder / "documents" / f"{unit:05d}.json"
 
     def is_read(self, unit: int) -> bool:
-        """Whether a unit has been read; what an older version has read lacks the ids, and is read again."""
-        return self.read_marker(unit).exists() and self.ids(unit).exists()
+        """Whether a unit has been read."""
+        return self.read_marker(unit).exists()
 
     def part(self, unit: int, split: Split) -> Path:
         """Prefix of the encoded documents of a unit and a split."""

@@ -88,12 +88,12 @@ class ParallelContext:
 
     def read_once(self, read: Callable[[], ReadT]) -> ReadT:
         """What `read` gives on the first rank (plain data), on every rank: a thousand that look for every file of a corpus are
-        a storm for the file system. A UserError is raised on every rank."""
+        a storm for the file system. What stands against it is raised as UserError on every rank."""
         found, problem = None, None
         if self.is_first:
             try:
                 found = read()
-            except UserError as error:
+            except (UserError, OSError) as error:
                 problem = str(error)
         box: Any = self.from_first((found, problem))
         found, problem = box
@@ -247,8 +247,8 @@ def keep_freed_memory() -> None:
     of the CPU time of a head with its loss (1,024 tokens, 8,192 ids; 333,833 page faults in ten steps, 16,384 with this).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**30)
+    # Before 2.35 it refuses more than 32 MiB. Where it takes none, the other setting alone would pin the threshold at 128 KiB.
+    if mallopt is not None and (mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)):
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 

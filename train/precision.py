@@ -29,7 +29,10 @@ WITHOUT_BF16 = {
     "DNNL_MAX_CPU_ISA": _ONEDNN,  # its older name
     "MKL_ENABLE_INSTRUCTIONS": ("sse4_2", "avx", "avx2", "avx2_e1"),
 }
-"""Variable -> the values that leave no instruction for bf16; what a library does not know, it does not follow."""
+"""Variable -> its values that leave no instruction for bf16; what a library does not know, it does not follow.
+
+Each of them asks for a CPU without such instructions, though one alone keeps only its own library from them.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +75,9 @@ def bf16_on_cpu(cpu: Cpu | None = None, environment: Mapping[str, str] | None = 
     if not native:
         return False, "this CPU only emulates bf16"
     for variable, values in WITHOUT_BF16.items():
-        if environment.get(variable, "").lower() in values:
-            return False, f"{variable}={environment[variable]} keeps this CPU from bf16"
+        value = environment.get(variable, "")
+        if (value if variable == "ATEN_CPU_CAPABILITY" else value.lower()) in values:  # the others take capitals too
+            return False, f"{variable}={value} restricts this CPU to instructions without bf16"
     return True, f"this CPU multiplies bf16 natively, {native[0]}"
 
 

@@ -105,10 +105,13 @@ class Reference:
 
     def _found(self, sizes: Mapping[Split, int]) -> str | UserError | None:
         """The folder that holds them already; None: there is none. What cannot be is an answer, for all ranks to raise."""
-        if _belongs(self._own, self.identity, sizes):
+        has_begun = any((self.run_dir / "checkpoints").glob("step-*"))
+        # A run that is resumed in another precision keeps what it has been compared with so far.
+        as_before = replace(self.identity, precision=_facts(self._own).get("precision", "")) if has_begun else self.identity
+        if _belongs(self._own, as_before, sizes):
             return str(self._own)
         facts = _facts(self._own)
-        if facts.get("base", self.identity.base) != self.identity.base and any((self.run_dir / "checkpoints").glob("step-*")):
+        if facts.get("base", self.identity.base) != self.identity.base and has_begun:
             return UserError(
                 f"initial_checkpoint: is not what {self.run_dir} has begun with, so its reference cannot be computed again; "
                 "put that checkpoint back, or start another run with run.name=..."
@@ -120,8 +123,8 @@ class Reference:
         if _belongs(other, self.identity, sizes):
             return str(other)
         return UserError(
-            f"preference.reference={self.elsewhere}: {_difference(other, self.identity)}; give a run of the same rows and "
-            "the same beginning, or leave it out: the log-probabilities are then computed"
+            f"preference.reference={self.elsewhere}: {_difference(other, self.identity)}; give a run of the same rows, the "
+            f"same beginning and precision={self.identity.precision}, or leave it out: the log-probabilities are then computed"
         )
 
 

@@ -152,23 +152,26 @@ def write(context: ParallelContext, root: str, precision: str) -> tuple[list[flo
     return steps(engine, context, STEPS, 2 * STEPS), uneven.logical_state(engine, context)
 
 
-def resume(context: ParallelContext, root: str, precision: str) -> tuple[list[float], State]:
-    engine = uneven.make_engine(context, zero=1, precision=precision, optim=OPTIM)
-    make_store(Path(root), context, 1).load_newest(engine)
+def resume(context: ParallelContext, root: str, precision: str, zero: int) -> tuple[list[float], State]:
+    engine = uneven.make_engine(context, zero=zero, precision=precision, optim=OPTIM)
+    make_store(Path(root), context, zero).load_newest(engine)
     assert engine.updates == STEPS
     return steps(engine, context, STEPS, 2 * STEPS), uneven.logical_state(engine, context)
 
 
 @further
 @pytest.mark.parametrize(
-    ("writers", "readers", "wrote", "reads"),
-    [(2, 2, "bf16", "bf16"), (2, 1, "bf16", "bf16"), (1, 2, "bf16", "bf16"), (2, 2, "fp32", "fp32"), (2, 1, "fp32", "bf16")],
-)
-def test_its_checkpoint_resumes(tmp_path: Path, writers: int, readers: int, wrote: str, reads: str) -> None:
+    ("writers", "readers", "wrote", "reads", "zero"),
+    [
+        (2, 2, "bf16", "bf16", 1), (2, 1, "bf16", "bf16", 1), (1, 2, "bf16", "bf16", 1), (2, 2, "fp32", "fp32", 1),
+        (2, 1, "fp32", "bf16", 1), (2, 2, "fp32", "fp32", 2), (2, 2, "bf16", "fp32", 2),
+    ],
+)  # fmt: skip
+def test_its_checkpoint_resumes(tmp_path: Path, writers: int, readers: int, wrote: str, reads: str, zero: int) -> None:
     expected_losses, expected = run_ranks(write, writers, str(tmp_path), wrote)[0]
-    losses, state = run_ranks(resume, readers, str(tmp_path), reads)[0]
+    losses, state = run_ranks(resume, readers, str(tmp_path), reads, zero)[0]
     assert set(state) == set(expected)
-    if (writers, wrote) == (readers, reads):
+    if (writers, wrote, 1) == (readers, reads, zero):
         assert losses == expected_losses
         assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
     torch.testing.assert_close(losses, expected_losses, rtol=0, atol=2e-3 if wrote == reads else 1e-2)  # bf16, other sums

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,20 +14,20 @@ from tests.dist import run_ranks
 from tests.integration.runs import WORDS, settings
 from train.checkpoint.reader import CheckpointReader
 from train.parallel import ParallelContext
-from train.precision import Cpu, bf16_on_cpu
+from train.precision import WITHOUT_BF16, Cpu, bf16_on_cpu
 
 WITHOUT = {"ATEN_CPU_CAPABILITY": "avx2"}  # such a machine computes in fp32, whatever its CPU has
 
 
 @dataclass(frozen=True, kw_only=True)
-class Story:
+class Moved:
     texts: dict[str, str]
     records: dict[str, dict]
     checkpoint: CheckpointReader
 
 
 @pytest.fixture(scope="module")
-def story(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
+def story(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Moved:
     """A run begun in bf16, continued where only fp32 makes sense, and taken back."""
     folder = tmp_path_factory.mktemp("runs")
     words = [word for word in WORDS if not word.startswith("precision=")]
@@ -41,21 +42,21 @@ def story(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
         assert done.returncode == (85 if "budget.stop_at_step" in more[-1] else 0), done.stdout + done.stderr
         texts[name] = done.stdout
         records[name] = json.loads((folder / "moved/run.json").read_text())
-    return Story(texts=texts, records=records, checkpoint=CheckpointReader(sorted(folder.glob("moved/checkpoints/step-*"))[-1]))
+    return Moved(texts=texts, records=records, checkpoint=CheckpointReader(sorted(folder.glob("moved/checkpoints/step-*"))[-1]))
 
 
-def test_it_is_told_with_the_reason(story: Story) -> None:
+def test_it_is_told_with_the_reason(story: Moved) -> None:
     assert "ZeRO 1, bf16 (as asked)" in story.texts["begun"] and "precision        bf16 (as asked)" in story.texts["begun"]
-    reason = "ATEN_CPU_CAPABILITY=avx2 keeps this CPU from bf16" if bf16_on_cpu(environment={})[0] else "only emulates bf16"
+    reason = "ATEN_CPU_CAPABILITY=avx2 restricts this CPU" if bf16_on_cpu(environment={})[0] else "only emulates bf16"
     assert reason in story.texts["continued"] and "ZeRO 1, fp32 (auto: " in story.texts["continued"]
 
 
-def test_emulated_bf16_is_told_with_the_measured_ratio(story: Story) -> None:
+def test_emulated_bf16_is_told_with_the_measured_ratio(story: Moved) -> None:
     assert story.texts["begun"].count("bf16 is emulated here: ") == 1 and " times as fast; " in story.texts["begun"]
     assert "bf16 is emulated" not in story.texts["continued"]
 
 
-def test_a_resume_takes_the_answer_of_its_machine_and_records_it(story: Story) -> None:
+def test_a_resume_takes_the_answer_of_its_machine_and_records_it(story: Moved) -> None:
     assert "; bf16 until step 4\n" in story.texts["continued"] and "; fp32 until step 8\n" in story.texts["back"]
     assert [record["precision"] for record in story.records.values()] == ["bf16", "fp32", "bf16"]
     assert story.records["continued"]["precision_reason"].startswith("auto: ")
@@ -66,7 +67,7 @@ def test_a_resume_takes_the_answer_of_its_machine_and_records_it(story: Story) -
     ]
 
 
-def test_a_checkpoint_holds_what_was_computed_in(story: Story) -> None:
+def test_a_checkpoint_holds_what_was_computed_in(story: Moved) -> None:
     assert story.checkpoint.config.precision == "bf16"
 
 
@@ -75,6 +76,8 @@ def differently(context: ParallelContext) -> str:
     from train.rank import settle_precision
 
     flags = {"avx2", "avx512_bf16"} if context.rank == 1 else {"avx2"}
+    for variable in WITHOUT_BF16:
+        os.environ.pop(variable, None)
     Cpu.of_this_machine = staticmethod(lambda: Cpu(machine="x86_64", flags=frozenset(flags)))
     config = settings(Path("corpus"), precision="auto")
     try:

@@ -143,13 +143,13 @@ class TestReference:
     def test_of_other_rows_is_refused(self, checkpoint: Path, tmp_path: Path, alone: Path) -> None:
         others = finetuning.pairs_file(tmp_path, rows=40, seed=3)
         config = pairs(checkpoint, others, steps=1, preference=PreferenceConfig(reference=str(alone)))
-        with pytest.raises(Exception, match="is of other rows; give a run of the same rows and the same beginning"):
+        with pytest.raises(Exception, match="is of other rows; give a run of the same rows, the same beginning"):
             run(config, tmp_path / "run", ranks=1)
 
     def test_of_the_same_weights_in_another_model_is_refused(self, checkpoint, rows: Path, tmp_path: Path, alone: Path) -> None:
         config = pairs(checkpoint, rows, steps=1, preference=PreferenceConfig(reference=str(alone)))
         config = replace(config, model=replace(config.model, norm_epsilon=1e-2))
-        with pytest.raises(Exception, match="is of other model; give a run of the same rows and the same beginning"):
+        with pytest.raises(Exception, match="is of other model; give a run of the same rows, the same beginning"):
             run(config, tmp_path / "run", ranks=1)
 
     @pytest.mark.parametrize("change", ["bits", "base"])

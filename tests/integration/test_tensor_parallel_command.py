@@ -53,7 +53,15 @@ def test_what_one_rank_wrote_and_two_ranks_wrote(run_dir: Path) -> None:
 
 
 def test_ranks_that_share_a_model_say_what_one_says(run_dir: Path) -> None:
-    words = ["generate", f"checkpoint={run_dir}", "prompt=def main(", "temperature=0", "max_new_tokens=12", "dtype=fp32"]
+    words = [
+        "generate",
+        f"checkpoint={run_dir}",
+        "prompt=def main(",
+        "temperature=0",
+        "max_new_tokens=12",
+        "device=cpu",
+        "dtype=fp32",
+    ]
     alone, shared = longhaul(*words), longhaul(*words, "tensor=2")
     assert alone.returncode == shared.returncode == 0, shared.stderr
     assert shared.stdout == alone.stdout != ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_cpuinfo(text: str, flags: set[str], tmp_path: Path, monkeypatch: pytest
 
 def test_this_machine_is_read_as_the_kernel_shows_it() -> None:
     """Against torch, which asks the CPU itself and does not see the variables."""
-    if not torch.backends.cpu.get_cpu_capability().startswith(("AVX", "DEFAULT")):
+    if platform.machine() != "x86_64":
         pytest.skip("torch tells of bf16 on x86-64 alone")
     native = bf16_on_cpu(environment={})[0]
     assert native == bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from train.config.adapter import LoraConfig
 from train.config.model import ModelConfig
 from train.config.training import ComputePrecision, OptimConfig, ParallelConfig
@@ -282,11 +283,16 @@ class Engine:
     def loaded(self, updates: int) -> None:
         """Take over what was written into fragments of either kind: `updates` optimizer updates had been applied.
 
-        Before the first update there must be no weight left that nothing was written to.
+        Raises UserError on all ranks when, before the first update, a weight begins or ends with NaN, as all do that nothing
+        was written to.
         """
         if updates == 0:
-            names = fragments.unset((*self.fragments(), *self.frozen_fragments()))
-            assert not names, f"{', '.join(names[:3])}: neither a checkpoint nor the initial values gave a value"
+            own = fragments.unset((*self.fragments(), *self.frozen_fragments()))
+            if names := sorted({name for part in self.context.gather_to_all(own) for name in part}):
+                raise UserError(
+                    f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: is not a number; the checkpoint that the run "
+                    f"begins with gives no sound value; take another one"
+                )
         self._has_weights = True
         fragments.set_update_count(self._optimizer, self.zero, updates)
         fragments.publish_weights(self._optimizer, self.zero)

@@ -65,21 +65,22 @@ class PartitionedMuon(torch.optim.AdamW):
         (flat,) = group["params"]
         momentum = self.state[flat]["momentum_buffer"]
         momentum.lerp_(flat.grad, 1 - self._momentum)
-        partition = whole = flat.grad.lerp(momentum, self._momentum)  # Nesterov
-        size, rank = flat.numel(), dist.get_rank(self._process_group)
-        if (ranks := dist.get_world_size(self._process_group)) > 1:
-            whole = partition.new_empty(ranks * size)
-            dist.all_gather(list(whole.chunk(ranks)), partition, group=self._process_group)
+        partition = flat.grad.lerp(momentum, self._momentum)  # Nesterov
         flat.mul_(1 - group["lr"] * group["weight_decay"])
-        first, end = rank * size, 0
+        size = flat.numel()
+        first, end = dist.get_rank(self._process_group) * size, 0
         for shape in group["shapes"]:
             start, end = end, end + shape.numel()
-            mine = slice(max(start, first), min(end, first + size))
-            if mine.start < mine.stop:
-                update = newton_schulz(whole[start:end].view(shape)).reshape(-1)
-                flat[mine.start - first : mine.stop - first].sub_(
-                    update[mine.start - start : mine.stop - start], alpha=group["lr"]
-                )
+            low, high = max(start, first), min(end, first + size)
+            here, there = slice(low - first, high - first), slice(low - start, high - start)
+            whole = partition[here]
+            if start // size < (end - 1) // size:  # several ranks hold a part: put together one matrix at a time
+                whole = partition.new_zeros(end - start)
+                if low < high:
+                    whole[there] = partition[here]
+                dist.all_reduce(whole, group=self._process_group)
+            if low < high:
+                flat[here].sub_(newton_schulz(whole.view(shape)).reshape(-1)[there], alpha=group["lr"])
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:

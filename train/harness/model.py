@@ -32,6 +32,7 @@ from train.inference.load import check_divisible, resolve_device
 from train.inference.sampling import Sampling
 from train.inference.special import special_id
 from train.parallel import ParallelContext, single_process
+from train.precision import resolve_precision
 
 _log = logging.getLogger(__name__)
 
@@ -139,6 +140,7 @@ class LonghaulLM(TemplateLM):
         context = single_process(device.type)
         if processes > 1:
             context = self._stack.enter_context(ranks(processes, device.type, tensor_parallel=tensor))
+        dtype = context.from_first(resolve_precision(dtype, device.type).precision)
         if context.is_first:  # the others take the files on its word
             subject = open_subject(checkpoint, hf, verify=verify)
         return subject, load_engines(subject, context, dtype=dtype, batch_tokens=batch_tokens), context

@@ -115,7 +115,10 @@ def read_evaluation(folder: Path) -> Evaluation:
             way_out = f"remove {folder} and evaluate again"
             raise UserError(f"{path}: format_version={version}, this Longhaul reads {FORMAT_VERSION}; {way_out}")
         scores = {name: Score(**score) for name, score in values.pop("scores").items()}
-        return Evaluation(**values, scores=scores, folder=folder)
+        found = Evaluation(**values, scores=scores, folder=folder)
+        if found.config.get("dtype") == "auto":  # of an older version, where it was bf16 on GPUs and fp32 on CPUs
+            found.config["dtype"] = "bf16" if str(found.run.get("device")).startswith("cuda") else "fp32"
+        return found
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the folder of an evaluation") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

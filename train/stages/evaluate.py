@@ -68,8 +68,6 @@ def run(config: EvaluationConfig) -> int:
     """
     started = time.perf_counter()
     device = resolve_device(config.device)
-    precision = resolve_precision(config.dtype, device.type)
-    config = replace(config, dtype=precision.precision)
     subject = open_subject(config.checkpoint, config.hf, verify=False, hashed=False)
     if subject.model.labels and config.task.kind == "classification":
         config = replace(config, task=replace(config.task, labels=subject.model.labels, label_texts=()))
@@ -77,7 +75,9 @@ def run(config: EvaluationConfig) -> int:
     check_divisible(subject.model, config.tensor)
     out = folder_for(config, subject.folder, f"{subject.label}-{config.task.name}")
     with _ranks(config, device.type) as context:  # before the data is read, so that all of them read it at the same time
-        config = replace(config, verify=config.verify and context.is_first)
+        precision = resolve_precision(config.dtype, context.device.type)
+        dtype = context.from_first(precision.precision)
+        config = replace(config, verify=config.verify and context.is_first, dtype=dtype)
         if context.is_first:
             subject = open_subject(config.checkpoint, config.hf, verify=config.verify)
         prepared = PREPARERS[config.task.kind](config, subject)  # what is wrong with the data is told before weights are read

@@ -31,7 +31,6 @@ def run(config: GenerateConfig) -> int:
     Raises UserError for a prompt or a checkpoint that cannot be read or trusted, and for a model that cannot chat.
     """
     prompt = read_prompt(config)
-    config = replace(config, dtype=resolve_precision(config.dtype, resolve_device(config.device).type).precision)
     subject = open_subject(config.checkpoint, None, verify=config.verify)
     check_divisible(subject.model, config.tensor)
     if config.chats:
@@ -57,6 +56,7 @@ def continue_prompt(config: GenerateConfig, subject: Subject, prompt: str) -> No
     continuations = [Continuation(tokenizer.stream(), stop=config.stop, ends=ends) for _ in range(request.num_samples)]
     console = Console(sys.stdout, request.num_samples, live=config.stream)
     with ranks_of(config) as context:
+        config = settled(config, context)
         decoder = decoder_of(config, subject, context)
         started = time.perf_counter()
         show(decoder, request, continuations, console)
@@ -73,6 +73,7 @@ def chat(config: GenerateConfig, subject: Subject, form: ChatFormat, prompt: str
         sampling=sampling_of(config), max_new_tokens=config.max_new_tokens, seed=config.seed, stop=config.stop
     )
     with ranks_of(config) as context:
+        config = settled(config, context)
         interactive = prompt is None and bool(context.from_first(sys.stdin.isatty()))
         if prompt is None and not interactive and not config.chat:
             raise UserError(
@@ -112,6 +113,11 @@ def ranks_of(config: GenerateConfig) -> Iterator[ParallelContext]:
         return
     with ranks(config.tensor, device.type, tensor_parallel=config.tensor) as context:
         yield context
+
+
+def settled(config: GenerateConfig, context: ParallelContext) -> GenerateConfig:
+    """With the dtype that `auto` is on the first rank, for all of them."""
+    return replace(config, dtype=context.from_first(resolve_precision(config.dtype, context.device.type).precision))
 
 
 def decoder_of(config: GenerateConfig, subject: Subject, context: ParallelContext) -> CachedDecoder:

@@ -189,10 +189,11 @@ def precision_lines(config: RunSettings, why: str, state: TrainState, device: to
         lines[0] += f"; {before[-1]['before']} until step {state.step}"
     if device.type == "cpu" and config.precision != "fp32" and not bf16_on_cpu()[0]:
         bf16, fp32 = (measured_cpu_flops(dtype, seconds=0.1) for dtype in (torch.bfloat16, torch.float32))
-        lines.append(
-            f"                 bf16 is emulated here: products run at {bf16 / 1e9:.1f} GFLOP/s, in fp32 "
-            f"{fp32 / bf16:.0f} times as fast; precision=auto takes fp32"
-        )
+        if fp32 > bf16:
+            lines.append(
+                f"                 bf16 is emulated here: products run at {bf16 / 1e9:.1f} GFLOP/s, in fp32 "
+                f"{fp32 / bf16:.0f} times as fast; precision=auto takes fp32"
+            )
     return lines
 
 

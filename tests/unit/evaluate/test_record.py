@@ -70,6 +70,16 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "a" / EVALUATION_FILE).read_text(), "where it lies is not part of it"
 
 
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "fp32"), ("cuda:0", "bf16")])
+def test_auto_of_an_older_version_is_what_it_was(device: str, dtype: str, tmp_path: Path) -> None:
+    """So that it compares with one that keeps what it was computed in."""
+    folder = kept(tmp_path / "a")
+    values = json.loads((folder / EVALUATION_FILE).read_text())
+    values["config"]["dtype"], values["run"]["device"] = "auto", device
+    (folder / EVALUATION_FILE).write_text(json.dumps(values))
+    assert read_evaluation(folder).config["dtype"] == dtype
+
+
 def test_a_line_leaves_out_what_is_usual(tmp_path: Path) -> None:
     assert example_line(Example(id="a:1")) == '{"id": "a:1"}\n'
     assert set(json.loads(example_line(FULL))) == set(vars(FULL))
