@@ -22,6 +22,8 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
 NODES = ("n1", "n2", "n3", "n4")
 FAULTY = Path(__file__).with_name("faulty")
 START_SECONDS = 30.0
+SECONDS = {"lost": 6.0, "kill": 10.0, "grace": 30.0}
+"""Until a node that is silent is down, a job that is to end is killed, and one that is preempted; on a slow machine more."""
 
 CONF = """\
 ClusterName=longhaul
@@ -44,14 +46,14 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=6
-KillWait=10
+SlurmdTimeout={lost}
+KillWait={kill}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,sched_min_interval=0
 NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[4]}] Sockets=1 CoresPerSocket=4 \
 ThreadsPerCore=1 RealMemory=4000
-PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=30
+PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime={grace}
 PartitionName=urgent Nodes=n[1-4] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 # What a file in `faults` says is exported to the tasks of the node of its name.
@@ -90,7 +92,8 @@ class Cluster:
         key.write_bytes(secrets.token_bytes(1024))
         key.chmod(0o600)
         values = {"folder": self.folder, "host": socket.gethostname(), "user": getpass.getuser(), "ports": free_ports(5)}
-        (self.folder / "slurm.conf").write_text(CONF.format(**values))
+        seconds = {name: round(scaled(value)) for name, value in SECONDS.items()}
+        (self.folder / "slurm.conf").write_text(CONF.format(**values, **seconds))
         prolog = self.folder / "task-prolog.sh"
         prolog.write_text(PROLOG.format(folder=self.folder, faulty=FAULTY))
         prolog.chmod(0o755)
