@@ -277,6 +277,7 @@ def _ways(
     from train.engine import BareEngine
     from train.metrics import Metrics, NullMetrics, RunIdentity
     from train.model.transformer import Reading, build_layers
+    from train.plan import make_plan
     from train.stages.training import blueprint_of, build, optimizer_of
 
     facts = inspect_sources(settings.data)
@@ -289,7 +290,8 @@ def _ways(
             resolved_config={}, layout={}, notes="",
         )  # fmt: skip
         metrics = Metrics(settings.monitor, folder, identity, FAR)
-    trainer = build(settings, context, Attempt(run_dir=folder, number=1), metrics)
+    plan = make_plan(settings, context.world_size)
+    trainer = build(settings, context, Attempt(run_dir=folder, number=1), metrics, plan=plan)
     loop = trainer.steps()
     held = [
         trainer.loader.micro_batch(list(range(index * config.micro_batch, (index + 1) * config.micro_batch)))

@@ -43,6 +43,7 @@ def make_store(root: Path, context: ParallelContext, zero: int) -> CheckpointSto
         budget=BudgetConfig(steps=2 * HALF),
         parallel=ParallelConfig(zero=zero),
         schedule=ScheduleConfig(kind="constant"),
+        precision="bf16",  # of which the logits may differ most
     )
     return CheckpointStore(
         root / "checkpoints",

@@ -30,6 +30,7 @@ from train.metrics.record import Level
 from train.model.logical import LogicalTensor
 from train.model.transformer import Reading, build_layers
 from train.parallel import ParallelContext, split_ranks
+from train.plan import make_plan
 from train.probes import make_probes
 from train.stages.training import blueprint_of, build, optimizer_of
 
@@ -238,7 +239,8 @@ class Told(NullMetrics):
 
 def told_at_the_start(context: ParallelContext, config: PretrainConfig, run_dir: str) -> list[tuple[str, str]]:
     metrics = Told()
-    trainer = build(config, context, Attempt(run_dir=Path(run_dir), number=1), metrics)
+    one = Attempt(run_dir=Path(run_dir), number=1)
+    trainer = build(config, context, one, metrics, plan=make_plan(config, context.world_size))
     assert trainer.examiner is not None and [probe.name for probe in trainer.examiner.probes] == ["copying", "induction"]
     return metrics.said
 

@@ -22,6 +22,7 @@ from tools.chaos_faults import MEANING
 from tools.exactness import differences
 from train.checkpoint.manifest import published, unpublished
 from train.metrics.jsonl import read_metrics
+from train.plan import make_plan
 
 pytestmark = pytest.mark.further
 
@@ -112,7 +113,8 @@ def work_of_a_resume(context: Any, config: Any, run_dir: str, step: int) -> int:
         return from_plain({**raw, "step": step, "samples": 8 * step, "tokens": 8 * 32 * step})
 
     Sampler.locate, TrainState.from_plain = counted, staticmethod(moved)
-    trainer = build(config, context, Attempt(run_dir=Path(run_dir), number=2), NullMetrics())
+    one = Attempt(run_dir=Path(run_dir), number=2)
+    trainer = build(config, context, one, NullMetrics(), plan=make_plan(config, context.world_size))
     steps = trainer.steps()
     next(steps)
     assert trainer.state.step == step + 1

@@ -15,6 +15,7 @@ from train.config.pretrain import PretrainConfig
 from train.config.training import BatchConfig, RunConfig
 from train.metrics import NullMetrics
 from train.parallel import ParallelContext
+from train.plan import make_plan
 from train.stages.training import build
 
 pytestmark = pytest.mark.further
@@ -25,7 +26,8 @@ PLAIN = BatchConfig(sequences=6, micro_batch=1)
 
 def read(context: ParallelContext, config: PretrainConfig, run_dir: str) -> list[list[tuple[int, str]]]:
     """(sample id, hash of its tokens) of every sample that this rank trained on, step by step, in a real run."""
-    trainer = build(config, context, Attempt(run_dir=Path(run_dir), number=1), NullMetrics())
+    one = Attempt(run_dir=Path(run_dir), number=1)
+    trainer = build(config, context, one, NullMetrics(), plan=make_plan(config, context.world_size))
     seen: list[list[tuple[int, str]]] = []
     train_step = trainer.engine.train_step
 

@@ -157,8 +157,13 @@ def publish_weights(optimizer: Any, zero: int) -> None:
 
 
 def gather_small(optimizer: Any) -> None:
-    """Put together the small weights that stage 3 keeps whole on every rank; it counts on them from step to step."""
-    if optimizer.persistent_parameters:
+    """Put together the small weights that stage 3 keeps whole on every rank; it counts on them from step to step.
+
+    Not before it has seen a first pass: in that one it fetches all by itself and lets go of them again, and where they were
+    there already, selective recomputation meets fetches in the backward pass that the forward pass had not.
+    """
+    is_known = optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
+    if optimizer.persistent_parameters and is_known:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 

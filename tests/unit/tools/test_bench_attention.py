@@ -29,7 +29,7 @@ def needs_of(config: BenchConfig) -> Needs:
 
 
 def test_prints_a_table_and_a_line_of_json(capsys: pytest.CaptureFixture) -> None:
-    assert main([*SMALL, "documents=3", "window=9"]) == 0
+    assert main([*SMALL, "documents=3", "window=9", "dtype=bf16"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     report = json.loads(last)
     assert set(report["backends"]) == {"sdpa", "sdpa_flash", "eager"} and report["auto"] == "eager"
