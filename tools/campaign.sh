@@ -25,4 +25,4 @@ name="$1"; shift
 list | grep -q "^$name " || { echo "tools/campaign.sh: no campaign $name; there are: $(list | cut -d' ' -f1 | tr '\n' ' ')" >&2; exit 2; }
 commit="$(git rev-parse --short HEAD)" || { echo "tools/campaign.sh: needs the git repository, whose commit names its record" >&2; exit 2; }
 [ -z "$(git status --porcelain)" ] || commit="$commit-$({ git status --porcelain; git diff HEAD; } | sha256sum | cut -c1-8)"
-exec bash tools/test.sh -m "campaign(name='$name')" --record ".cache/campaigns/$name-$commit.tsv" "$@"
+exec bash tools/test.sh -m "campaign(name='$name')" --record=".cache/campaigns/$name-$commit.tsv" "$@"
