@@ -6,12 +6,12 @@ cd "$(dirname "$0")/.."
 
 list() {  # name, about how many minutes on two cores with AVX2, what it holds
     cat <<'TABLE'
-faults     10  runs of two ranks that meet ten faults under ZeRO 3, a hang and a stopped rank under ZeRO 2, to the bit
-layouts    15  every layout where the tests take a few: tensor x data x ZeRO x rows, checkpoints from each to each, likelihoods
-memory      5  conversion and proof of large models within bounded memory
-benches     2  `longhaul bench` on two processes, and beside a compiled peer
-resume     25  `verify-resume` and `chaos` say yes to the program, and no to the program with a mistake of a resume in it
-slurm      40  what a cluster does to a run: preemption, chains, sweeps, unfit nodes, time limits, on a real Slurm
+faults      7  runs of two ranks that meet ten faults under ZeRO 3, a hang and a stopped rank under ZeRO 2, to the bit
+layouts    16  every layout where the tests take a few: tensor x data x ZeRO x rows, checkpoints from each to each, likelihoods
+memory      2  conversion and proof of large models within bounded memory
+benches     1  `longhaul bench` on two processes, and beside a compiled peer
+resume     22  `verify-resume` and `chaos` say yes to the program, and no to the program with a mistake of a resume in it
+slurm      35  what a cluster does to a run: preemption, chains, sweeps, unfit nodes, time limits, on a real Slurm
 TABLE
 }
 
