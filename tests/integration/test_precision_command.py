@@ -52,7 +52,10 @@ def test_it_is_told_with_the_reason(story: Moved) -> None:
 
 
 def test_emulated_bf16_is_told_with_the_measured_ratio(story: Moved) -> None:
-    assert story.texts["begun"].count("bf16 is emulated here: ") == 1 and " times as fast; " in story.texts["begun"]
+    told = story.texts["begun"].count("bf16 is emulated here: ")
+    # A CPU that has the instructions uses them all the same: PyTorch was loaded before the variable was set.
+    assert told == 1 or (told == 0 and bf16_on_cpu(environment={})[0])
+    assert told == story.texts["begun"].count(" times as fast; precision=auto takes fp32")
     assert "bf16 is emulated" not in story.texts["continued"]
 
 
