@@ -69,7 +69,7 @@ finetune() {  # TASK STEPS
     longhaul finetune experiment="quickstart_$1" "${TRAIN[@]}" budget.epochs=null budget.steps="$2"
 }
 
-say "8/9 fine-tune: which package is a docstring from? before: the likeliest of the names behind a prompt; after: a head"
+say "8/9 fine-tune: which package is a docstring from? before: the most likely of the names behind a prompt; after: a head"
 measure "$RUN" package "${PACKAGE[@]}" "${ASKED[@]}"
 finetune classification "$CLASSIFICATION_STEPS"
 measure runs/quickstart_classification package "${PACKAGE[@]}"
